@@ -36,3 +36,9 @@ class Epilogue(NamedTuple):
     shift: Tensor | None = None  # [C], fp32
     act: Activation = "none"
     residual: Tensor | None = None  # [N, C, H, W], the output's dtype
+
+
+Reduction = Literal["none", "statistics", "pool"]
+"""What a convolution returns beside its output: nothing, the [3, C] statistics (count, mean, M2) of its raw output
+(training), or the [N, C] spatial mean of its activated output (inference)."""
+REDUCTIONS: tuple[Reduction, ...] = ("none", "statistics", "pool")

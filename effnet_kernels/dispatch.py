@@ -1,0 +1,178 @@
+"""Which backend computes what, and why.
+
+``torch`` is a module's textbook path (conv2d, batch_norm, silu as torch has them), ``reference`` the operators in plain
+PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. A module asks :func:`choose` at each call; a public
+operator asks :func:`runs_natively`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend` forces one.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels import cpu
+
+Backend = Literal["torch", "reference", "cpu", "triton"]
+BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
+
+_override: ContextVar[Backend | None] = ContextVar("effnet_kernels_backend", default=None)
+
+
+class Decision(NamedTuple):
+    """The backend that runs, and the reason in a few words."""
+
+    backend: Backend
+    reason: str
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot run here."""
+
+
+class OperatorModule(Protocol):
+    """A module with two ways to compute: its inner modules as torch has them, or the operators."""
+
+    def obstacle(self) -> str | None:
+        """Why the operators cannot stand for the inner modules (a hook on one of them, an unknown norm), or None."""
+
+    def kernel_obstacle(self, backend: Backend) -> str | None:
+        """Why the kernels of ``backend`` would not help this module, or None."""
+
+
+def available() -> dict[Backend, str | None]:
+    """For each backend None where it can run on this machine, else why not."""
+    return {
+        "torch": None,
+        "reference": None,
+        "cpu": cpu.unavailable_reason(),
+        "triton": "the Triton kernels are not part of this version",
+    }
+
+
+def forced() -> Backend | None:
+    """The backend that :func:`use_backend` or ``EFFNET_KERNELS_BACKEND`` forces, or None."""
+    name = _override.get() or os.environ.get("EFFNET_KERNELS_BACKEND")
+    return _checked(name) if name else None
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Forces a backend for the calls inside the ``with`` block; raises BackendError where it cannot run at all."""
+    token = _override.set(_checked(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _checked(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"expected a backend out of {', '.join(BACKENDS)}, got {name!r}")
+    backend = cast(Backend, name)
+    if backend not in ("torch", "reference") and (reason := available()[backend]) is not None:
+        raise BackendError(f"backend {name!r} was forced but cannot run: {reason}")
+    return backend
+
+
+class Call(NamedTuple):
+    """What a decision needs to know of a call's input."""
+
+    device: str
+    dtype: torch.dtype
+    needs_grad: bool
+    unusual: str | None
+
+    @classmethod
+    def of(cls, x: Tensor, needs_grad: bool) -> "Call":
+        unusual = interception(x)
+        if unusual is None and x.dim() != 4:
+            unusual = f"the input has {x.dim()} dimensions, not 4"
+        if unusual is None and x.numel() == 0:
+            unusual = "the batch is empty"
+        return cls(x.device.type, x.dtype, needs_grad, unusual)
+
+
+def interception(x: object) -> str | None:
+    """Who else is looking at the calls on ``x`` (a tracer, a transform, a mode), so that only ATen may be called."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a torch dispatch or function mode is active"
+    return None
+
+
+def choose(module: OperatorModule, x: Tensor) -> Decision:
+    """The backend that runs ``module(x)``."""
+    intercepted = interception(x)
+    if intercepted is not None:
+        # Nothing of the module is looked at: a tracer would take the questions into its graph.
+        return Decision("torch", intercepted)
+    return decide(module, Call.of(x, needs_grad(module, x)))
+
+
+def prefers_channels_last(module: object, x: Tensor) -> bool:
+    """Whether a sequence of modules should get ``x`` in channels-last strides: some of them may run on operators."""
+    if interception(x) is not None or x.dim() != 4:
+        return False
+    force = forced()
+    if force is not None:
+        return force != "torch"
+    return _cpu_obstacle(Call.of(x, needs_grad(module, x))) is None
+
+
+def needs_grad(module: object, x: Tensor) -> bool:
+    """Whether autograd would record ``module(x)``."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in cast(nn.Module, module).parameters())
+    )
+
+
+def decide(module: OperatorModule, call: Call) -> Decision:
+    """:func:`choose` from the facts of a call instead of a tensor."""
+    force = forced()
+    if force == "torch":
+        return Decision("torch", "forced")
+    obstacle = call.unusual or module.obstacle()
+    if obstacle is not None:
+        return Decision("torch", obstacle)
+    if force == "reference":
+        return Decision("reference", "forced")
+    obstacle = _cpu_obstacle(call) or module.kernel_obstacle("cpu")
+    if obstacle is None:
+        return Decision("cpu", f"native kernels, {cpu.isa()}")
+    if force == "cpu" and _cpu_obstacle(call) is not None:
+        raise BackendError(f"backend 'cpu' was forced but cannot run {type(module).__name__}: {obstacle}")
+    return Decision("torch", obstacle)
+
+
+def runs_natively(x: Tensor, needs_grad: bool) -> bool:
+    """Whether a public operator on ``x`` may call the native extension."""
+    return forced() in (None, "cpu") and _cpu_obstacle(Call.of(x, needs_grad)) is None
+
+
+def _cpu_obstacle(call: Call) -> str | None:
+    if call.unusual is not None:
+        return call.unusual
+    if call.device != "cpu":
+        return f"no kernels for {call.device} tensors in this version"
+    if call.dtype != torch.float32:
+        return f"the native kernels compute in float32, not {str(call.dtype).removeprefix('torch.')}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is active"
+    if call.needs_grad:
+        return "gradients are needed, and the native kernels have no backward in this version"
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        cpu.warn_if_unavailable()
+        return f"the native extension is missing: {reason}"
+    return None

@@ -1,0 +1,244 @@
+"""EfficientNet V1 and V2."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels.deferred import Activation
+from effnet_kernels.models.features import FeatureInfo, Features
+from effnet_kernels.modules import BlockConfig, ConvBnAct
+from effnet_kernels.modules.conv_bn_act import PaddingMode
+
+if TYPE_CHECKING:
+    from effnet_kernels.models.configs import Variant
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet V1 (Tan and Le 2019) and V2 (Tan and Le 2021).
+
+    The positional arguments, the state dict and, from one seed, the initial weights are torchvision's.
+
+    Args:
+        inverted_residual_setting: the stages, as ``MBConvConfig`` and ``FusedMBConvConfig``.
+        dropout: the probability of dropout before the classifier.
+        stochastic_depth_prob: the probability of the last block; the others' rise linearly to it.
+        num_classes: outputs of the classifier; 0 leaves it out and the model returns the pooled features.
+        norm_layer: builds a norm from its number of channels; BatchNorm2d if None.
+        last_channel: channels of the head convolution; None for four times the last stage's.
+        in_chans: channels of the image.
+        activation: of the stem and the head (the stages have their own).
+        padding: of the stem, ``"symmetric"`` or ``"same"`` (the stages have their own).
+        low_resolution: for images such as CIFAR's 32x32: the stem and the first strided stage keep the resolution, so
+            that the last map is an eighth of the image instead of a 32nd. Weights and keys are the same.
+        features_only: the model is a backbone: it has no head, and returns a list of feature maps.
+        out_indices: which of the maps, from 0 (the finest); all if None. Only with ``features_only``.
+
+    Shapes: images [N, in_chans, H, W] of the weights' dtype in any memory format to logits [N, num_classes], pooled
+    features [N, num_features], or feature maps [N, C_i, H / r_i, W / r_i] in the image's memory format, where
+    ``feature_info.channels()`` and ``feature_info.reduction()`` give C_i and r_i.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        inverted_residual_setting: Sequence[BlockConfig],
+        dropout: float,
+        stochastic_depth_prob: float = 0.2,
+        num_classes: int = 1000,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        last_channel: int | None = None,
+        *,
+        in_chans: int = 3,
+        activation: Activation = "silu",
+        padding: PaddingMode = "symmetric",
+        low_resolution: bool = False,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(inverted_residual_setting, num_classes, in_chans, padding, features_only, out_indices)
+        if norm_layer is None:
+            norm_layer = nn.BatchNorm2d
+        settings = list(inverted_residual_setting)
+        strides = [2, *(config.stride for config in settings)]
+        if low_resolution:
+            strides = _keep_resolution(strides)
+
+        stem_channels = settings[0].input_channels
+        layers: list[nn.Module] = [
+            ConvBnAct(in_chans, stem_channels, 3, strides[0], 1, norm_layer, activation, padding)
+        ]
+        total_blocks = sum(config.num_layers for config in settings)
+        block_index = 0
+        for config, stride in zip(settings, strides[1:], strict=True):
+            stage: list[nn.Module] = []
+            for _ in range(config.num_layers):
+                block_config = copy.copy(config)
+                block_config.stride = stride
+                if stage:
+                    block_config.input_channels = config.out_channels
+                    block_config.stride = 1
+                probability = stochastic_depth_prob * block_index / total_blocks
+                stage.append(config.block(block_config, probability, norm_layer))
+                block_index += 1
+            layers.append(nn.Sequential(*stage))
+
+        self.features_only = features_only
+        self.in_chans = in_chans
+        if features_only:
+            channels = [stem_channels, *(config.out_channels for config in settings)]
+            self.feature_info = FeatureInfo.of_layers(channels, strides, out_indices)
+            self.features = Features(*layers[: self.feature_info.layers()[-1] + 1])
+        else:
+            head_inputs = settings[-1].out_channels
+            self.num_features = last_channel if last_channel is not None else 4 * head_inputs
+            layers.append(ConvBnAct(head_inputs, self.num_features, 1, 1, 1, norm_layer, activation))
+            self.features = Features(*layers)
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+            self.classifier = nn.Sequential(
+                nn.Dropout(p=dropout, inplace=True), _make_classifier(self.num_features, num_classes)
+            )
+        for module in self.modules():
+            _initialise(module)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.features_only:
+            return self.forward_features_only(x)
+        x = self.features(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.classifier(x)
+
+    @torch.jit.unused
+    def forward_features_only(self, x: Tensor) -> list[Tensor]:
+        return self.features.intermediates(x, self.feature_info.layers())
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a newly initialised one; 0 classes leave it out.
+
+        Raises ValueError for a negative number and for a features-only model.
+        """
+        if self.features_only:
+            raise ValueError("expected a model with a classifier, got one that was built with features_only=True")
+        _check_num_classes(num_classes)
+        like = self.features[-1][0].weight
+        classifier = _make_classifier(self.num_features, num_classes)
+        _initialise(classifier)
+        self.classifier[1] = classifier.to(like.device, like.dtype).train(self.training)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 where there is none."""
+        return 0 if self.features_only else getattr(self.classifier[1], "out_features", 0)
+
+    @classmethod
+    def from_phi(cls, phi: float, **kwargs: Any) -> "EfficientNet":
+        """The network that compound scaling gives for any real ``phi``; see :mod:`effnet_kernels.models.scaling`."""
+        from effnet_kernels.models.scaling import scaled_variant
+
+        return build(scaled_variant(phi), cls=cls, **kwargs)
+
+    @classmethod
+    def from_name(cls, model_name: str, in_channels: int = 3, **override_params: Any) -> "EfficientNet":
+        """The network of that name, with the interface of the package `efficientnet_pytorch`.
+
+        See :func:`effnet_kernels.models.compat.from_name` for the names and overrides.
+        """
+        from effnet_kernels.models.compat import from_name
+
+        return from_name(cls, model_name, in_channels, **override_params)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str,
+        weights_path: str | None = None,
+        advprop: bool = False,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        **override_params: Any,
+    ) -> "EfficientNet":
+        """The network of that name with its trained weights, with the interface of `efficientnet_pytorch`.
+
+        See :func:`effnet_kernels.models.compat.from_pretrained`.
+        """
+        from effnet_kernels.models.compat import from_pretrained
+
+        return from_pretrained(cls, model_name, weights_path, advprop, in_channels, num_classes, **override_params)
+
+
+def _keep_resolution(strides: list[int]) -> list[int]:
+    """The strides with the first two halvings taken out: the stem's and the first strided stage's."""
+    halvings = [index for index, stride in enumerate(strides) if stride == 2][:2]
+    return [1 if index in halvings else stride for index, stride in enumerate(strides)]
+
+
+def _make_classifier(num_features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def _initialise(module: nn.Module) -> None:
+    """Initial weights by torchvision's rule, with its draws in its order."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        bound = 1.0 / math.sqrt(module.out_features)
+        nn.init.uniform_(module.weight, -bound, bound)
+        nn.init.zeros_(module.bias)
+
+
+def _check_num_classes(num_classes: int) -> None:
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
+
+
+def _check_arguments(
+    settings: Sequence[BlockConfig],
+    num_classes: int,
+    in_chans: int,
+    padding: str,
+    features_only: bool,
+    out_indices: Sequence[int] | None,
+) -> None:
+    if not settings:
+        raise ValueError("inverted_residual_setting: expected at least one stage, got none")
+    if not isinstance(settings, Sequence) or not all(isinstance(config, BlockConfig) for config in settings):
+        raise TypeError(
+            "inverted_residual_setting: expected a sequence of effnet_kernels' MBConvConfig or FusedMBConvConfig, got "
+            + (
+                ", ".join({type(c).__qualname__ for c in settings})
+                if isinstance(settings, Sequence)
+                else repr(settings)
+            )
+        )
+    _check_num_classes(num_classes)
+    if not isinstance(in_chans, int) or in_chans < 1:
+        raise ValueError(f"in_chans: expected an integer >= 1, got {in_chans!r}")
+    if padding not in ("symmetric", "same"):
+        raise ValueError(f"padding: expected 'symmetric' or 'same', got {padding!r}")
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices: expected features_only=True beside it, got features_only=False")
+
+
+def build(variant: "Variant", cls: type[EfficientNet] = EfficientNet, **kwargs: Any) -> EfficientNet:
+    """A network of ``variant``; keyword arguments of :class:`EfficientNet` take precedence over the variant's."""
+    options = {
+        "dropout": variant.dropout,
+        "norm_layer": variant.norm_layer(),
+        "last_channel": variant.last_channel,
+        "activation": variant.activation,
+        "padding": variant.padding,
+    }
+    return cls(variant.block_configs(), **{**options, **kwargs})

@@ -1,0 +1,83 @@
+"""The stem, stages and head of a network as a sequence, and its feature maps."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels import dispatch
+from effnet_kernels.modules.operator_module import memory_format
+
+
+class Features(nn.Sequential):
+    """A sequence of layers, walked in channels-last strides where operators run.
+
+    The strides are converted once, on the way in, and outputs come in the input's memory format. A slice is a
+    ``Features`` too.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and len(self) > 0 and dispatch.interception(input) is None:
+            return self.intermediates(input, [len(self) - 1])[0]
+        for module in self:
+            input = module(input)
+        return input
+
+    @torch.jit.unused
+    def intermediates(self, input: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The outputs of these layers (ascending), in the input's memory format."""
+        x, outputs = input, []
+        if dispatch.prefers_channels_last(self, input):
+            x = x.contiguous(memory_format=torch.channels_last)
+        for index, module in enumerate(self):
+            x = module(x)
+            if index in indices:
+                outputs.append(x)
+        if dispatch.interception(input) is None:
+            outputs = [output.contiguous(memory_format=memory_format(input)) for output in outputs]
+        return outputs
+
+
+class Feature(NamedTuple):
+    """One feature map: its index in ``features``, its channels, and how many pixels of the image a pixel of it spans."""
+
+    layer: int
+    channels: int
+    reduction: int
+
+
+class FeatureInfo(list[Feature]):
+    """The maps that a features-only model returns, the finest first."""
+
+    @classmethod
+    def of_layers(
+        cls, channels: Sequence[int], strides: Sequence[int], out_indices: Sequence[int] | None
+    ) -> "FeatureInfo":
+        """The last layer of each resolution, out of all layers' channels and strides; ``out_indices`` of them.
+
+        Raises ValueError for indices that are not ascending or out of range.
+        """
+        last: dict[int, Feature] = {}
+        reduction = 1
+        for layer, (layer_channels, stride) in enumerate(zip(channels, strides, strict=True)):
+            reduction *= stride
+            last[reduction] = Feature(layer, layer_channels, reduction)
+        maps = list(last.values())
+        if out_indices is None:
+            return cls(maps)
+        chosen = list(out_indices)
+        if not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0 or chosen[-1] >= len(maps):
+            raise ValueError(
+                f"out_indices: expected ascending indices out of 0 to {len(maps) - 1}, got {out_indices!r}"
+            )
+        return cls(maps[index] for index in chosen)
+
+    def layers(self) -> list[int]:
+        return [feature.layer for feature in self]
+
+    def channels(self) -> list[int]:
+        return [feature.channels for feature in self]
+
+    def reduction(self) -> list[int]:
+        return [feature.reduction for feature in self]

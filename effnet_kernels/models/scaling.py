@@ -1,0 +1,129 @@
+"""Compound scaling (Tan and Le 2019, section 3.3).
+
+From a baseline, a network ``phi`` steps up has depth alpha ** phi, width beta ** phi and resolution gamma ** phi times the
+baseline's, with alpha * beta ** 2 * gamma ** 2 near 2, so that each step about doubles the arithmetic. The paper's grid
+search on B0 found alpha 1.2, beta 1.1, gamma 1.15, whose product is 1.92.
+
+The released networks are not on this curve: their coefficients were rounded, and not all by one phi. B1 (width 1.0,
+depth 1.1, resolution 240) is near phi 0.5 and B4 near 3.5. ``efficientnet_b1`` and its siblings are the released table,
+``EfficientNet.from_phi`` is the formula.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from effnet_kernels.models.configs import VARIANTS, Variant
+from effnet_kernels.models.efficientnet import build
+
+
+class Coefficients(NamedTuple):
+    """The bases of depth, width and resolution."""
+
+    alpha: float = 1.2
+    beta: float = 1.1
+    gamma: float = 1.15
+
+    @property
+    def cost(self) -> float:
+        """How many times the arithmetic one step of phi costs: alpha * beta ** 2 * gamma ** 2."""
+        return self.alpha * self.beta**2 * self.gamma**2
+
+
+PAPER = Coefficients()
+
+
+def scaled_variant(phi: float, coefficients: Coefficients = PAPER, base: str = "efficientnet_b0") -> Variant:
+    """The network ``phi`` steps from ``base``; any real phi, negative ones give smaller networks.
+
+    Channels are rounded to multiples of 8, blocks up, the resolution to the nearest pixel. Dropout grows linearly from
+    the baseline's to 0.5 near B7's phi, as in section 5.2 of the paper.
+
+    Raises ValueError for a phi that is not finite or a base that is not in the table.
+    """
+    if isinstance(phi, bool) or not isinstance(phi, int | float) or not math.isfinite(phi):
+        raise ValueError(f"phi: expected a finite number, got {phi!r}")
+    if base not in VARIANTS:
+        raise ValueError(f"base: expected a released variant such as 'efficientnet_b0', got {base!r}")
+    baseline = VARIANTS[base]
+    return replace(
+        baseline,
+        name=f"{base}_phi{phi:g}",
+        width=baseline.width * coefficients.beta**phi,
+        depth=baseline.depth * coefficients.alpha**phi,
+        resolution=max(1, round(baseline.resolution * coefficients.gamma**phi)),
+        dropout=min(0.5, max(0.0, baseline.dropout + 0.05 * phi)),
+    )
+
+
+class Size(NamedTuple):
+    """What a network costs: parameters, and multiply-accumulates of one image at its resolution."""
+
+    parameters: int
+    macs: int
+    resolution: int
+
+
+def measure(variant: Variant) -> Size:
+    """Parameters and multiply-accumulates, counted on a network without storage; nothing is computed."""
+    with torch.device("meta"):
+        model = build(variant).eval()
+        image = torch.empty(1, 3, variant.resolution, variant.resolution)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Size(parameters, counter.get_total_flops() // 2, variant.resolution)
+
+
+class Candidate(NamedTuple):
+    """A point of the grid and what the caller's function gave it."""
+
+    coefficients: Coefficients
+    variant: Variant
+    score: float
+
+
+def grid(step: float = 0.05, budget: float = 2.0, tolerance: float = 0.1) -> list[Coefficients]:
+    """All alpha, beta, gamma >= 1 on a grid of ``step`` whose cost is within ``tolerance`` of ``budget``.
+
+    Raises ValueError for a step that is not positive, a negative tolerance, or a budget below 1.
+    """
+    if not step > 0 or not tolerance >= 0 or not budget >= 1:
+        raise ValueError(f"expected step > 0, tolerance >= 0, budget >= 1, got {step}, {tolerance}, {budget}")
+    highest = budget + tolerance
+    alphas = [1 + step * i for i in range(int((highest - 1) / step + 1e-9) + 1)]
+    others = [1 + step * i for i in range(int((math.sqrt(highest) - 1) / step + 1e-9) + 1)]
+    points = (Coefficients(round(a, 6), round(b, 6), round(c, 6)) for a in alphas for b in others for c in others)
+    return [point for point in points if abs(point.cost - budget) <= tolerance + 1e-9]
+
+
+def grid_search(
+    score: Callable[[Variant], float],
+    *,
+    base: str = "efficientnet_b0",
+    phi: float = 1.0,
+    step: float = 0.05,
+    budget: float = 2.0,
+    tolerance: float = 0.1,
+) -> list[Candidate]:
+    """Scores every configuration of :func:`grid` at ``phi``, the best first, as the paper found its coefficients.
+
+    Args:
+        score: takes the scaled variant (``effnet_kernels.models.build`` makes its network) and returns a number to
+            maximise: the accuracy after training it, say.
+        base: the baseline.
+        phi: the step at which the configurations are compared; the paper takes 1.
+        step, budget, tolerance: see :func:`grid`.
+
+    Raises ValueError for arguments that do not fit, or where the grid has no point within the budget.
+    """
+    points = grid(step, budget, tolerance)
+    if not points:
+        raise ValueError(f"expected a grid with a point of cost {budget} within {tolerance}, got none at step {step}")
+    variants = [(point, scaled_variant(phi, point, base)) for point in points]
+    candidates = [Candidate(point, variant, float(score(variant))) for point, variant in variants]
+    return sorted(candidates, key=lambda candidate: candidate.score, reverse=True)

@@ -1,0 +1,116 @@
+"""The released networks by name."""
+
+import difflib
+from typing import Any, Protocol
+
+from effnet_kernels.models.configs import VARIANTS, Variant
+from effnet_kernels.models.convert import load_checkpoint
+from effnet_kernels.models.efficientnet import EfficientNet, build
+from effnet_kernels.models.pretrained import resolve_weights
+
+
+def find_variant(name: str) -> Variant:
+    """The row of the table; raises ValueError with the nearest names where there is none."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(VARIANTS)}"
+        raise ValueError(f"expected the name of a variant, got {name!r}{hint}")
+    return VARIANTS[name]
+
+
+def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
+    """A released network, trained where ``weights`` are given.
+
+    Args:
+        name: ``efficientnet_b0`` ... ``b8``, ``l2``, ``lite0`` ... ``lite4``, ``v2_s``, ``v2_m``, ``v2_l``, ``v2_xl``,
+            ``v2_b0`` ... ``v2_b3``; with ``tf_`` before it for TensorFlow's SAME padding and BatchNorm settings.
+        weights: the name or member of a weight enum, an http(s) URL, or a path to ``.pth`` or ``.safetensors``, in
+            torchvision's, timm's or lukemelas's format; None for initial weights.
+        progress: whether a download shows its progress.
+        **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` must fit the weights or be 0.
+
+    Raises:
+        ValueError: an unknown name, an argument or weights that do not fit.
+    """
+    variant = find_variant(name)
+    if weights is None:
+        return build(variant, **kwargs)
+    source = resolve_weights(variant.name, weights)
+    categories = source.meta.get("categories")
+    if categories is not None and not kwargs.get("features_only"):
+        classes = kwargs.setdefault("num_classes", len(categories))
+        if classes not in (0, len(categories)):
+            raise ValueError(f"num_classes: expected {len(categories)}, which the weights have, or 0, got {classes!r}")
+    model = build(variant, **kwargs)
+    load_checkpoint(model, source.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+
+class Builder(Protocol):
+    """A variant's builder: :func:`create_model` with the name given."""
+
+    __name__: str
+
+    def __call__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet: ...
+
+
+def _builder(name: str) -> Builder:
+    def builder(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
+        return create_model(name, weights=weights, progress=progress, **kwargs)
+
+    variant = VARIANTS[name]
+    builder.__name__ = builder.__qualname__ = name
+    builder.__module__ = __name__
+    builder.__doc__ = (
+        f"``create_model({name!r}, ...)``: width {variant.width:g}, depth {variant.depth:g}, "
+        f"resolution {variant.resolution}, dropout {variant.dropout:g}, {variant.padding} padding."
+    )
+    return builder
+
+
+efficientnet_b0 = _builder("efficientnet_b0")
+efficientnet_b1 = _builder("efficientnet_b1")
+efficientnet_b2 = _builder("efficientnet_b2")
+efficientnet_b3 = _builder("efficientnet_b3")
+efficientnet_b4 = _builder("efficientnet_b4")
+efficientnet_b5 = _builder("efficientnet_b5")
+efficientnet_b6 = _builder("efficientnet_b6")
+efficientnet_b7 = _builder("efficientnet_b7")
+efficientnet_b8 = _builder("efficientnet_b8")
+efficientnet_l2 = _builder("efficientnet_l2")
+efficientnet_lite0 = _builder("efficientnet_lite0")
+efficientnet_lite1 = _builder("efficientnet_lite1")
+efficientnet_lite2 = _builder("efficientnet_lite2")
+efficientnet_lite3 = _builder("efficientnet_lite3")
+efficientnet_lite4 = _builder("efficientnet_lite4")
+efficientnet_v2_s = _builder("efficientnet_v2_s")
+efficientnet_v2_m = _builder("efficientnet_v2_m")
+efficientnet_v2_l = _builder("efficientnet_v2_l")
+efficientnet_v2_xl = _builder("efficientnet_v2_xl")
+efficientnet_v2_b0 = _builder("efficientnet_v2_b0")
+efficientnet_v2_b1 = _builder("efficientnet_v2_b1")
+efficientnet_v2_b2 = _builder("efficientnet_v2_b2")
+efficientnet_v2_b3 = _builder("efficientnet_v2_b3")
+tf_efficientnet_b0 = _builder("tf_efficientnet_b0")
+tf_efficientnet_b1 = _builder("tf_efficientnet_b1")
+tf_efficientnet_b2 = _builder("tf_efficientnet_b2")
+tf_efficientnet_b3 = _builder("tf_efficientnet_b3")
+tf_efficientnet_b4 = _builder("tf_efficientnet_b4")
+tf_efficientnet_b5 = _builder("tf_efficientnet_b5")
+tf_efficientnet_b6 = _builder("tf_efficientnet_b6")
+tf_efficientnet_b7 = _builder("tf_efficientnet_b7")
+tf_efficientnet_b8 = _builder("tf_efficientnet_b8")
+tf_efficientnet_l2 = _builder("tf_efficientnet_l2")
+tf_efficientnet_lite0 = _builder("tf_efficientnet_lite0")
+tf_efficientnet_lite1 = _builder("tf_efficientnet_lite1")
+tf_efficientnet_lite2 = _builder("tf_efficientnet_lite2")
+tf_efficientnet_lite3 = _builder("tf_efficientnet_lite3")
+tf_efficientnet_lite4 = _builder("tf_efficientnet_lite4")
+tf_efficientnet_v2_s = _builder("tf_efficientnet_v2_s")
+tf_efficientnet_v2_m = _builder("tf_efficientnet_v2_m")
+tf_efficientnet_v2_l = _builder("tf_efficientnet_v2_l")
+tf_efficientnet_v2_xl = _builder("tf_efficientnet_v2_xl")
+tf_efficientnet_v2_b0 = _builder("tf_efficientnet_v2_b0")
+tf_efficientnet_v2_b1 = _builder("tf_efficientnet_v2_b1")
+tf_efficientnet_v2_b2 = _builder("tf_efficientnet_v2_b2")
+tf_efficientnet_v2_b3 = _builder("tf_efficientnet_v2_b3")

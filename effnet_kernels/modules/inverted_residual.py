@@ -1,0 +1,65 @@
+"""What MBConv and Fused-MBConv have in common."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from effnet_kernels import ops
+from effnet_kernels.deferred import Prologue
+from effnet_kernels.modules.batch_norm import uses_batch_statistics
+from effnet_kernels.modules.block_config import BlockConfig
+from effnet_kernels.modules.conv_bn_act import ConvBnAct
+from effnet_kernels.modules.operator_module import OperatorModule, inner_obstacle
+from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
+from effnet_kernels.modules.stochastic_depth import StochasticDepth
+
+
+class InvertedResidual(OperatorModule):
+    """A sequence of layers that ends in a projection, with a residual around it where shapes allow.
+
+    Args:
+        cnf: the block's configuration.
+        stochastic_depth_prob: the probability that a sample skips the residual branch while training.
+        layers: the residual branch.
+
+    Raises ValueError for a stride other than 1 or 2.
+    """
+
+    def __init__(self, cnf: BlockConfig, stochastic_depth_prob: float, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if cnf.stride not in (1, 2):
+            raise ValueError(f"stride: expected 1 or 2, got {cnf.stride!r}")
+        self.use_res_connect = cnf.stride == 1 and cnf.input_channels == cnf.out_channels
+        self.block = nn.Sequential(*layers)
+        self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
+        self.out_channels = cnf.out_channels
+
+    def forward_modules(self, input: Tensor) -> Tensor:
+        result = self.block(input)
+        if self.use_res_connect:
+            result = self.stochastic_depth(result)
+            result += input
+        return result
+
+    def project_and_merge(self, project: ConvBnAct, x: Tensor, owed: Prologue | None, input: Tensor) -> Tensor:
+        """The end of the block: project, stochastic depth, residual."""
+        residual, keep = None, None
+        if self.use_res_connect:
+            residual = input
+            keep = self.stochastic_depth.keep(input)
+        if keep is None and not uses_batch_statistics(project.norm):
+            return project.deferred(x, owed, residual)[0]
+        y, owed, _ = project.deferred(x, owed)
+        return ops.merge(y, owed, residual, keep)
+
+    def layers_obstacle(self, expected: Sequence[type[ConvBnAct] | type[SqueezeExcitation]]) -> str | None:
+        """Why the operators cannot stand for the layers, which should be of these classes, or None."""
+        obstacle = inner_obstacle(self.block, nn.Sequential, "block") or inner_obstacle(
+            self.stochastic_depth, StochasticDepth, "stochastic_depth"
+        )
+        if obstacle is None and len(self.block) != len(expected):
+            return f"block has {len(self.block)} children, not {len(expected)}"
+        for index, (layer, kind) in enumerate(zip(self.block, expected, strict=False)):
+            name = f"block.{index}"
+            obstacle = obstacle or inner_obstacle(layer, kind, name) or layer.obstacle(name)
+        return obstacle

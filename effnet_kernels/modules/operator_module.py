@@ -1,0 +1,73 @@
+"""Modules with two ways to compute: their inner modules as torch has them, or this package's operators."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from effnet_kernels import dispatch
+from effnet_kernels.deferred import Activation
+from effnet_kernels.dispatch import Backend
+
+ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
+    nn.Identity: "none",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+}
+
+
+class OperatorModule(nn.Module):
+    """Base of the modules whose forward runs on the operators where :func:`effnet_kernels.dispatch.choose` says so.
+
+    A subclass has ``forward_modules`` (the textbook), ``forward_operators`` (x in channels-last strides),
+    ``obstacle`` and ``kernel_obstacle``. The output has the input's memory format.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and dispatch.choose(self, input).backend != "torch":
+            output = self.forward_operators(input.contiguous(memory_format=torch.channels_last))
+            return output.contiguous(memory_format=memory_format(input))
+        return self.forward_modules(input)
+
+    def forward_modules(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_operators(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def obstacle(self) -> str | None:
+        """Why the operators cannot stand for the inner modules, or None."""
+        raise NotImplementedError
+
+    def kernel_obstacle(self, backend: Backend) -> str | None:
+        """Why the kernels of ``backend`` would not help this module, or None."""
+        return None
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last where the strides are that and nothing else (a 1x1 map's are both), else contiguous."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def inner_obstacle(module: nn.Module, expected: type[nn.Module] | tuple[type[nn.Module], ...], name: str) -> str | None:
+    """Why one inner module cannot be replaced by an operator: another class, a hook or forward of the user's."""
+    types = expected if isinstance(expected, tuple) else (expected,)
+    if type(module) not in types:
+        return f"{name} is a {type(module).__name__}, which the operators do not know"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    ):
+        return f"{name} has a hook, which only its own call would fire"
+    if "forward" in module.__dict__:
+        return f"the forward of {name} was replaced"
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"{name} holds a {type(parameter).__name__}, not a plain parameter"
+    return None

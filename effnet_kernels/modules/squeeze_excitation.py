@@ -1,0 +1,55 @@
+"""Squeeze-and-excitation."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from effnet_kernels import ops
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, inner_obstacle
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a gate that is computed from all channels' means (Hu et al. 2018, equations 2 to 4).
+
+    Args:
+        input_channels: channels of the input and the output.
+        squeeze_channels: channels between the two fully connected layers.
+        activation: builds the activation between them.
+        scale_activation: builds the activation of the gate.
+
+    Shapes: [N, C, H, W] to the same.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        squeeze_channels: int,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        scale_activation: Callable[..., nn.Module] = nn.Sigmoid,
+    ) -> None:
+        super().__init__()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1)
+        self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1)
+        self.activation = activation()
+        self.scale_activation = scale_activation()
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(input)))))
+        return scale * input
+
+    def gate(self, pooled: Tensor) -> Tensor:
+        """The gate [N, C] of the pooled activation [N, C], on the operators."""
+        act = ACTIVATION_NAMES[type(self.activation)]
+        return ops.excite(pooled, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
+
+    def obstacle(self, name: str) -> str | None:
+        """Why :meth:`gate` cannot stand for :meth:`forward`, or None."""
+        return (
+            inner_obstacle(self, SqueezeExcitation, name)
+            or inner_obstacle(self.avgpool, nn.AdaptiveAvgPool2d, f"{name}.avgpool")
+            or inner_obstacle(self.fc1, nn.Conv2d, f"{name}.fc1")
+            or inner_obstacle(self.fc2, nn.Conv2d, f"{name}.fc2")
+            or inner_obstacle(self.activation, tuple(ACTIVATION_NAMES), f"{name}.activation")
+            or inner_obstacle(self.scale_activation, nn.Sigmoid, f"{name}.scale_activation")
+        )

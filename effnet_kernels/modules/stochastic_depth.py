@@ -1,0 +1,48 @@
+"""Stochastic depth."""
+
+import torch
+from torch import Tensor, nn
+
+
+class StochasticDepth(nn.Module):
+    """Zeroes a residual branch at random while training (Huang et al. 2016, section 3).
+
+    Args:
+        p: the probability of zeroing, in [0, 1] (one minus the survival probability).
+        mode: ``"row"`` draws for each sample, ``"batch"`` once for all.
+
+    Shapes: any [N, ...]; the output is the input times 0 or 1 / (1 - p).
+    Raises ValueError for a ``p`` or ``mode`` outside of these.
+    """
+
+    def __init__(self, p: float, mode: str = "row") -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"p: expected a probability between 0 and 1, got {p}")
+        if mode not in ("batch", "row"):
+            raise ValueError(f"mode: expected 'batch' or 'row', got {mode!r}")
+        self.p = p
+        self.mode = mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return input
+        return input * self._draw(input)
+
+    def keep(self, input: Tensor) -> Tensor | None:
+        """The factors that ``forward`` would draw for ``input``, [N]; None where it would change nothing."""
+        if not self.training or self.p == 0.0:
+            return None
+        return self._draw(input).flatten().expand(input.shape[0])
+
+    def _draw(self, input: Tensor) -> Tensor:
+        # The same call, dtype and order of draws as torchvision's, so that one seed gives one training run.
+        survival = 1.0 - self.p
+        size = [input.shape[0] if self.mode == "row" else 1] + [1] * (input.ndim - 1)
+        noise = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(survival)
+        if survival > 0.0:
+            noise.div_(survival)
+        return noise
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, mode={self.mode}"

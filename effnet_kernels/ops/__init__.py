@@ -1,0 +1,19 @@
+"""The operators that the whole network is made of (see :mod:`effnet_kernels.deferred` for the idea)."""
+
+from effnet_kernels.ops.channel_statistics import channel_statistics
+from effnet_kernels.ops.depthwise_conv import depthwise_conv
+from effnet_kernels.ops.excite import excite
+from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
+from effnet_kernels.ops.merge import merge
+from effnet_kernels.ops.pointwise_conv import pointwise_conv
+from effnet_kernels.ops.squeeze import squeeze
+
+__all__ = [
+    "channel_statistics",
+    "depthwise_conv",
+    "excite",
+    "fold_batch_norm",
+    "merge",
+    "pointwise_conv",
+    "squeeze",
+]

@@ -1,0 +1,93 @@
+"""Checks of operator arguments, and the errors that name what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, Prologue
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_map(x: Tensor, name: str = "x") -> None:
+    """An activation map: [N, C, H, W] of a floating dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor [N, C, H, W], got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+
+
+def check_shape(t: Tensor | None, shape: tuple[int, ...], name: str, like: Tensor) -> None:
+    """A parameter or vector of exactly this shape on the device of ``like``; None passes."""
+    if t is None:
+        return
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, where the input is, got {t.device}")
+
+
+def check_activation(act: Activation) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+
+def check_prologue(prologue: Prologue | None, x: Tensor) -> None:
+    if prologue is not None:
+        samples, channels = x.shape[:2]
+        check_shape(prologue.scale, (channels,), "prologue.scale", x)
+        check_shape(prologue.shift, (channels,), "prologue.shift", x)
+        check_shape(prologue.gate, (samples, channels), "prologue.gate", x)
+        check_activation(prologue.act)
+
+
+def check_epilogue(epilogue: Epilogue | None, x: Tensor, output_shape: tuple[int, int, int, int]) -> None:
+    if epilogue is not None:
+        check_shape(epilogue.scale, output_shape[1:2], "epilogue.scale", x)
+        check_shape(epilogue.shift, output_shape[1:2], "epilogue.shift", x)
+        check_shape(epilogue.residual, output_shape, "epilogue.residual", x)
+        check_activation(epilogue.act)
+
+
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def resolve_padding(padding: "int | Padding | str", size: tuple[int, int], kernel: int, stride: int) -> Padding:
+    """(left, right, top, bottom) of an integer, four integers, or ``"same"`` for a map of ``size`` (H, W)."""
+    if padding == "same":
+        return same_padding(size[0], size[1], kernel, stride)
+    if isinstance(padding, int) and padding >= 0:
+        return padding, padding, padding, padding
+    if isinstance(padding, tuple | list) and len(padding) == 4 and all(isinstance(p, int) and p >= 0 for p in padding):
+        return padding[0], padding[1], padding[2], padding[3]
+    raise ValueError(
+        f"padding: expected an integer >= 0, (left, right, top, bottom) of integers >= 0, or 'same', got {padding!r}"
+    )
+
+
+def same_padding(height: int, width: int, kernel: int, stride: int) -> tuple[int, int, int, int]:
+    """TensorFlow's SAME padding, (left, right, top, bottom): ceil(size / stride) outputs in each direction.
+
+    An odd zero goes to the right and to the bottom.
+    """
+    rows = max((-(-height // stride) - 1) * stride + kernel - height, 0)
+    columns = max((-(-width // stride) - 1) * stride + kernel - width, 0)
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+
+
+def output_size(size: int, kernel: int, stride: int, before: int, after: int) -> int:
+    """Rows or columns of a convolution's output; raises ValueError where the kernel does not fit."""
+    padded = size + before + after
+    if padded < kernel:
+        raise ValueError(
+            f"expected a padded size of at least the kernel's {kernel}, got {padded} ({size} before padding)"
+        )
+    return (padded - kernel) // stride + 1
+
+
+def any_requires_grad(*tensors: object) -> bool:
+    """Whether autograd would record a call on these tensors."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

@@ -1,0 +1,75 @@
+"""The depthwise convolution of a deferred activation: native on the CPU at inference, else the reference."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import cpu, dispatch, reference
+from effnet_kernels.deferred import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
+from effnet_kernels.ops.checks import (
+    any_requires_grad,
+    check_choice,
+    check_epilogue,
+    check_map,
+    check_prologue,
+    check_shape,
+    output_size,
+    resolve_padding,
+)
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: int = 1,
+    padding: int | Padding | str = 0,
+    prologue: Prologue | None = None,
+    epilogue: Epilogue | None = None,
+    reduction: Reduction = "none",
+) -> tuple[Tensor, Tensor | None]:
+    """k x k depthwise convolution of a deferred activation.
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64; channels-last is fastest.
+        weight: [C, 1, k, k], k odd.
+        stride: at least 1, of rows and columns alike.
+        padding: an integer, (left, right, top, bottom), or ``"same"`` (TensorFlow's); zeros after the prologue.
+        prologue: what is owed to ``x``, paid on load.
+        epilogue: what is applied to the output before it is stored.
+        reduction: ``"statistics"`` returns the [3, C] count, mean and M2 of the stored output beside it; ``"pool"``
+            its spatial mean [N, C] (the squeeze, at no pass of its own).
+
+    Returns:
+        ``(y [N, C, H', W'], None)``, ``(y, stats [3, C])`` or ``(y, pooled [N, C])``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option that does not fit.
+
+    Source: Howard et al. 2017 (MobileNets), section 3.1.
+    """
+    check_map(x)
+    check_choice(reduction, REDUCTIONS, "reduction")
+    kernel = weight.shape[-1]
+    if kernel % 2 == 0:
+        raise ValueError(f"weight: expected an odd kernel size, got {kernel}")
+    check_shape(weight, (x.shape[1], 1, kernel, kernel), "weight", x)
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride: expected an integer >= 1, got {stride!r}")
+    samples, channels, height, width = x.shape
+    left, right, top, bottom = pads = resolve_padding(padding, (height, width), kernel, stride)
+    rows = output_size(height, kernel, stride, top, bottom)
+    columns = output_size(width, kernel, stride, left, right)
+    check_prologue(prologue, x)
+    check_epilogue(epilogue, x, (samples, channels, rows, columns))
+    if prologue is None and has_native_depthwise(kernel) and reduction != "statistics":
+        vectors = epilogue or Epilogue()
+        if vectors.residual is None and dispatch.runs_natively(
+            x, any_requires_grad(x, weight, vectors.scale, vectors.shift)
+        ):
+            x = x.contiguous(memory_format=torch.channels_last)
+            return cpu.depthwise_conv(x, weight, stride, pads, epilogue, reduction == "pool")
+    return reference.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
+
+
+def has_native_depthwise(kernel: int) -> bool:
+    """Whether the native extension has a depthwise kernel of this size."""
+    return kernel in (3, 5, 7)

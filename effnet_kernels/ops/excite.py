@@ -1,0 +1,33 @@
+"""The excitation: from pooled channels to a gate."""
+
+from torch import Tensor
+
+from effnet_kernels import reference
+from effnet_kernels.deferred import Activation
+from effnet_kernels.ops.checks import check_activation, check_shape
+
+
+def excite(
+    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation = "silu"
+) -> Tensor:
+    """The gate of squeeze-and-excitation: ``sigmoid(w2 @ act(w1 @ pooled + b1) + b2)``, [N, C].
+
+    Args:
+        pooled: [N, C], fp32 (or fp64).
+        w1: [S, C] or [S, C, 1, 1], reduces to the S squeeze channels. b1: [S].
+        w2: [C, S] or [C, S, 1, 1], expands again. b2: [C].
+        act: the activation between them.
+
+    Raises ValueError for shapes, devices or an activation that do not fit.
+    Source: Hu et al. 2018, equation 3.
+    """
+    if pooled.dim() != 2:
+        raise ValueError(f"pooled: expected 2 dimensions [N, C], got shape {tuple(pooled.shape)}")
+    check_activation(act)
+    squeezed, channels = w1.shape[0], pooled.shape[1]
+    tail = (1, 1) if w1.dim() == 4 else ()
+    check_shape(w1, (squeezed, channels, *tail), "w1", pooled)
+    check_shape(b1, (squeezed,), "b1", pooled)
+    check_shape(w2, (channels, squeezed, *tail), "w2", pooled)
+    check_shape(b2, (channels,), "b2", pooled)
+    return reference.excite(pooled, w1, b1, w2, b2, act)

@@ -1,0 +1,46 @@
+"""BatchNorm as a scale and a shift."""
+
+from torch import Tensor
+
+from effnet_kernels import reference
+from effnet_kernels.ops.checks import check_shape
+
+
+def fold_batch_norm(
+    stats: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm as a scale and a shift for each channel.
+
+    Args:
+        stats: [3, C] count, mean and M2 of the raw output, to normalise by the batch's statistics; None to normalise
+            by the running ones.
+        weight, bias: [C], BatchNorm's gamma and beta; None for one and zero.
+        running_mean, running_var: [C]. With ``stats`` they are moved towards the batch's in place.
+        momentum: the weight of the new statistics, as ``torch.nn.BatchNorm2d`` has it.
+        eps: added to the variance.
+
+    Returns:
+        scale [C] and shift [C].
+
+    Raises:
+        ValueError: shapes or devices that do not fit, neither batch nor running statistics, or a single value a channel.
+
+    Source: Ioffe and Szegedy 2015, algorithms 1 and 2.
+    """
+    if stats is None and (running_mean is None or running_var is None):
+        raise ValueError("expected stats, or running_mean and running_var, got neither")
+    like = running_mean if stats is None else stats
+    assert like is not None
+    channels = like.shape[-1]
+    check_shape(stats, (3, channels), "stats", like)
+    for name, vector in zip(
+        ("weight", "bias", "running_mean", "running_var"), (weight, bias, running_mean, running_var), strict=True
+    ):
+        check_shape(vector, (channels,), name, like)
+    return reference.fold_batch_norm(stats, weight, bias, running_mean, running_var, momentum, eps)

@@ -1,0 +1,43 @@
+"""The 1x1 convolution of a deferred activation."""
+
+from torch import Tensor
+
+from effnet_kernels import reference
+from effnet_kernels.deferred import REDUCTIONS, Epilogue, Prologue, Reduction
+from effnet_kernels.ops.checks import check_choice, check_epilogue, check_map, check_prologue, check_shape
+
+
+def pointwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    prologue: Prologue | None = None,
+    epilogue: Epilogue | None = None,
+    reduction: Reduction = "none",
+) -> tuple[Tensor, Tensor | None]:
+    """1x1 convolution of a deferred activation (the expand and project convolutions of MBConv).
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64; channels-last is fastest.
+        weight: [K, C, 1, 1].
+        bias: [K].
+        prologue: what is owed to ``x``, paid on load.
+        epilogue: what is applied to the output before it is stored.
+        reduction: ``"statistics"`` returns the [3, K] count, mean and M2 of the stored output beside it; ``"pool"``
+            returns the spatial mean [N, K] instead of the output.
+
+    Returns:
+        ``(y [N, K, H, W], None)``, ``(y, stats [3, K])`` or ``(pooled [N, K], None)``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option that does not fit.
+
+    Source: Sandler et al. 2018 (MobileNetV2), section 3.3; Tan and Le 2019 (EfficientNet), section 4.
+    """
+    check_map(x)
+    check_choice(reduction, REDUCTIONS, "reduction")
+    check_shape(weight, (weight.shape[0], x.shape[1], 1, 1), "weight", x)
+    check_shape(bias, (weight.shape[0],), "bias", x)
+    check_prologue(prologue, x)
+    check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    return reference.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
