@@ -1,0 +1,75 @@
+"""What the tests share: tolerances, and comparisons by them."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# Relative RMS error allowed against the reference; no test loosens it locally.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of ``expected``."""
+    difference, expected = actual.detach().double() - expected.detach().double(), expected.detach().double()
+    return float(difference.norm() / expected.norm().clamp_min(1e-300))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """Same shape and dtype, finite where expected, and within the dtype's tolerance."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    error = relative_rms(actual, expected)
+    assert error <= (TOLERANCES[expected.dtype] if tolerance is None else tolerance), f"relative RMS error {error:.2e}"
+
+
+def assert_gradients_close(actual: nn.Module, expected: nn.Module) -> None:
+    """Every parameter's gradient to |d| <= 1e-3 |g| + 1e-5 max|g|, the maximum over the model.
+
+    Some BatchNorm biases have a true gradient of zero, so that a purely relative bound would test rounding.
+    """
+    largest = max(float(p.grad.abs().max()) for p in expected.parameters() if p.grad is not None)
+    for (name, p), q in zip(expected.named_parameters(), actual.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            excess = ((q.grad - p.grad).abs() - 1e-3 * p.grad.abs() - 1e-5 * largest).max()
+            assert excess <= 0, f"{name}: {float(excess):.2e} over the bound, largest gradient {largest:.2e}"
+
+
+def assert_buffers_close(actual: nn.Module, expected: nn.Module) -> None:
+    """Running statistics to 1e-5 of the standard deviation (means) and of themselves (variances), counts exactly.
+
+    A mean near zero is the rounding of its terms, so that it is measured by their spread.
+    """
+    ours = dict(actual.named_buffers())
+    for name, buffer in expected.named_buffers():
+        if name.endswith("running_mean"):
+            spread = expected.get_buffer(name.replace("running_mean", "running_var")).sqrt()
+            assert ((ours[name] - buffer).abs() <= 1e-5 * (spread + buffer.abs())).all(), name
+        elif name.endswith("running_var"):
+            assert ((ours[name] - buffer).abs() <= 1e-5 * buffer.abs()).all(), name
+        else:
+            assert torch.equal(ours[name], buffer), name
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every BatchNorm random weights and running statistics, so that nothing is hidden behind ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            tensors: Iterable[tuple[Tensor | None, float, float]] = (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 2.0),
+            )
+            for tensor, low, high in tensors:
+                if tensor is not None:
+                    tensor.data.uniform_(low, high, generator=generator)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_seed() -> None:
+    torch.manual_seed(0)

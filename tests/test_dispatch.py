@@ -1,0 +1,141 @@
+"""Which backend runs, what ``explain`` says of it, and what forcing one does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import effnet_kernels as ek
+from effnet_kernels import cpu, dispatch
+from effnet_kernels.dispatch import BackendError
+
+needs_native = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=f"the native extension is missing: {cpu.unavailable_reason()}"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ek.efficientnet_b0().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 3, 32, 32)
+
+
+def test_explain_names_every_layer_once_in_order(model, x):
+    rows = ek.explain(model, x)
+    names = [row.name for row in rows]
+    assert names[0] == "features.0"
+    assert names[-4:] == ["features.8", "avgpool", "classifier.0", "classifier.1"]
+    assert len(names) == len(set(names)) == 16 + 2 + 3
+    assert len(str(rows).splitlines()) == len(rows) + 1
+    assert rows[-1].backend == "torch"
+
+
+@needs_native
+def test_inference_runs_natively_and_training_says_why_it_does_not(model, x):
+    with torch.inference_mode():
+        rows = {row.name: row for row in ek.explain(model, x)}
+    assert rows["features.1.0"].backend == "cpu"
+    assert cpu.isa() in rows["features.1.0"].reason
+    assert rows["features.0"].backend == "torch"
+    rows = {row.name: row for row in ek.explain(model, x)}
+    assert rows["features.1.0"].backend == "torch"
+    assert "gradients are needed" in rows["features.1.0"].reason
+
+
+@needs_native
+def test_a_frozen_front_runs_natively_until_a_layer_needs_gradients(x):
+    model = ek.efficientnet_b0().eval()
+    for p in model.features[:4].parameters():
+        p.requires_grad_(False)
+    rows = {row.name: row.backend for row in ek.explain(model, x)}
+    assert rows["features.3.1"] == "cpu"
+    assert rows["features.4.0"] == "torch"
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x.double(), "float64"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: x[:0], "batch is empty"),
+        (lambda x: x[0], "3 dimensions"),
+    ],
+)
+def test_reasons_name_what_is_in_the_way(model, x, change, reason):
+    with torch.no_grad():
+        row = ek.explain(model, change(x))[1]
+    assert row.backend == "torch"
+    assert reason in row.reason
+
+
+def test_who_else_looks_at_the_calls_is_a_reason(x):
+    assert dispatch.interception(x) is None
+    with FlopCounterMode(display=False):
+        assert "mode" in dispatch.interception(x)
+    assert dispatch.interception(x) is None
+    seen = []
+    torch.func.vmap(lambda t: (seen.append(dispatch.interception(t)), t)[1])(x)
+    assert "torch.func" in seen[0] or "plain tensor" in seen[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not dispatch.runs_natively(x, needs_grad=False)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_forced_backend_runs_where_it_can(model, x, backend):
+    with ek.use_backend(backend):
+        assert {row.backend for row in ek.explain(model, x) if row.module == "MBConv"} == {backend}
+    with torch.inference_mode():
+        expected = model(x)
+        with ek.use_backend(backend):
+            assert (model(x) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@needs_native
+def test_a_forced_backend_that_cannot_run_is_an_error_that_says_why(model, x):
+    with ek.use_backend("cpu"), pytest.raises(BackendError, match="gradients are needed"):
+        model(x)
+    with ek.use_backend("cpu"), torch.no_grad():
+        assert model(x).shape == (1, 1000)
+        with pytest.raises(BackendError, match="float64"):
+            model.features[1][0](x.double().expand(1, 3, 32, 32)[:, :1].expand(1, 32, 32, 32))
+    with pytest.raises(BackendError, match="triton"), ek.use_backend("triton"):
+        pass
+    with pytest.raises(ValueError, match="expected a backend out of torch, reference, cpu, triton, got 'tpu'"):
+        ek.use_backend("tpu").__enter__()
+
+
+def in_subprocess(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_forces_a_backend_too():
+    code = "import torch, effnet_kernels as ek; print(ek.explain(ek.efficientnet_b0(), torch.ones(1, 3, 32, 32))[1])"
+    assert "backend='reference'" in in_subprocess(code, EFFNET_KERNELS_BACKEND="reference").stdout
+    wrong = in_subprocess(code, EFFNET_KERNELS_BACKEND="tpu")
+    assert "expected a backend out of" in wrong.stderr
+    assert wrong.returncode != 0
+
+
+def test_importing_brings_in_no_peer_no_gpu_runtime_no_compiler_and_no_network():
+    code = """
+import sys, socket, subprocess, torch
+before = set(sys.modules)
+def refuse(*args, **kwargs): raise AssertionError("the import reached outside")
+socket.socket.connect = subprocess.Popen.__init__ = refuse
+import effnet_kernels
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not torch.cuda.is_initialized()
+print(sorted(new & {"torchvision", "timm", "PIL", "tqdm", "triton", "skimage", "numpy", "safetensors"}))
+"""
+    result = in_subprocess(code)
+    assert result.stdout.strip() == "[]", result.stderr
