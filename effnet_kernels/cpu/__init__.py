@@ -1,0 +1,24 @@
+"""The native CPU kernels: whether they are there, which instruction set they use, and the checked calls into them.
+
+Importing this costs nothing and never fails; the extension is loaded at the first use.
+"""
+
+from effnet_kernels.cpu.depthwise import depthwise_conv
+from effnet_kernels.cpu.extension import (
+    NativeExtensionWarning,
+    describe,
+    isa,
+    supported_isas,
+    unavailable_reason,
+    warn_if_unavailable,
+)
+
+__all__ = [
+    "NativeExtensionWarning",
+    "depthwise_conv",
+    "describe",
+    "isa",
+    "supported_isas",
+    "unavailable_reason",
+    "warn_if_unavailable",
+]

@@ -1,0 +1,71 @@
+"""Loads the extension once and says why when it cannot."""
+
+import functools
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+# The extension shares torch's threads, so torch has to be in the process first.
+import torch  # noqa: F401
+
+FAILURE_FILE = Path(__file__).parents[1] / "_native_build_failure.txt"
+
+
+class NativeExtensionWarning(UserWarning):
+    """The compiled CPU kernels are missing, so CPU tensors run plain PyTorch."""
+
+
+@functools.cache
+def load() -> tuple[Any, str | None]:
+    """The extension module and None, or None and the reason."""
+    try:
+        return importlib.import_module("effnet_kernels._native"), None
+    except ImportError as error:
+        if FAILURE_FILE.exists():
+            built = FAILURE_FILE.read_text(encoding="utf-8", errors="replace").strip()
+            return None, f"the native extension was not built when effnet_kernels was installed:\n{built}"
+        return None, f"the native extension cannot be imported: {error}"
+
+
+def extension() -> Any:
+    """The extension module; RuntimeError with the reason where there is none."""
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"effnet_kernels has no CPU kernels here: {reason}")
+    return module
+
+
+def unavailable_reason() -> str | None:
+    """None where the extension can be used, otherwise why it cannot."""
+    return load()[1]
+
+
+@functools.cache
+def warn_if_unavailable() -> None:
+    """Warns, once in a process, where the extension is missing."""
+    reason = unavailable_reason()
+    if reason is not None:
+        warnings.warn(
+            f"CPU tensors run plain PyTorch: {reason}",
+            NativeExtensionWarning,
+            stacklevel=2,
+        )
+
+
+def isa() -> str:
+    """The instruction set in use. ValueError if ``EFFNET_KERNELS_ISA`` names one that cannot run here."""
+    return extension().selected_isa()
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that this build contains and this machine supports, the preferred one last."""
+    return extension().supported_isas()
+
+
+def describe() -> dict[str, object]:
+    """For ``effnet info``: ``isa``, ``supported_isas`` and ``threads`` (the library whose threads are shared)."""
+    reason = unavailable_reason()
+    if reason is not None:
+        return {"unavailable": reason}
+    return {"isa": isa(), "supported_isas": supported_isas(), "threads": extension().thread_runtime()}

@@ -1,0 +1,112 @@
+"""What the tests of the native kernels share: the rows of the kernel table, an exact reference, a raw call."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_kernels import cpu
+from effnet_kernels.cpu.depthwise import ACTIVATION_INDEX, output_size
+from effnet_kernels.cpu.extension import extension
+from effnet_kernels.deferred import Activation, Epilogue, Padding
+
+needs_native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks or maps guard pages: Linux only")
+
+
+def kernel_isas(op: str) -> list[str]:
+    """Every row of the table that this machine can run, those that only tests reach included."""
+    if cpu.unavailable_reason() is not None:
+        return []
+    return [row["isa"] for row in extension().kernels() if row["op"] == op and row["supported"]]
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+}
+
+
+def expected_depthwise(x: Tensor, weight: Tensor, stride: int, padding: Padding, epilogue: Epilogue | None) -> Tensor:
+    """The operator in float64 as torch has it."""
+    y = F.conv2d(F.pad(x.double(), padding), weight.double(), stride=stride, groups=x.shape[1])
+    if epilogue is None:
+        return y
+    if epilogue.scale is not None:
+        y = y * epilogue.scale.double().view(-1, 1, 1)
+    if epilogue.shift is not None:
+        y = y + epilogue.shift.double().view(-1, 1, 1)
+    return ACTIVATIONS[epilogue.act](y)
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected).square().sum().item()
+    return math.sqrt(difference / max(expected.square().sum().item(), 1e-60))
+
+
+def raw_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue | None = None,
+    isa: str | None = None,
+    threads: int = 1,
+    y: Tensor | None = None,
+    pooled: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The extension's own entry, with the instruction set and the outputs, full of NaN unless given, in the open."""
+    epilogue = epilogue or Epilogue()
+    (n, c, h, w), k = x.shape, weight.shape[-1]
+    left, right, top, bottom = padding
+    ho, wo = output_size(h, top, bottom, k, stride), output_size(w, left, right, k, stride)
+    if y is None:
+        y = torch.full((n, c, ho, wo), math.nan).to(memory_format=torch.channels_last)
+    if pooled is None:
+        pooled = torch.full((n, c), math.nan)
+    extension().depthwise_conv(
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if epilogue.scale is None else epilogue.scale.data_ptr(),
+        0 if epilogue.shift is None else epilogue.shift.data_ptr(),
+        y.data_ptr(),
+        pooled.data_ptr(),
+        n,
+        c,
+        h,
+        w,
+        ho,
+        wo,
+        k,
+        stride,
+        left,
+        top,
+        ACTIVATION_INDEX[epilogue.act],
+        threads,
+        isa,
+    )
+    return y, pooled
+
+
+def make_epilogue(channels: int, act: Activation) -> Epilogue:
+    return Epilogue(torch.rand(channels) + 0.5, torch.randn(channels), act)
+
+
+def python(code: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, with the tests' folder importable."""
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
