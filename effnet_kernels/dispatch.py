@@ -72,7 +72,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 def _checked(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"expected a backend out of {', '.join(BACKENDS)}, got {name!r}")
-    backend = cast(Backend, name)
+    backend: Backend = name
     if backend not in ("torch", "reference") and (reason := available()[backend]) is not None:
         raise BackendError(f"backend {name!r} was forced but cannot run: {reason}")
     return backend
@@ -174,5 +174,5 @@ def _cpu_obstacle(call: Call) -> str | None:
     reason = cpu.unavailable_reason()
     if reason is not None:
         cpu.warn_if_unavailable()
-        return f"the native extension is missing: {reason}"
+        return f"the native extension is missing: {reason.splitlines()[0]}"
     return None

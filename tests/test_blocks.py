@@ -117,7 +117,7 @@ def test_frozen_norms_in_a_training_model():
     assert torch.equal(ours.block[1][1].running_mean, block.block[1][1].running_mean)
 
 
-@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference", "cpu"])
 def test_outputs_come_in_the_inputs_memory_format(backend):
     if dispatch.available()[backend] is not None:
         pytest.skip(f"backend {backend}: {dispatch.available()[backend]}")

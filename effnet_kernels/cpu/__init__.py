@@ -12,12 +12,14 @@ from effnet_kernels.cpu.extension import (
     unavailable_reason,
     warn_if_unavailable,
 )
+from effnet_kernels.cpu.pointwise import pointwise_conv
 
 __all__ = [
     "NativeExtensionWarning",
     "depthwise_conv",
     "describe",
     "isa",
+    "pointwise_conv",
     "supported_isas",
     "unavailable_reason",
     "warn_if_unavailable",

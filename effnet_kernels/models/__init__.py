@@ -2,6 +2,22 @@
 
 from effnet_kernels.models.configs import VARIANTS, Variant
 from effnet_kernels.models.efficientnet import EfficientNet, build
+from effnet_kernels.models.pretrained import (
+    EfficientNet_B0_Weights,
+    EfficientNet_B1_Weights,
+    EfficientNet_B2_Weights,
+    EfficientNet_B3_Weights,
+    EfficientNet_B4_Weights,
+    EfficientNet_B5_Weights,
+    EfficientNet_B6_Weights,
+    EfficientNet_B7_Weights,
+    EfficientNet_Lite0_Weights,
+    EfficientNet_Lite1_Weights,
+    EfficientNet_Lite2_Weights,
+    EfficientNet_V2_L_Weights,
+    EfficientNet_V2_M_Weights,
+    EfficientNet_V2_S_Weights,
+)
 from effnet_kernels.models.variants import (
     create_model,
     efficientnet_b0,
@@ -56,6 +72,20 @@ from effnet_kernels.models.variants import (
 __all__ = [
     "VARIANTS",
     "EfficientNet",
+    "EfficientNet_B0_Weights",
+    "EfficientNet_B1_Weights",
+    "EfficientNet_B2_Weights",
+    "EfficientNet_B3_Weights",
+    "EfficientNet_B4_Weights",
+    "EfficientNet_B5_Weights",
+    "EfficientNet_B6_Weights",
+    "EfficientNet_B7_Weights",
+    "EfficientNet_Lite0_Weights",
+    "EfficientNet_Lite1_Weights",
+    "EfficientNet_Lite2_Weights",
+    "EfficientNet_V2_L_Weights",
+    "EfficientNet_V2_M_Weights",
+    "EfficientNet_V2_S_Weights",
     "Variant",
     "build",
     "create_model",

@@ -1,9 +1,9 @@
 """The released networks as rows of typed tables.
 
 V1: Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", Table 1 and the
-coefficients of its released code (B8 and L2 follow in Xie et al. 2020, AdvProp and Noisy Student). Lite: the same network
-without squeeze-and-excitation, with ReLU6 and an unscaled stem and head (TensorFlow's `efficientnet/lite`). V2: Tan and
-Le 2021, "EfficientNetV2: Smaller Models and Faster Training", Table 4 and its released code.
+coefficients of its released code (B8 and L2 follow in Xie et al. 2020, AdvProp and Noisy Student). Lite: the same
+network without squeeze-and-excitation, with ReLU6 and an unscaled stem and head (TensorFlow's `efficientnet/lite`).
+V2: Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", Table 4 and its released code.
 """
 
 from dataclasses import dataclass, replace

@@ -1,83 +1,38 @@
-"""State dicts of EfficientNets in torchvision's, timm's and lukemelas's format, recognised and converted.
+"""State dicts of EfficientNets in torchvision's, timm's and lukemelas's format, converted into each other.
 
-A state dict is read as a layout (which blocks of which kind each stage has); a format is the names that it gives to the
-modules of a layout. Ours is torchvision's. The names of timm are those of `timm.models.efficientnet`, the names of
-lukemelas those of the packages `efficientnet_pytorch` and `efficientnet_lite_pytorch`.
+What neither keys nor shapes reveal, BatchNorm's settings and the padding, is carried as :class:`Settings`.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from effnet_kernels.models.configs import VARIANTS, Variant
 from effnet_kernels.models.efficientnet import EfficientNet, build
+from effnet_kernels.models.formats import (
+    FORMATS,
+    Format,
+    detect_format,
+    is_beyond,
+    is_classifier,
+    layout_of,
+    module_names,
+    roles_of,
+)
 from effnet_kernels.modules import FusedMBConvConfig
 from effnet_kernels.modules.conv_bn_act import PaddingMode
-
-Format = Literal["torchvision", "timm", "lukemelas"]
-FORMATS: tuple[Format, ...] = ("torchvision", "timm", "lukemelas")
-
-# The convolutions of a block, by its kind, in the order in which they run.
-_CONVS = {
-    "separable": ("depthwise", "project"),
-    "inverted": ("expand", "depthwise", "project"),
-    "dense": ("dense",),
-    "fused": ("dense", "project"),
-}
-_TIMM_CONVS = {
-    "separable": ("conv_dw", "conv_pw"),
-    "inverted": ("conv_pw", "conv_dw", "conv_pwl"),
-    "dense": ("conv",),
-    "fused": ("conv_exp", "conv_pwl"),
-}
-_LUKEMELAS_CONVS = {
-    "expand": ("_expand_conv", "_bn0"),
-    "depthwise": ("_depthwise_conv", "_bn1"),
-    "project": ("_project_conv", "_bn2"),
-}
-_ENDS: dict[Format, tuple[str, str, str, str, str]] = {
-    "torchvision": ("features.0.0", "features.0.1", "features.{}.0", "features.{}.1", "classifier.1"),
-    "timm": ("conv_stem", "bn1", "conv_head", "bn2", "classifier"),
-    "lukemelas": ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc"),
-}
-
-
-class BlockKind(NamedTuple):
-    """``separable`` (no expansion), ``inverted``, ``dense`` (fused without expansion) or ``fused``; with or without SE."""
-
-    name: str
-    squeezes: bool = False
-
-
-Layout = list[list[BlockKind]]
-_KINDS = [BlockKind(name, squeezes) for name in ("separable", "inverted") for squeezes in (True, False)]
-_KINDS += [BlockKind("dense"), BlockKind("fused")]
-
-
-def detect_format(state_dict: Mapping[str, Any]) -> Format:
-    """Whose names the keys are; raises ValueError, with the first of them, where they are nobody's."""
-    for form, prefixes in (
-        ("torchvision", ("features.",)),
-        ("timm", ("conv_stem.", "blocks.")),
-        ("lukemelas", ("_conv_stem.", "_blocks.")),
-    ):
-        if any(key.startswith(prefixes) for key in state_dict):
-            return cast(Format, form)
-    keys = ", ".join(repr(key) for key in list(state_dict)[:3]) or "none at all"
-    raise ValueError(
-        f"expected an EfficientNet's state dict in the format of {', '.join(FORMATS)}; its first keys: {keys}"
-    )
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict inside a training checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
 
     As timm does, averaged weights are preferred: the entries ``state_dict_ema``, ``model_ema``, ``state_dict`` and
-    ``model`` are tried in this order, then the checkpoint itself. Raises TypeError for what is not a mapping, ValueError
-    for an entry that is no tensor.
+    ``model`` are tried in this order, then the checkpoint itself.
+
+    Raises TypeError for what is not a mapping, ValueError for an entry that is no tensor.
     """
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
@@ -118,7 +73,7 @@ def convert_state_dict(
     state_dict = unwrap(state_dict)
     source = detect_format(state_dict)
     layout = layout_of(state_dict if like is None else like.state_dict())
-    renamed = dict(zip(_module_names(source, layout), _module_names(to, layout), strict=True))
+    renamed = dict(zip(module_names(source, layout), module_names(to, layout), strict=True))
     converted, strangers = {}, []
     for key, value in state_dict.items():
         module, _, leaf = key.rpartition(".")
@@ -142,13 +97,13 @@ def load_checkpoint(
     Args:
         skip_classifier, skip_stem: leave the classifier, or the first convolution, as it is.
 
-    Raises ValueError that names the first missing, unexpected and misshapen keys (in the checkpoint's own names) and the
-    variant that the checkpoint seems to be of; the model is untouched then.
+    Raises ValueError that names the first missing, unexpected and misshapen keys (in the checkpoint's own names) and
+    the variant that the checkpoint seems to be of; the model is untouched then.
     """
     state_dict = unwrap(checkpoint)
     own = model.state_dict()
     source, layout = detect_format(state_dict), layout_of(own)
-    theirs, ours = _module_names(source, layout), _module_names(detect_format(own), layout)
+    theirs, ours = module_names(source, layout), module_names(detect_format(own), layout)
     module_of = dict(zip(ours, theirs, strict=True))
     skipped = {ours[-1]} if skip_classifier else set()
     if skip_stem:
@@ -169,9 +124,9 @@ def load_checkpoint(
         for key in state_dict
         if key not in wanted
         and key not in skipped_keys
-        and not (skip_classifier and _is_classifier(key, source))
-        and not (not has_classifier and _is_classifier(key, source))
-        and not (not has_head and _is_beyond(key, source, layout))
+        and not (skip_classifier and is_classifier(key, source))
+        and not (not has_classifier and is_classifier(key, source))
+        and not (not has_head and is_beyond(key, source, layout))
     ]
     missing = [key for key in wanted if key not in state_dict and not key.endswith(".num_batches_tracked")]
     misshapen = [
@@ -193,14 +148,14 @@ def guess_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
         form, layout = detect_format(state_dict), layout_of(state_dict)
     except ValueError:
         return None
-    names = iter(_module_names(form, layout)[2:])
+    names = iter(module_names(form, layout)[2:])
     signature = []
     for stage in layout:
         channels = 0
         for kind in stage:
-            modules = [next(names) for _ in _roles(kind)]
+            modules = [next(names) for _ in roles_of(kind)]
             weight = state_dict.get(f"{modules[-2]}.weight")
-            channels = 0 if weight is None else weight.shape[0]
+            channels = channels if weight is None else weight.shape[0]
         signature.append((stage[-1].squeezes, len(stage), channels))
     for variant in VARIANTS.values():
         configs = variant.block_configs()
@@ -210,6 +165,12 @@ def guess_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
         ]:
             return variant
     return None
+
+
+def count_classes(state_dict: Mapping[str, Tensor]) -> int:
+    """Outputs of the classifier in a state dict of any format; 0 where it has none."""
+    form = detect_format(state_dict)
+    return next((len(t) for key, t in state_dict.items() if is_classifier(key, form) and key.endswith(".bias")), 0)
 
 
 @dataclass(frozen=True)
@@ -281,124 +242,6 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
     for module in target.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eps, module.momentum = given.bn_eps, given.bn_momentum
-
-
-def layout_of(state_dict: Mapping[str, Tensor]) -> Layout:
-    """The kinds of the blocks, stage by stage; raises ValueError for a block of no known kind."""
-    form = detect_format(state_dict)
-    blocks: dict[tuple[int, ...], dict[str, set[str]]] = {}
-    depth = 1 if form == "lukemelas" else 2
-    for key in state_dict:
-        parts = key.split(".")
-        in_block = parts[3:4] == ["block"] if form == "torchvision" else parts[0] in ("blocks", "_blocks")
-        if in_block and all(part.isdigit() for part in parts[1 : 1 + depth]):
-            place = tuple(int(part) for part in parts[1 : 1 + depth])
-            prefix = ".".join(parts[: 1 + depth])
-            blocks.setdefault(place, {}).setdefault(prefix, set()).add(".".join(parts[1 + depth : -1]))
-    found = {}
-    for place in sorted(blocks):
-        ((prefix, modules),) = blocks[place].items()
-        found[place] = (_kind_of(form, prefix, modules, state_dict), prefix)
-    stages: dict[int, list[BlockKind]] = {}
-    stage, previous = 0, None
-    for place, (kind, prefix) in found.items():
-        if form == "lukemelas":
-            shapes = _block_shapes(prefix, state_dict)
-            stage += previous is not None and shapes != previous
-            # Within a stage the blocks after the first have the stage's channels as their inputs.
-            previous = shapes
-            stages.setdefault(stage, []).append(kind)
-        else:
-            stages.setdefault(place[0], []).append(kind)
-    return list(stages.values())
-
-
-def _block_shapes(prefix: str, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Output channels and kernel size of a lukemelas block: blocks that share them follow each other in one stage."""
-    project, depthwise = state_dict[f"{prefix}._project_conv.weight"], state_dict[f"{prefix}._depthwise_conv.weight"]
-    return project.shape[0], depthwise.shape[-1]
-
-
-def _kind_of(form: Format, prefix: str, modules: set[str], state_dict: Mapping[str, Tensor]) -> BlockKind:
-    best, best_distance = _KINDS[0], len(modules) + 1
-    for kind in _KINDS:
-        if form == "lukemelas" and kind.name in ("dense", "fused"):
-            continue
-        names = _block_names(form, kind)
-        # torchvision numbers the convolutions; only a depthwise kernel, with one input channel, tells them apart.
-        first = state_dict.get(f"{prefix}.{names[0]}.weight")
-        if form == "torchvision" and kind.name != "inverted" and first is not None:
-            is_depthwise = first.dim() == 4 and first.shape[1] == 1
-            if is_depthwise != (kind.name == "separable"):
-                continue
-        # The nearest kind, not only an equal one, so that a damaged block is reported by its missing keys.
-        distance = len(modules.symmetric_difference(names))
-        if distance < best_distance:
-            best, best_distance = kind, distance
-    return best
-
-
-def _roles(kind: BlockKind) -> list[str]:
-    """The modules of a block in the order of the state dict: ``conv`` and ``bn`` of each convolution, and SE's two."""
-    roles = []
-    for conv in _CONVS[kind.name]:
-        if conv == "project" and kind.squeezes:
-            roles += ["reduce", "excite"]
-        roles += [f"{conv}.conv", f"{conv}.bn"]
-    return roles
-
-
-def _block_names(form: Format, kind: BlockKind) -> list[str]:
-    """A format's names for the modules of a block, in the order of :func:`_roles`."""
-    names: list[str] = []
-    for index, conv in enumerate(_CONVS[kind.name]):
-        last = conv == "project" and kind.squeezes
-        if form == "torchvision":
-            names += [f"block.{index}.fc1", f"block.{index}.fc2"] if last else []
-            names += [f"block.{index + last}.0", f"block.{index + last}.1"]
-        elif form == "timm":
-            names += ["se.conv_reduce", "se.conv_expand"] if last else []
-            names += [_TIMM_CONVS[kind.name][index], f"bn{index + 1}"]
-        elif conv in _LUKEMELAS_CONVS:
-            names += ["_se_reduce", "_se_expand"] if last else []
-            names += _LUKEMELAS_CONVS[conv]
-        else:
-            raise ValueError("expected a network without Fused-MBConv blocks: lukemelas's format has no names for them")
-    return names
-
-
-def _module_names(form: Format, layout: Layout) -> list[str]:
-    """A format's names for all modules with tensors, in the order of the network: stem, blocks, head, classifier."""
-    stem_conv, stem_bn, head_conv, head_bn, classifier = (name.format(len(layout) + 1) for name in _ENDS[form])
-    names, index = [stem_conv, stem_bn], 0
-    for stage, kinds in enumerate(layout):
-        for block, kind in enumerate(kinds):
-            prefix = {
-                "torchvision": f"features.{stage + 1}.{block}",
-                "timm": f"blocks.{stage}.{block}",
-                "lukemelas": f"_blocks.{index}",
-            }[form]
-            names += [f"{prefix}.{name}" for name in _block_names(form, kind)]
-            index += 1
-    return [*names, head_conv, head_bn, classifier]
-
-
-def _is_classifier(key: str, form: Format) -> bool:
-    return key.startswith(f"{_ENDS[form][-1]}.")
-
-
-def _is_beyond(key: str, form: Format, layout: Layout) -> bool:
-    """Whether a key belongs to what comes after these stages: further stages, the head, the classifier."""
-    if form == "torchvision":
-        part, limit = "features", len(layout)
-    elif form == "timm":
-        part, limit = "blocks", len(layout) - 1
-    else:
-        part, limit = "_blocks", sum(len(stage) for stage in layout) - 1
-    first, *rest = key.split(".")
-    if first == part:
-        return rest[0].isdigit() and int(rest[0]) > limit
-    return key.startswith(tuple(f"{name}." for name in _ENDS[form][2:]))
 
 
 def _first(keys: Iterable[str]) -> str:

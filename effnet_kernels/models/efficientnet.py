@@ -127,7 +127,7 @@ class EfficientNet(nn.Module):
         if self.features_only:
             raise ValueError("expected a model with a classifier, got one that was built with features_only=True")
         _check_num_classes(num_classes)
-        like = self.features[-1][0].weight
+        like = next(self.features[-1].parameters())
         classifier = _make_classifier(self.num_features, num_classes)
         _initialise(classifier)
         self.classifier[1] = classifier.to(like.device, like.dtype).train(self.training)
@@ -214,14 +214,12 @@ def _check_arguments(
 ) -> None:
     if not settings:
         raise ValueError("inverted_residual_setting: expected at least one stage, got none")
-    if not isinstance(settings, Sequence) or not all(isinstance(config, BlockConfig) for config in settings):
+    kinds = {type(config) for config in settings} if isinstance(settings, Sequence) else {type(settings)}
+    if not all(issubclass(kind, BlockConfig) for kind in kinds):
+        got = ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds))
         raise TypeError(
-            "inverted_residual_setting: expected a sequence of effnet_kernels' MBConvConfig or FusedMBConvConfig, got "
-            + (
-                ", ".join({type(c).__qualname__ for c in settings})
-                if isinstance(settings, Sequence)
-                else repr(settings)
-            )
+            f"inverted_residual_setting: expected a sequence of this package's MBConvConfig or "
+            f"FusedMBConvConfig, got {got}"
         )
     _check_num_classes(num_classes)
     if not isinstance(in_chans, int) or in_chans < 1:

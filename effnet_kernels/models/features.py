@@ -40,7 +40,7 @@ class Features(nn.Sequential):
 
 
 class Feature(NamedTuple):
-    """One feature map: its index in ``features``, its channels, and how many pixels of the image a pixel of it spans."""
+    """A feature map: its index in ``features``, its channels, and the pixels of the image that one of its own spans."""
 
     layer: int
     channels: int

@@ -1,8 +1,8 @@
 """Compound scaling (Tan and Le 2019, section 3.3).
 
-From a baseline, a network ``phi`` steps up has depth alpha ** phi, width beta ** phi and resolution gamma ** phi times the
-baseline's, with alpha * beta ** 2 * gamma ** 2 near 2, so that each step about doubles the arithmetic. The paper's grid
-search on B0 found alpha 1.2, beta 1.1, gamma 1.15, whose product is 1.92.
+From a baseline, a network ``phi`` steps up has depth alpha ** phi, width beta ** phi and resolution gamma ** phi times
+the baseline's, with alpha * beta ** 2 * gamma ** 2 near 2, so that each step about doubles the arithmetic. The paper's
+grid search on B0 found alpha 1.2, beta 1.1, gamma 1.15, whose product is 1.92.
 
 The released networks are not on this curve: their coefficients were rounded, and not all by one phi. B1 (width 1.0,
 depth 1.1, resolution 240) is near phi 0.5 and B4 near 3.5. ``efficientnet_b1`` and its siblings are the released table,

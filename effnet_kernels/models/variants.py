@@ -1,11 +1,15 @@
 """The released networks by name."""
 
 import difflib
+import warnings
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from effnet_kernels.models.configs import VARIANTS, Variant
-from effnet_kernels.models.convert import load_checkpoint
+from effnet_kernels.models.convert import convert_state_dict, count_classes, load_checkpoint, unwrap
 from effnet_kernels.models.efficientnet import EfficientNet, build
+from effnet_kernels.models.formats import detect_format
 from effnet_kernels.models.pretrained import resolve_weights
 
 
@@ -27,7 +31,8 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         weights: the name or member of a weight enum, an http(s) URL, or a path to ``.pth`` or ``.safetensors``, in
             torchvision's, timm's or lukemelas's format; None for initial weights.
         progress: whether a download shows its progress.
-        **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` must fit the weights or be 0.
+        **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` must be the weights' or 0. With other than 3
+            ``in_chans`` the stem's weights are adapted as timm does.
 
     Raises:
         ValueError: an unknown name, an argument or weights that do not fit.
@@ -35,15 +40,41 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     variant = find_variant(name)
     if weights is None:
         return build(variant, **kwargs)
-    source = resolve_weights(variant.name, weights)
-    categories = source.meta.get("categories")
-    if categories is not None and not kwargs.get("features_only"):
-        classes = kwargs.setdefault("num_classes", len(categories))
-        if classes not in (0, len(categories)):
-            raise ValueError(f"num_classes: expected {len(categories)}, which the weights have, or 0, got {classes!r}")
+    source = resolve_weights(name, weights)
+    state_dict = unwrap(source.get_state_dict(progress=progress, check_hash=True))
+    # Weights of our table bring the settings that they were trained with: the Lite ones are TensorFlow's.
+    variant = find_variant(source.variant or name)
+    if source.variant == "" and variant.padding != "same" and detect_format(state_dict) == "lukemelas":
+        warnings.warn(
+            f"the checkpoint is in lukemelas's format, whose networks have SAME padding and BatchNorm eps 1e-3: "
+            f"'tf_{name}' computes what it was trained for",
+            stacklevel=2,
+        )
+    classes = count_classes(state_dict)
+    if not kwargs.get("features_only") and kwargs.setdefault("num_classes", classes) not in (0, classes):
+        got = kwargs["num_classes"]
+        raise ValueError(f"num_classes: expected {classes}, which the weights have, or 0, got {got!r}")
     model = build(variant, **kwargs)
-    load_checkpoint(model, source.get_state_dict(progress=progress, check_hash=True))
+    if model.in_chans != 3:
+        state_dict = _adapt_stem(convert_state_dict(state_dict, like=model), model.in_chans)
+    load_checkpoint(model, state_dict)
     return model
+
+
+def _adapt_stem(state_dict: dict[str, Tensor], in_chans: int) -> dict[str, Tensor]:
+    """Weights for images of ``in_chans`` channels from weights for RGB, as timm adapts them.
+
+    The sum over the channels for one; else the channels repeated, scaled so that outputs keep their size.
+    """
+    key = "features.0.0.weight"
+    rgb = state_dict[key]
+    if rgb.shape[1] == in_chans:
+        return state_dict
+    if in_chans == 1:
+        adapted = rgb.sum(dim=1, keepdim=True)
+    else:
+        adapted = rgb.repeat(1, -(-in_chans // 3), 1, 1)[:, :in_chans] * (3 / in_chans)
+    return {**state_dict, key: adapted}
 
 
 class Builder(Protocol):

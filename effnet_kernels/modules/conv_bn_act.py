@@ -106,7 +106,9 @@ class ConvBnAct(OperatorModule, nn.Sequential):
             return ops.pointwise_conv(x, conv.weight, conv.bias, owed, epilogue, reduction)
         if self.is_depthwise():
             same = isinstance(conv, Conv2dSame)
-            padding = resolve_padding("same" if same else int(conv.padding[0]), x.shape[-2:], kernel, stride)
+            padding = resolve_padding(
+                "same" if same else int(conv.padding[0]), (x.shape[2], x.shape[3]), kernel, stride
+            )
             return ops.depthwise_conv(x, conv.weight, stride, padding, owed, epilogue, reduction)
         # A dense convolution is torch's own; what surrounds it is ours.
         assert owed is None

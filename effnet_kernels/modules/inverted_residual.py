@@ -1,6 +1,7 @@
 """What MBConv and Fused-MBConv have in common."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -61,5 +62,5 @@ class InvertedResidual(OperatorModule):
             return f"block has {len(self.block)} children, not {len(expected)}"
         for index, (layer, kind) in enumerate(zip(self.block, expected, strict=False)):
             name = f"block.{index}"
-            obstacle = obstacle or inner_obstacle(layer, kind, name) or layer.obstacle(name)
+            obstacle = obstacle or inner_obstacle(layer, kind, name) or cast(Any, layer).obstacle(name)
         return obstacle

@@ -29,7 +29,7 @@ def fold_batch_norm(
         scale [C] and shift [C].
 
     Raises:
-        ValueError: shapes or devices that do not fit, neither batch nor running statistics, or a single value a channel.
+        ValueError: shapes or devices that do not fit, or neither batch nor running statistics.
 
     Source: Ioffe and Szegedy 2015, algorithms 1 and 2.
     """

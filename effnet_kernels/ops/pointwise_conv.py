@@ -1,10 +1,18 @@
 """The 1x1 convolution of a deferred activation."""
 
+import torch
 from torch import Tensor
 
-from effnet_kernels import reference
+from effnet_kernels import cpu, dispatch, reference
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Prologue, Reduction
-from effnet_kernels.ops.checks import check_choice, check_epilogue, check_map, check_prologue, check_shape
+from effnet_kernels.ops.checks import (
+    any_requires_grad,
+    check_choice,
+    check_epilogue,
+    check_map,
+    check_prologue,
+    check_shape,
+)
 
 
 def pointwise_conv(
@@ -40,4 +48,13 @@ def pointwise_conv(
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    if reduction == "none" and _owes_at_most_a_gate(prologue):
+        gate = None if prologue is None else prologue.gate
+        if dispatch.runs_natively(x, any_requires_grad(x, weight, bias, gate, *(epilogue or ()))):
+            x = x.contiguous(memory_format=torch.channels_last)
+            return cpu.pointwise_conv(x, weight, bias, gate, epilogue or Epilogue()), None
     return reference.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
+
+
+def _owes_at_most_a_gate(prologue: Prologue | None) -> bool:
+    return prologue is None or (prologue.scale is None and prologue.shift is None and prologue.act == "none")

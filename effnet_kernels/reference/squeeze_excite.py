@@ -20,7 +20,9 @@ def excite(
 
     pooled [N, C], w1 [S, C] or [S, C, 1, 1], b1 [S], w2 [C, S] or [C, S, 1, 1], b2 [C]; the gate is [N, C].
     """
-    w1, b1, w2, b2 = (None if t is None else t.to(pooled.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
-    assert w1 is not None
-    assert w2 is not None
-    return torch.sigmoid(F.linear(activate(F.linear(pooled, w1, b1), act), w2, b2))
+    squeezed = F.linear(pooled, *_in_dtype_of(pooled, w1, b1))
+    return torch.sigmoid(F.linear(activate(squeezed, act), *_in_dtype_of(pooled, w2, b2)))
+
+
+def _in_dtype_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -1,0 +1,242 @@
+"""The command ``effnet``: one function per subcommand, which returns the exit status."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO
+
+# Imports of torch and of the package's parts are inside the functions: ``effnet --help`` has nothing to wait for.
+
+EXIT_OK = 0
+EXIT_SOME_FAILED = 1
+EXIT_USAGE = 2
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments (the process's by default) and returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of stdout has gone; what is buffered must not fail again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_SOME_FAILED
+        print(f"effnet: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """Classifies photographs. Status 0; 1 where one could not be read; 2 where nothing could be done."""
+    from effnet_kernels import predict as p
+
+    if arguments.paths:
+        photos = p.find_photos(arguments.paths)
+        if not any(os.path.isfile(photo.name) for photo in photos):
+            raise UsageError(f"found no photograph in {', '.join(arguments.paths)}")
+    else:
+        photos = p.demo_photos()
+    device = _device(arguments.device)
+    model, preprocess, class_names = _model(arguments.model, arguments.weights)
+    predictions = p.predict(
+        model,
+        photos,
+        preprocess,
+        class_names,
+        topk=arguments.topk,
+        batch_size=arguments.batch_size,
+        device=device,
+    )
+    failed = False
+    for prediction in p.progress_bar(predictions, len(photos)):
+        if prediction.error is not None:
+            failed = True
+            _say(f"effnet: skipped {prediction.error}", sys.stderr)
+        else:
+            _say(_as_json(prediction) if arguments.json else _as_text(prediction), sys.stdout)
+    return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Prints versions, devices, and what each backend can do here. Status 0."""
+    facts = _facts()
+    if arguments.json:
+        print(json.dumps(facts, indent=2, default=str))
+        return EXIT_OK
+    for section, values in facts.items():
+        print(section)
+        width = max(len(name) for name in values)
+        for name, value in values.items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            print(f"  {name:<{width}}  {shown}".replace("\n", "\n" + " " * (width + 4)))
+    return EXIT_OK
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from effnet_kernels import __version__, cpu, dispatch
+
+    def version(distribution: str) -> str:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    devices = {"cpu": f"{os.cpu_count()} processors, torch uses {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            devices[f"cuda:{index}"] = f"{facts.name}, compute capability {facts.major}.{facts.minor}"
+    try:
+        native = cpu.describe()
+    # EFFNET_KERNELS_ISA may name an instruction set that is not there.
+    except ValueError as error:
+        native = {"unavailable": str(error)}
+    reasons = dispatch.available()
+    return {
+        "versions": {
+            "effnet_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: version(name) for name in ("triton", "pillow", "tqdm", "safetensors")},
+            "system": platform.platform(),
+        },
+        "devices": devices,
+        "native extension": native,
+        "backends": {name: "available" if why is None else f"unavailable: {why}" for name, why in reasons.items()},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="effnet", description="EfficientNet, trained or not, fast.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_predict(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_predict(commands: Any) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="say what photographs show",
+        description="Says what photographs show. Without --model, with the Lite0 weights of the extra "
+        "effnet-kernels[demo], which need no download; without PHOTO, of three photographs from scikit-image.",
+        epilog="Exit status: 0; 1 where a photograph could not be read (it is named on stderr and skipped); 2 where "
+        "nothing could be done.",
+    )
+    command.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PHOTO",
+        help="a file, or a folder, in which JPEG, PNG, WebP, BMP, GIF and TIFF files are found at any depth",
+    )
+    command.add_argument("--model", help="such as efficientnet_b0, efficientnet_v2_s or tf_efficientnet_lite0")
+    command.add_argument(
+        "--weights", help="a name such as IMAGENET1K_V1, an http(s) URL, or a path to .pth or .safetensors; DEFAULT"
+    )
+    command.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes per photograph; 5")
+    command.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="photographs at a time; 16")
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; cpu")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help='print JSON lines, one object a photograph: {"photo", "predictions": [{"class", "index", "probability"}]}',
+    )
+    command.set_defaults(run=run_predict)
+
+
+def _add_info(commands: Any) -> None:
+    command = commands.add_parser("info", help="print versions, devices and what each backend can do here")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=run_info)
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any) -> NoReturn:
+        from effnet_kernels import __version__
+
+        print(f"effnet-kernels {__version__}")
+        raise SystemExit(EXIT_OK)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return number
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # Each device type has its own error for not being there.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] | None]:
+    """The trained model, its preprocessing and its class names."""
+    from effnet_kernels.models.configs import VARIANTS
+    from effnet_kernels.models.convert import count_classes, load_checkpoint, unwrap
+    from effnet_kernels.models.efficientnet import build
+    from effnet_kernels.models.pretrained import imagenet_classes, resolve_weights
+    from effnet_kernels.models.variants import find_variant
+
+    if name is None and weights is not None:
+        raise UsageError("--weights: expected --model beside it, to say which network they are for")
+    variant = find_variant(name or "tf_efficientnet_lite0")
+    source = resolve_weights(variant.name, weights or "DEFAULT")
+    try:
+        state_dict = unwrap(source.get_state_dict())
+    except ModuleNotFoundError as error:
+        hint = "; or give --model efficientnet_b0, whose weights are downloaded" if name is None else ""
+        raise UsageError(f"{error}{hint}") from error
+    classes = count_classes(state_dict)
+    if classes == 0:
+        raise UsageError(f"--weights {weights}: expected a checkpoint with a classifier, got one without")
+    model = build(VARIANTS[source.variant or variant.name], num_classes=classes)
+    load_checkpoint(model, state_dict)
+    names = source.meta.get("categories") or (imagenet_classes() if classes == 1000 else None)
+    return model, source.transforms(), names
+
+
+def _as_text(prediction: Any) -> str:
+    lines = [f"  {guess.probability:7.2%}  {guess.name}" for guess in prediction.guesses]
+    return "\n".join([prediction.photo, *lines])
+
+
+def _as_json(prediction: Any) -> str:
+    guesses = [{"class": g.name, "index": g.index, "probability": g.probability} for g in prediction.guesses]
+    return json.dumps({"photo": prediction.photo, "predictions": guesses})
+
+
+def _say(text: str, file: TextIO) -> None:
+    """Prints a line above the progress bar, if there is one; what the file cannot encode is escaped."""
+    encoding = file.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=file)
+    else:
+        print(text, file=file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""From a photograph to a network's input."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImagePreprocess:
+    """Resize, crop the centre, scale to [0, 1], normalise: ``torchvision.transforms``' preset, to the last bit.
+
+    Attributes:
+        crop_size: rows and columns of the result; smaller images get a black border.
+        resize_size: the shorter side before the crop.
+        interpolation: of the resize, with antialiasing.
+        mean, std: per channel, of values in [0, 1].
+    """
+
+    crop_size: int
+    resize_size: int
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, image: Any) -> Tensor:
+        """The network's input.
+
+        Args:
+            image: a PIL image (converted to RGB), a uint8 array [H, W, 3], or a tensor [..., 3, H, W], uint8 or
+                floating with values in [0, 1]. PIL resizes a PIL image; torch's resize of a tensor differs in rounding.
+
+        Returns float32 [3, crop_size, crop_size], or [..., 3, crop_size, crop_size] for a tensor with batch dimensions.
+
+        Raises TypeError for another type or dtype, ValueError for another shape.
+        """
+        if isinstance(image, Tensor):
+            pixels = self._resize_tensor(_checked(image))
+        elif hasattr(image, "convert") and hasattr(image, "resize"):
+            pixels = self._resize_pil(image)
+        elif hasattr(image, "__array_interface__"):
+            array = torch.as_tensor(image)
+            if array.dtype != torch.uint8 or array.dim() != 3 or array.shape[2] != 3:
+                raise ValueError(f"expected a uint8 array [H, W, 3], got {array.dtype} {list(array.shape)}")
+            pixels = self._resize_tensor(_checked(array.permute(2, 0, 1)))
+        else:
+            raise TypeError(f"expected a PIL image, a uint8 array or a tensor, got {type(image).__name__}")
+        pixels = _center_crop(pixels, self.crop_size)
+        pixels = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels.to(torch.float32)
+        mean, std = pixels.new_tensor(self.mean), pixels.new_tensor(self.std)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+    def _resize_pil(self, image: Any) -> Tensor:
+        from PIL import Image
+
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        height, width = self._resized(image.height, image.width)
+        modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), modes[self.interpolation])
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(height, width, 3).permute(2, 0, 1)
+
+    def _resize_tensor(self, image: Tensor) -> Tensor:
+        size = self._resized(*image.shape[-2:])
+        if size == tuple(image.shape[-2:]):
+            return image
+        exact = image if image.dtype in (torch.float32, torch.float64) else image.to(torch.float32)
+        batch = exact.reshape(-1, *exact.shape[-3:])
+        resized = F.interpolate(batch, size, mode=self.interpolation, align_corners=False, antialias=True)
+        if image.dtype == torch.uint8:
+            # Bicubic interpolation overshoots the range of the pixels.
+            resized = resized.clamp(0, 255).round()
+        return resized.reshape(*exact.shape[:-2], *size).to(image.dtype)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if min(height, width) == 0:
+            raise ValueError(f"expected an image with pixels, got {height}x{width}")
+        longer = int(self.resize_size * max(height, width) / min(height, width))
+        return (longer, self.resize_size) if width <= height else (self.resize_size, longer)
+
+
+def _checked(image: Tensor) -> Tensor:
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"expected a uint8 or floating tensor, got {image.dtype}")
+    if image.dim() < 3 or image.shape[-3] != 3:
+        raise ValueError(f"expected a tensor [..., 3, H, W], got {list(image.shape)}")
+    return image
+
+
+def _center_crop(image: Tensor, size: int) -> Tensor:
+    """The middle ``size`` rows and columns, of the image with a border of zeros where it is smaller."""
+    height, width = image.shape[-2:]
+    rows, columns = max(size - height, 0), max(size - width, 0)
+    if rows or columns:
+        image = F.pad(image, [columns // 2, (columns + 1) // 2, rows // 2, (rows + 1) // 2])
+    top = round((image.shape[-2] - size) / 2)
+    left = round((image.shape[-1] - size) / 2)
+    return image[..., top : top + size, left : left + size]

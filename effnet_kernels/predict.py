@@ -1,0 +1,203 @@
+"""From photographs to class names and probabilities."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A name to print, and how to get the photograph as an RGB image of PIL."""
+
+    name: str
+    open: Callable[[], "Image"]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class: its name, its index among the classifier's outputs, and its softmax probability."""
+
+    name: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one photograph: guesses, the likeliest first, or why it could not be read."""
+
+    photo: str
+    guesses: list[Guess]
+    error: str | None = None
+
+
+def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Photo]:
+    """The files that are named, and, in sorted order, those that lie at any depth in the folders that are named.
+
+    In folders a photograph is what has a suffix out of ``PHOTO_SUFFIXES`` and no dot before its name. A file that is
+    named is taken as it is, whether it exists or not: opening it raises.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(_walk(path)) if path.is_dir() else [path]
+    return [Photo(str(file), lambda file=file: load_photo(file)) for file in files]  # type: ignore[misc]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in PHOTO_SUFFIXES:
+                yield Path(directory, name)
+
+
+def demo_photos() -> list[Photo]:
+    """scikit-image's chelsea (a cat), rocket and coffee.
+
+    Raises ModuleNotFoundError, with the command that installs it, where scikit-image is missing.
+    """
+    if importlib.util.find_spec("skimage") is None:
+        raise ModuleNotFoundError(
+            'the demo photographs are in scikit-image: pip install "effnet-kernels[demo]"', name="skimage"
+        )
+
+    def open_photo(name: str) -> "Image":
+        import skimage.data
+
+        return _pillow().fromarray(getattr(skimage.data, name)())
+
+    return [Photo(name, lambda name=name: open_photo(name)) for name in ("chelsea", "rocket", "coffee")]  # type: ignore[misc]
+
+
+def load_photo(path: str | os.PathLike[str]) -> "Image":
+    """The photograph as it should be seen, as an RGB image of PIL: turned as its EXIF says, 8 bits a channel.
+
+    Transparent parts become white. The first frame of several is taken.
+
+    Raises OSError or ValueError, naming the path, for a file that cannot be read; ModuleNotFoundError without Pillow.
+    """
+    image_module = _pillow()
+    from PIL import ImageOps
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with image_module.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    # Pillow's decoders raise errors of many types for damaged files.
+    except Exception as error:
+        if image_module.UnidentifiedImageError is type(error):
+            raise ValueError(f"{path}: not an image") from error
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_rgb(image: "Image") -> "Image":
+    """An image of any mode as RGB: 16-bit grey is scaled to 8 bits, transparent parts become white."""
+    image_module = _pillow()
+    if image.mode.startswith("I"):
+        # convert() would clip 16-bit values to 255 instead of scaling them.
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = image_module.new("RGBA", image.size, "white")
+        return image_module.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def predict(
+    model: nn.Module,
+    photos: Sequence[Photo],
+    preprocess: Callable[[Any], Tensor],
+    class_names: Sequence[str] | None = None,
+    *,
+    topk: int = 5,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+) -> Iterator[Prediction]:
+    """Classifies photographs in batches, in their order; one that cannot be read yields a prediction with an error.
+
+    Args:
+        model: maps [N, 3, H, W] to logits [N, classes]; it is moved to ``device`` and set to evaluation.
+        preprocess: maps an RGB image of PIL to float32 [3, H, W], of the same H and W for all.
+        class_names: one for each output; None for ``class 0``, ``class 1`` ...
+        topk: guesses per photograph.
+
+    Raises ValueError for a batch size or ``topk`` below 1, ``topk`` above the number of classes, and class names that
+    are not as many as the classes.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if topk < 1:
+        raise ValueError(f"topk: expected at least 1, got {topk}")
+    model = model.to(device).eval()
+    with ThreadPoolExecutor(max_workers=min(batch_size, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(photos), batch_size):
+            batch = photos[start : start + batch_size]
+            inputs = list(pool.map(lambda photo: _read(photo, preprocess), batch))
+            readable = [x for x in inputs if isinstance(x, Tensor)]
+            guesses = iter(_guess(model, readable, class_names, topk, device) if readable else [])
+            for photo, x in zip(batch, inputs, strict=True):
+                if isinstance(x, str):
+                    yield Prediction(photo.name, [], x)
+                else:
+                    yield Prediction(photo.name, next(guesses))
+
+
+def _read(photo: Photo, preprocess: Callable[[Any], Tensor]) -> Tensor | str:
+    try:
+        return preprocess(photo.open())
+    except (OSError, ValueError) as error:
+        return str(error) if photo.name in str(error) else f"{photo.name}: {error}"
+
+
+@torch.inference_mode()
+def _guess(
+    model: nn.Module,
+    inputs: list[Tensor],
+    class_names: Sequence[str] | None,
+    topk: int,
+    device: torch.device | str,
+) -> list[list[Guess]]:
+    logits = model(torch.stack(inputs).to(device))
+    classes = logits.shape[1]
+    if topk > classes:
+        raise ValueError(f"topk: expected at most {classes}, the number of classes, got {topk}")
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names: expected {classes}, one for each output of the model, got {len(class_names)}")
+    top = logits.float().softmax(dim=1).topk(topk)
+    return [
+        [Guess(class_names[i] if class_names else f"class {i}", i, p) for i, p in zip(indices, row, strict=True)]
+        for indices, row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def progress_bar(predictions: Iterable[Prediction], total: int) -> Iterable[Prediction]:
+    """The same, with a progress bar on stderr where that is a terminal, there is something to wait for, and tqdm."""
+    if total < 2 or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        return predictions
+    from tqdm import tqdm
+
+    return tqdm(predictions, total=total, unit="photo", file=sys.stderr)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'reading photographs needs Pillow: pip install "effnet-kernels[images]"', name="PIL"
+        ) from error
+    return Image
