@@ -66,6 +66,29 @@ def run_predict(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
+def run_scale(arguments: argparse.Namespace) -> int:
+    """Prints what networks cost. Status 0; 2 for an unknown name or a phi that is no number."""
+    from effnet_kernels.models.configs import VARIANTS
+    from effnet_kernels.models.scaling import measure, scaled_variant
+    from effnet_kernels.models.variants import find_variant
+
+    chosen = [find_variant(name) for name in arguments.variants] + [scaled_variant(phi) for phi in arguments.phi]
+    # The tf_ networks cost what their siblings do.
+    chosen = chosen or [variant for variant in VARIANTS.values() if not variant.name.startswith("tf_")]
+    if not arguments.json:
+        print(f"{'network':<28}{'width':>7}{'depth':>7}{'resolution':>12}{'parameters':>14}{'GMACs':>10}")
+    for variant in chosen:
+        size = measure(variant)
+        if arguments.json:
+            print(json.dumps({"network": variant.name, **size._asdict()}))
+        else:
+            print(
+                f"{variant.name:<28}{variant.width:>7.3g}{variant.depth:>7.3g}{size.resolution:>12}"
+                f"{size.parameters:>14,}{size.macs / 1e9:>10.3f}"
+            )
+    return EXIT_OK
+
+
 def run_info(arguments: argparse.Namespace) -> int:
     """Prints versions, devices, and what each backend can do here. Status 0."""
     facts = _facts()
@@ -125,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_predict(commands)
+    _add_scale(commands)
     _add_info(commands)
     return parser
 
@@ -157,6 +181,20 @@ def _add_predict(commands: Any) -> None:
         help='print JSON lines, one object a photograph: {"photo", "predictions": [{"class", "index", "probability"}]}',
     )
     command.set_defaults(run=run_predict)
+
+
+def _add_scale(commands: Any) -> None:
+    command = commands.add_parser(
+        "scale",
+        help="print what networks cost: parameters, multiply-accumulates, resolution",
+        description="Prints parameters, multiply-accumulates of one image, and resolution: of released networks by "
+        "name (all without one), or of the network that compound scaling gives for a phi. The two differ: the released "
+        "coefficients were rounded, so that B1 is near phi 0.5 and B4 near 3.5.",
+    )
+    command.add_argument("variants", nargs="*", metavar="VARIANT", help="such as efficientnet_b0 or efficientnet_v2_s")
+    command.add_argument("--phi", type=float, action="append", default=[], help="any number; may be given repeatedly")
+    command.add_argument("--json", action="store_true", help="print JSON lines, one object a network")
+    command.set_defaults(run=run_scale)
 
 
 def _add_info(commands: Any) -> None:
@@ -194,27 +232,21 @@ def _device(name: str) -> Any:
 
 def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] | None]:
     """The trained model, its preprocessing and its class names."""
-    from effnet_kernels.models.configs import VARIANTS
-    from effnet_kernels.models.convert import count_classes, load_checkpoint, unwrap
-    from effnet_kernels.models.efficientnet import build
+    from effnet_kernels.models import create_model
     from effnet_kernels.models.pretrained import imagenet_classes, resolve_weights
-    from effnet_kernels.models.variants import find_variant
 
     if name is None and weights is not None:
         raise UsageError("--weights: expected --model beside it, to say which network they are for")
-    variant = find_variant(name or "tf_efficientnet_lite0")
-    source = resolve_weights(variant.name, weights or "DEFAULT")
+    variant = name or "efficientnet_lite0"
     try:
-        state_dict = unwrap(source.get_state_dict())
+        model = create_model(variant, weights=weights or "DEFAULT")
     except ModuleNotFoundError as error:
         hint = "; or give --model efficientnet_b0, whose weights are downloaded" if name is None else ""
         raise UsageError(f"{error}{hint}") from error
-    classes = count_classes(state_dict)
-    if classes == 0:
+    if model.num_classes == 0:
         raise UsageError(f"--weights {weights}: expected a checkpoint with a classifier, got one without")
-    model = build(VARIANTS[source.variant or variant.name], num_classes=classes)
-    load_checkpoint(model, state_dict)
-    names = source.meta.get("categories") or (imagenet_classes() if classes == 1000 else None)
+    source = resolve_weights(variant, weights or "DEFAULT")
+    names = source.meta.get("categories") or (imagenet_classes() if model.num_classes == 1000 else None)
     return model, source.transforms(), names
 
 

