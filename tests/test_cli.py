@@ -147,6 +147,23 @@ def test_missing_extras_name_the_command(
     assert len(shown.err.splitlines()) == 1
 
 
+def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "efficientnet_b0", "--phi", "0", "--phi", "1", "--json"]) == 0
+    b0, same, scaled = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (b0["network"], b0["parameters"], b0["resolution"]) == ("efficientnet_b0", 5_288_548, 224)
+    assert b0["macs"] == pytest.approx(0.386e9, rel=2e-3)
+    assert {**same, "network": "efficientnet_b0"} == b0
+    assert scaled["macs"] > 1.7 * b0["macs"]
+    assert scaled["resolution"] == 258
+
+    assert main(["scale", "efficientnet_v2_s"]) == 0
+    assert "21,458,488" in capsys.readouterr().out
+    assert main(["scale", "efficientnet_x"]) == 2
+    assert "expected the name of a variant, got 'efficientnet_x'" in capsys.readouterr().err
+    assert main(["scale", "--phi", "nan"]) == 2
+    assert "expected a finite number" in capsys.readouterr().err
+
+
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from effnet_kernels import dispatch
 

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import importlib
 import threading
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import effnet_kernels as ek
 from effnet_kernels.models import pretrained
 from effnet_kernels.models.checkpoint import download, read_checkpoint
 from effnet_kernels.models.configs import VARIANTS
@@ -347,3 +349,33 @@ def test_lite_preprocessing_is_that_of_the_training() -> None:
     assert EfficientNet_Lite0_Weights.DEFAULT.transforms() == expected
     assert EfficientNet_Lite1_Weights.DEFAULT.transforms() == replace(expected, crop_size=240, resize_size=272)
     assert VARIANTS[EfficientNet_Lite0_Weights.DEFAULT.value.variant].padding == "same"
+
+
+def test_a_builder_takes_weights_for_another_use(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = ek.efficientnet_lite0(num_classes=7).eval()
+    path = tmp_path / "seven.pth"
+    torch.save(trained.state_dict(), path)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ek.efficientnet_lite0(weights=path).eval()(x), trained(x))
+        pooled = ek.efficientnet_lite0(weights=str(path), num_classes=0).eval()(x)
+        assert torch.equal(trained.classifier(pooled), trained(x))
+        maps = ek.efficientnet_lite0(weights=path, features_only=True).eval()(x)
+        assert torch.equal(maps[-1], trained.features[:8](x))
+        # A grey image in three channels is what the sum of the weights sees in one.
+        grey = ek.efficientnet_lite0(weights=path, in_chans=1).eval()(x[:, :1])
+        assert torch.allclose(grey, trained(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    assert ek.efficientnet_lite0(weights=path, in_chans=5).features[0][0].weight.shape[1] == 5
+    with pytest.raises(ValueError, match="num_classes: expected 7, which the weights have, or 0, got 9"):
+        ek.efficientnet_lite0(weights=path, num_classes=9)
+
+
+def test_a_lukemelas_checkpoint_in_a_symmetric_network_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save(ek.convert_state_dict(ek.efficientnet_b0(num_classes=2).state_dict(), "lukemelas"), path)
+    with pytest.warns(UserWarning, match="'tf_efficientnet_b0' computes what it was trained for"):
+        ek.efficientnet_b0(weights=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ek.tf_efficientnet_b0(weights=path)

@@ -206,17 +206,17 @@ class EfficientNet_V2_L_Weights(WeightsEnum):
 
 
 class EfficientNet_Lite0_Weights(WeightsEnum):
-    IMAGENET1K_V1 = _lite(0, "57934424", 224, 4652008, 75.1, 0.407, 17.954)
+    IMAGENET1K_V1 = _lite(0, "57934424", 224, 4652008, 75.1, 0.385, 17.954)
     DEFAULT = IMAGENET1K_V1
 
 
 class EfficientNet_Lite1_Weights(WeightsEnum):
-    IMAGENET1K_V1 = _lite(1, "77cc7160", 240, 5416680, 76.7, 0.631, 20.930)
+    IMAGENET1K_V1 = _lite(1, "77cc7160", 240, 5416680, 76.7, 0.600, 20.930)
     DEFAULT = IMAGENET1K_V1
 
 
 class EfficientNet_Lite2_Weights(WeightsEnum):
-    IMAGENET1K_V1 = _lite(2, "9656183e", 260, 6092072, 77.6, 0.899, 23.524)
+    IMAGENET1K_V1 = _lite(2, "9656183e", 260, 6092072, 77.6, 0.860, 23.524)
     DEFAULT = IMAGENET1K_V1
 
 
