@@ -62,14 +62,16 @@ def from_pretrained(
 
     Raises ValueError for a name without released weights, and for weights that do not fit.
     """
-    model = from_name(cls, model_name, in_channels, num_classes=num_classes, **override_params)
     if weights_path is None:
-        checkpoint = _CHECKPOINTS.get(model_name, (None, None))[int(advprop)]
+        kind = "AdvProp's" if advprop else "released"
+        released = {name: files[int(advprop)] for name, files in _CHECKPOINTS.items() if files[int(advprop)]}
+        checkpoint = released.get(model_name)
         if checkpoint is None:
             raise ValueError(
-                f"expected a model with released weights out of {', '.join(_CHECKPOINTS)}, got {model_name!r}"
+                f"model_name: expected one with {kind} weights out of {', '.join(released)}, got {model_name!r}"
             )
         weights_path = _RELEASES + checkpoint
+    model = from_name(cls, model_name, in_channels, num_classes=num_classes, **override_params)
     state_dict = resolve_weights("tf_" + model_name.replace("-", "_"), weights_path).get_state_dict()
     load_checkpoint(model, state_dict, skip_classifier=num_classes != 1000, skip_stem=in_channels != 3)
     return model

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ class EfficientNet(nn.Module):
     Raises:
         ValueError, TypeError: an argument that does not fit.
     """
+
+    # TorchScript leaves out the branch that a constant rules out, and the properties named here.
+    features_only: Final[bool]
+    __jit_unused_properties__ = ("num_classes",)
 
     def __init__(
         self,
@@ -94,7 +98,8 @@ class EfficientNet(nn.Module):
         if features_only:
             channels = [stem_channels, *(config.out_channels for config in settings)]
             self.feature_info = FeatureInfo.of_layers(channels, strides, out_indices)
-            self.features = Features(*layers[: self.feature_info.layers()[-1] + 1])
+            self.feature_layers = self.feature_info.layers()
+            self.features = Features(*layers[: self.feature_layers[-1] + 1])
         else:
             head_inputs = settings[-1].out_channels
             self.num_features = last_channel if last_channel is not None else 4 * head_inputs
@@ -115,9 +120,15 @@ class EfficientNet(nn.Module):
         x = torch.flatten(x, 1)
         return self.classifier(x)
 
-    @torch.jit.unused
     def forward_features_only(self, x: Tensor) -> list[Tensor]:
-        return self.features.intermediates(x, self.feature_info.layers())
+        if not torch.jit.is_scripting():
+            return self.features.intermediates(x, self.feature_layers)
+        outputs: list[Tensor] = []
+        for index, module in enumerate(self.features):
+            x = module(x)
+            if index in self.feature_layers:
+                outputs.append(x)
+        return outputs
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the classifier by a newly initialised one; 0 classes leave it out.
@@ -215,7 +226,7 @@ def _check_arguments(
     if not settings:
         raise ValueError("inverted_residual_setting: expected at least one stage, got none")
     kinds = {type(config) for config in settings} if isinstance(settings, Sequence) else {type(settings)}
-    if not all(issubclass(kind, BlockConfig) for kind in kinds):
+    if not isinstance(settings, Sequence) or not all(issubclass(kind, BlockConfig) for kind in kinds):
         got = ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds))
         raise TypeError(
             f"inverted_residual_setting: expected a sequence of this package's MBConvConfig or "

@@ -18,8 +18,10 @@ class Features(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and len(self) > 0 and dispatch.interception(input) is None:
-            return self.intermediates(input, [len(self) - 1])[0]
+        # Two conditions, because TorchScript compiles what follows an ``and``.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if len(self) > 0 and dispatch.interception(input) is None:
+                return self.intermediates(input, [len(self) - 1])[0]
         for module in self:
             input = module(input)
         return input
@@ -66,8 +68,9 @@ class FeatureInfo(list[Feature]):
         maps = list(last.values())
         if out_indices is None:
             return cls(maps)
-        chosen = list(out_indices)
-        if not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0 or chosen[-1] >= len(maps):
+        chosen = list(out_indices) if isinstance(out_indices, Sequence) else []
+        fit = all(isinstance(index, int) and 0 <= index < len(maps) for index in chosen)
+        if not chosen or not fit or sorted(set(chosen)) != chosen:
             raise ValueError(
                 f"out_indices: expected ascending indices out of 0 to {len(maps) - 1}, got {out_indices!r}"
             )

@@ -50,12 +50,16 @@ def scaled_variant(phi: float, coefficients: Coefficients = PAPER, base: str = "
     if base not in VARIANTS:
         raise ValueError(f"base: expected a released variant such as 'efficientnet_b0', got {base!r}")
     baseline = VARIANTS[base]
+    try:
+        depth, width, resolution = (coefficient**phi for coefficient in coefficients)
+    except OverflowError:
+        raise ValueError(f"phi: expected a number whose network exists, got {phi!r}") from None
     return replace(
         baseline,
         name=f"{base}_phi{phi:g}",
-        width=baseline.width * coefficients.beta**phi,
-        depth=baseline.depth * coefficients.alpha**phi,
-        resolution=max(1, round(baseline.resolution * coefficients.gamma**phi)),
+        width=baseline.width * width,
+        depth=baseline.depth * depth,
+        resolution=max(1, round(baseline.resolution * resolution)),
         dropout=min(0.5, max(0.0, baseline.dropout + 0.05 * phi)),
     )
 
@@ -92,8 +96,8 @@ def grid(step: float = 0.05, budget: float = 2.0, tolerance: float = 0.1) -> lis
 
     Raises ValueError for a step that is not positive, a negative tolerance, or a budget below 1.
     """
-    if not step > 0 or not tolerance >= 0 or not budget >= 1:
-        raise ValueError(f"expected step > 0, tolerance >= 0, budget >= 1, got {step}, {tolerance}, {budget}")
+    if not 0 < step < math.inf or not 0 <= tolerance < math.inf or not 1 <= budget < math.inf:
+        raise ValueError(f"expected finite step > 0, tolerance >= 0, budget >= 1, got {step}, {tolerance}, {budget}")
     highest = budget + tolerance
     alphas = [1 + step * i for i in range(int((highest - 1) / step + 1e-9) + 1)]
     others = [1 + step * i for i in range(int((math.sqrt(highest) - 1) / step + 1e-9) + 1)]

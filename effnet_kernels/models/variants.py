@@ -15,8 +15,8 @@ from effnet_kernels.models.pretrained import resolve_weights
 
 def find_variant(name: str) -> Variant:
     """The row of the table; raises ValueError with the nearest names where there is none."""
-    if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=3)
+    if not isinstance(name, str) or name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3) if isinstance(name, str) else []
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(VARIANTS)}"
         raise ValueError(f"expected the name of a variant, got {name!r}{hint}")
     return VARIANTS[name]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from effnet_kernels.ops.checks import resolve_padding, same_padding
 
 PaddingMode = Literal["symmetric", "same"]
 """``"symmetric"``: (k - 1) // 2 zeros on each side, as torchvision; ``"same"``: TensorFlow's, from the input's size."""
+
+# A symbolic trace has no sizes to compare: it records the call instead.
+torch.fx.wrap("same_padding")
 
 
 class Conv2dSame(nn.Conv2d):
@@ -51,6 +55,8 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         activation: Activation = "silu",
         padding: PaddingMode = "symmetric",
     ) -> None:
+        if padding not in ("symmetric", "same"):
+            raise ValueError(f"padding: expected 'symmetric' or 'same', got {padding!r}")
         # At stride 1 an odd kernel's SAME padding is symmetric.
         same = padding == "same" and stride > 1
         conv = (Conv2dSame if same else nn.Conv2d)(

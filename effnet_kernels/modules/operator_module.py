@@ -25,9 +25,11 @@ class OperatorModule(nn.Module):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and dispatch.choose(self, input).backend != "torch":
-            output = self.forward_operators(input.contiguous(memory_format=torch.channels_last))
-            return output.contiguous(memory_format=memory_format(input))
+        # Two conditions, because TorchScript compiles what follows an ``and``.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if dispatch.choose(self, input).backend != "torch":
+                output = self.forward_operators(input.contiguous(memory_format=torch.channels_last))
+                return output.contiguous(memory_format=memory_format(input))
         return self.forward_modules(input)
 
     def forward_modules(self, input: Tensor) -> Tensor:

@@ -8,20 +8,33 @@ from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_map(x: Tensor, name: str = "x") -> None:
+def check_tensor(t: object, name: str, layout: str) -> None:
+    """A tensor of a floating dtype, with the dimensions of a layout such as ``"[N, C]"``."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor {layout}, got {type(t).__name__}")
+    rank = layout.count(",") + 1
+    if t.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(t.shape)}")
+    check_dtype(t, name)
+
+
+def check_dtype(t: Tensor, name: str) -> None:
+    if t.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
+
+
+def check_map(x: object) -> None:
     """An activation map: [N, C, H, W] of a floating dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor [N, C, H, W], got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    check_tensor(x, "x", "[N, C, H, W]")
 
 
 def check_shape(t: Tensor | None, shape: tuple[int, ...], name: str, like: Tensor) -> None:
-    """A parameter or vector of exactly this shape on the device of ``like``; None passes."""
+    """A parameter or vector of a floating dtype and exactly this shape on the device of ``like``; None passes."""
     if t is None:
         return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor of shape {shape}, got {type(t).__name__}")
+    check_dtype(t, name)
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
     if t.device != like.device:

@@ -12,6 +12,7 @@ from effnet_kernels.ops.checks import (
     check_map,
     check_prologue,
     check_shape,
+    check_tensor,
     output_size,
     resolve_padding,
 )
@@ -48,6 +49,7 @@ def depthwise_conv(
     """
     check_map(x)
     check_choice(reduction, REDUCTIONS, "reduction")
+    check_tensor(weight, "weight", "[C, 1, k, k]")
     kernel = weight.shape[-1]
     if kernel % 2 == 0:
         raise ValueError(f"weight: expected an odd kernel size, got {kernel}")
@@ -61,12 +63,17 @@ def depthwise_conv(
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
     if prologue is None and has_native_depthwise(kernel) and reduction != "statistics":
-        vectors = epilogue or Epilogue()
-        if vectors.residual is None and dispatch.runs_natively(
-            x, any_requires_grad(x, weight, vectors.scale, vectors.shift)
+        scale, shift, act, residual = epilogue or Epilogue()
+        parameters = [t for t in (weight, scale, shift) if t is not None]
+        # Parameters of another dtype than the map's are the reference's.
+        if (
+            residual is None
+            and all(t.dtype == x.dtype for t in parameters)
+            and dispatch.runs_natively(x, any_requires_grad(x, *parameters))
         ):
             x = x.contiguous(memory_format=torch.channels_last)
-            return cpu.depthwise_conv(x, weight, stride, pads, epilogue, reduction == "pool")
+            scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+            return cpu.depthwise_conv(x, weight, stride, pads, Epilogue(scale, shift, act), reduction == "pool")
     return reference.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
 
 

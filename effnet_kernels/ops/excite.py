@@ -4,7 +4,7 @@ from torch import Tensor
 
 from effnet_kernels import reference
 from effnet_kernels.deferred import Activation
-from effnet_kernels.ops.checks import check_activation, check_shape
+from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor
 
 
 def excite(
@@ -21,13 +21,14 @@ def excite(
     Raises ValueError for shapes, devices or an activation that do not fit.
     Source: Hu et al. 2018, equation 3.
     """
-    if pooled.dim() != 2:
-        raise ValueError(f"pooled: expected 2 dimensions [N, C], got shape {tuple(pooled.shape)}")
+    check_tensor(pooled, "pooled", "[N, C]")
+    check_tensor(w1, "w1", "[S, C, 1, 1]" if isinstance(w1, Tensor) and w1.dim() == 4 else "[S, C]")
     check_activation(act)
     squeezed, channels = w1.shape[0], pooled.shape[1]
     tail = (1, 1) if w1.dim() == 4 else ()
     check_shape(w1, (squeezed, channels, *tail), "w1", pooled)
     check_shape(b1, (squeezed,), "b1", pooled)
+    check_tensor(w2, "w2", "[C, S, 1, 1]" if tail else "[C, S]")
     check_shape(w2, (channels, squeezed, *tail), "w2", pooled)
     check_shape(b2, (channels,), "b2", pooled)
     return reference.excite(pooled, w1, b1, w2, b2, act)

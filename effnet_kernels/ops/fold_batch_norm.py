@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from effnet_kernels import reference
-from effnet_kernels.ops.checks import check_shape
+from effnet_kernels.ops.checks import check_shape, check_tensor
 
 
 def fold_batch_norm(
@@ -35,8 +35,11 @@ def fold_batch_norm(
     """
     if stats is None and (running_mean is None or running_var is None):
         raise ValueError("expected stats, or running_mean and running_var, got neither")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var together, got one of them")
     like = running_mean if stats is None else stats
     assert like is not None
+    check_tensor(like, *(("running_mean", "[C]") if stats is None else ("stats", "[3, C]")))
     channels = like.shape[-1]
     check_shape(stats, (3, channels), "stats", like)
     for name, vector in zip(

@@ -12,6 +12,7 @@ from effnet_kernels.ops.checks import (
     check_map,
     check_prologue,
     check_shape,
+    check_tensor,
 )
 
 
@@ -44,13 +45,16 @@ def pointwise_conv(
     """
     check_map(x)
     check_choice(reduction, REDUCTIONS, "reduction")
+    check_tensor(weight, "weight", "[K, C, 1, 1]")
     check_shape(weight, (weight.shape[0], x.shape[1], 1, 1), "weight", x)
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
     if reduction == "none" and _owes_at_most_a_gate(prologue):
         gate = None if prologue is None else prologue.gate
-        if dispatch.runs_natively(x, any_requires_grad(x, weight, bias, gate, *(epilogue or ()))):
+        operands = [t for t in (weight, bias, gate, *(epilogue or ())) if isinstance(t, Tensor)]
+        # Operands of another dtype than the map's are the reference's.
+        if all(t.dtype == x.dtype for t in operands) and dispatch.runs_natively(x, any_requires_grad(x, *operands)):
             x = x.contiguous(memory_format=torch.channels_last)
             return cpu.pointwise_conv(x, weight, bias, gate, epilogue or Epilogue()), None
     return reference.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)

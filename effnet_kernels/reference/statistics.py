@@ -14,7 +14,7 @@ def channel_statistics(y: Tensor) -> Tensor:
     y = y.to(accumulation_dtype(y.dtype))
     mean = y.mean(dim=(0, 2, 3))
     m2 = (y - mean[:, None, None]).square().sum(dim=(0, 2, 3))
-    count = torch.full_like(mean, y.numel() // y.shape[1])
+    count = torch.full_like(mean, y.shape[0] * y.shape[2] * y.shape[3])
     return torch.stack([count, mean, m2])
 
 
