@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_kernels import cpu
 
@@ -142,7 +143,9 @@ def decide(module: OperatorModule, call: Call) -> Decision:
     force = forced()
     if force == "torch":
         return Decision("torch", "forced")
-    obstacle = call.unusual or module.obstacle()
+    # A global hook fires for each inner module, which only their own calls do.
+    hooked = "a global module hook is registered" if _has_any_global_hook() else None
+    obstacle = call.unusual or hooked or module.obstacle()
     if obstacle is not None:
         return Decision("torch", obstacle)
     if force == "reference":

@@ -151,7 +151,7 @@ def obstacles():
         "Tanh": edited(lambda b: setattr(b.block[2], "scale_activation", nn.Tanh())),
         "hook": edited(lambda b: b.block[1][0].register_forward_hook(lambda *a: None)),
         "Parametrized": edited(weight_norm),
-        "forward of": edited(lambda b: setattr(b.block[0][0], "forward", b.block[0][0].forward)),
+        "forward replaced": edited(lambda b: setattr(b.block[0][0], "forward", b.block[0][0].forward)),
         "padding mode": edited(lambda b: setattr(b.block[1][0], "padding_mode", "reflect")),
     }
 

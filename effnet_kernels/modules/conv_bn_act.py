@@ -1,7 +1,7 @@
 """Convolution, BatchNorm, activation."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch.fx
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from effnet_kernels import ops
 from effnet_kernels.deferred import Activation, Epilogue, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, OperatorModule, inner_obstacle
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, OperatorModule, children_obstacle
 from effnet_kernels.ops.checks import resolve_padding, same_padding
 
 PaddingMode = Literal["symmetric", "same"]
@@ -93,7 +93,7 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         mean [N, C] is the third result.
         """
         norm = self.norm
-        act = ACTIVATION_NAMES[type(self[2])] if len(self) == 3 else "none"
+        act = ACTIVATION_NAMES[type(self._modules["2"])] if len(self._modules) == 3 else "none"
         if uses_batch_statistics(norm):
             y, stats = self._convolve(x, owed, None, "statistics")
             check_batch(norm, y)
@@ -125,47 +125,51 @@ class ConvBnAct(OperatorModule, nn.Sequential):
 
     @property
     def conv(self) -> nn.Conv2d:
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
-        return conv
+        # Sequential's own indexing walks its keys: too slow for something asked several times a call.
+        return cast(nn.Conv2d, self._modules["0"])
 
     @property
     def norm(self) -> nn.BatchNorm2d:
-        norm = self[1]
-        assert isinstance(norm, nn.BatchNorm2d)
-        return norm
+        return cast(nn.BatchNorm2d, self._modules["1"])
 
     def is_pointwise(self) -> bool:
-        return self.conv.kernel_size == (1, 1) and self.conv.stride == (1, 1) and self.conv.groups == 1
+        conv = self.conv
+        return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
 
     def is_depthwise(self) -> bool:
         conv = self.conv
         return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels and conv.bias is None
 
-    def obstacle(self, name: str = "it") -> str | None:
-        if len(self) not in (2, 3):
-            return f"{name} has {len(self)} children, not a convolution, a norm and an activation"
-        obstacle = inner_obstacle(self[0], (nn.Conv2d, Conv2dSame), f"{name}.0") or inner_obstacle(
-            self[1], nn.BatchNorm2d, f"{name}.1"
+    def obstacle(self) -> str | None:
+        children = self._modules
+        if list(children) not in (["0", "1"], ["0", "1", "2"]):
+            return f"it has the children {', '.join(children)}, not a convolution, a norm and an activation"
+        return (
+            children_obstacle(
+                (name, children[name], expected) for name, expected in zip(children, _CHILDREN, strict=False)
+            )
+            or self._convolution_obstacle()
         )
-        if obstacle is None and len(self) == 3:
-            obstacle = inner_obstacle(self[2], tuple(ACTIVATION_NAMES), f"{name}.2")
-        if obstacle is None:
-            obstacle = _convolution_obstacle(self.conv, f"{name}.0")
-        return obstacle
+
+    def _convolution_obstacle(self) -> str | None:
+        conv = self.conv
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
+            return "0 has a padding mode or a dilation that the operators do not know"
+        if any(pair[0] != pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding)):
+            return "0 has a rectangular kernel, stride or padding"
+        if conv.kernel_size[0] == 1 and conv.padding[0] != 0:
+            return "0 pads a 1x1 convolution"
+        return None
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
-        return f"backend {backend!r} has no kernel for it in this version"
+        return None if self.is_pointwise() else "a convolution outside of MBConv blocks, which torch computes"
 
 
-def _convolution_obstacle(conv: nn.Conv2d, name: str) -> str | None:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
-        return f"{name} has a padding mode or a dilation that the operators do not know"
-    if len({*conv.kernel_size}) > 1 or len({*conv.stride}) > 1 or len({*conv.padding}) > 1:
-        return f"{name} has a rectangular kernel, stride or padding"
-    if conv.kernel_size[0] == 1 and conv.padding[0] != 0:
-        return f"{name} pads a 1x1 convolution"
-    return None
+_CHILDREN: tuple[tuple[type[nn.Module], ...], ...] = (
+    (nn.Conv2d, Conv2dSame),
+    (nn.BatchNorm2d,),
+    tuple(ACTIVATION_NAMES),
+)
 
 
 def make_activation(activation: Activation) -> nn.Module:

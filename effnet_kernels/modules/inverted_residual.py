@@ -10,7 +10,7 @@ from effnet_kernels.deferred import Prologue
 from effnet_kernels.modules.batch_norm import uses_batch_statistics
 from effnet_kernels.modules.block_config import BlockConfig
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
-from effnet_kernels.modules.operator_module import OperatorModule, inner_obstacle
+from effnet_kernels.modules.operator_module import OperatorModule, children_obstacle
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
 from effnet_kernels.modules.stochastic_depth import StochasticDepth
 
@@ -55,12 +55,21 @@ class InvertedResidual(OperatorModule):
 
     def layers_obstacle(self, expected: Sequence[type[ConvBnAct] | type[SqueezeExcitation]]) -> str | None:
         """Why the operators cannot stand for the layers, which should be of these classes, or None."""
-        obstacle = inner_obstacle(self.block, nn.Sequential, "block") or inner_obstacle(
-            self.stochastic_depth, StochasticDepth, "stochastic_depth"
-        )
-        if obstacle is None and len(self.block) != len(expected):
-            return f"block has {len(self.block)} children, not {len(expected)}"
-        for index, (layer, kind) in enumerate(zip(self.block, expected, strict=False)):
-            name = f"block.{index}"
-            obstacle = obstacle or inner_obstacle(layer, kind, name) or cast(Any, layer).obstacle(name)
-        return obstacle
+        own, layers = self._modules, self.block._modules
+        if len(layers) != len(expected):
+            return f"block has {len(layers)} children, not {len(expected)}"
+        obstacle = children_obstacle((name, own[name], kinds) for name, kinds in _CHILDREN.items())
+        if obstacle is None:
+            obstacle = children_obstacle(
+                (f"block.{name}", layer, (kind,)) for (name, layer), kind in zip(layers.items(), expected, strict=True)
+            )
+        if obstacle is not None:
+            return obstacle
+        for name, layer in layers.items():
+            inner = cast(Any, layer).obstacle()
+            if inner is not None:
+                return f"block.{name}: {inner}"
+        return None
+
+
+_CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {"block": (nn.Sequential,), "stochastic_depth": (StochasticDepth,)}

@@ -1,8 +1,9 @@
 """Modules with two ways to compute: their inner modules as torch has them, or this package's operators."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
@@ -54,22 +55,20 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def inner_obstacle(module: nn.Module, expected: type[nn.Module] | tuple[type[nn.Module], ...], name: str) -> str | None:
-    """Why one inner module cannot be replaced by an operator: another class, a hook or forward of the user's."""
-    types = expected if isinstance(expected, tuple) else (expected,)
-    if type(module) not in types:
-        return f"{name} is a {type(module).__name__}, which the operators do not know"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    ):
-        return f"{name} has a hook, which only its own call would fire"
-    if "forward" in module.__dict__:
-        return f"the forward of {name} was replaced"
-    for parameter in module._parameters.values():
-        if parameter is not None and type(parameter) is not nn.Parameter:
-            return f"{name} holds a {type(parameter).__name__}, not a plain parameter"
+Child = tuple[str, nn.Module | None, tuple[type[nn.Module], ...]]
+"""The name of an inner module, the module, and the classes that an operator can stand for."""
+
+
+def children_obstacle(children: Iterable[Child]) -> str | None:
+    """Why an operator cannot stand for one of the inner modules: another class, a hook or forward of the user's."""
+    for name, module, expected in children:
+        if type(module) not in expected or module is None:
+            return f"{name} is a {type(module).__name__}, which the operators do not know"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{name} has a hook, which only its own call would fire"
+        if "forward" in module.__dict__:
+            return f"{name} had its forward replaced"
+        for parameter in module._parameters.values():
+            if parameter is not None and type(parameter) is not nn.Parameter:
+                return f"{name} holds a {type(parameter).__name__}, not a plain parameter"
     return None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from effnet_kernels import ops
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, inner_obstacle
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
 
 
 class SqueezeExcitation(nn.Module):
@@ -43,13 +43,16 @@ class SqueezeExcitation(nn.Module):
         act = ACTIVATION_NAMES[type(self.activation)]
         return ops.excite(pooled, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
 
-    def obstacle(self, name: str) -> str | None:
+    def obstacle(self) -> str | None:
         """Why :meth:`gate` cannot stand for :meth:`forward`, or None."""
-        return (
-            inner_obstacle(self, SqueezeExcitation, name)
-            or inner_obstacle(self.avgpool, nn.AdaptiveAvgPool2d, f"{name}.avgpool")
-            or inner_obstacle(self.fc1, nn.Conv2d, f"{name}.fc1")
-            or inner_obstacle(self.fc2, nn.Conv2d, f"{name}.fc2")
-            or inner_obstacle(self.activation, tuple(ACTIVATION_NAMES), f"{name}.activation")
-            or inner_obstacle(self.scale_activation, nn.Sigmoid, f"{name}.scale_activation")
-        )
+        children = self._modules
+        return children_obstacle((name, children.get(name), expected) for name, expected in _CHILDREN.items())
+
+
+_CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {
+    "avgpool": (nn.AdaptiveAvgPool2d,),
+    "fc1": (nn.Conv2d,),
+    "fc2": (nn.Conv2d,),
+    "activation": tuple(ACTIVATION_NAMES),
+    "scale_activation": (nn.Sigmoid,),
+}

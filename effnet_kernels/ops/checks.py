@@ -35,7 +35,7 @@ def check_shape(t: Tensor | None, shape: tuple[int, ...], name: str, like: Tenso
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor of shape {shape}, got {type(t).__name__}")
     check_dtype(t, name)
-    if tuple(t.shape) != shape:
+    if t.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
     if t.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, where the input is, got {t.device}")

@@ -45,5 +45,5 @@ def fold_batch_norm(
                 running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
     rstd = torch.rsqrt(var + eps)
     scale = rstd if weight is None else rstd * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
     return scale, shift
