@@ -1,6 +1,10 @@
 """What the tests share: tolerances, and comparisons by them."""
 
-from collections.abc import Iterable
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -70,6 +74,33 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def run_python(code: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, with the modules of this one importable.
+
+    It starts in a folder of its own: from the repository's root it would import the source tree, where no extension is.
+    """
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+
 @pytest.fixture(autouse=True)
 def _deterministic_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small convolutions in torch spend longer starting threads than computing, and far longer on shared cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,8 +1,6 @@
 """What the tests of the native kernels share: the rows of the kernel table, an exact reference, a raw call."""
 
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -98,15 +96,3 @@ def raw_depthwise(
 
 def make_epilogue(channels: int, act: Activation) -> Epilogue:
     return Epilogue(torch.rand(channels) + 0.5, torch.randn(channels), act)
-
-
-def python(code: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter, with the tests' folder importable."""
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )

@@ -1,12 +1,10 @@
 """What does not fit: a clear error or torch's own behaviour, never a crash, and nothing half-written."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import assert_close, randomize
+from conftest import assert_close, randomize, run_python
 from torch import nn
 
 import effnet_kernels as ek
@@ -52,13 +50,7 @@ def snapshot(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Maps this small are quicker on one thread, and much quicker where the cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Images
@@ -608,6 +600,6 @@ def test_import_needs_torch_alone():
         "huggingface_hub",
     }
     code = BARE_IMPORT.format(names=names)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10

@@ -13,6 +13,8 @@ from effnet_kernels import dispatch
 from effnet_kernels.deferred import ACTIVATIONS
 from effnet_kernels.modules import ConvBnAct
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def mbconv(expand=4, kernel=3, stride=1, inputs=8, outputs=8, probability=0.0, norm_layer=nn.BatchNorm2d, **settings):
     config = ek.MBConvConfig(expand, kernel, stride, inputs, outputs, 1, **settings)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_python
 
 from effnet_kernels.cli import main
 from effnet_kernels.models.configs import VARIANTS
@@ -210,7 +211,7 @@ def test_optional_packages_are_not_imported() -> None:
         "import sys, effnet_kernels, effnet_kernels.cli, effnet_kernels.predict, effnet_kernels.models.pretrained\n"
         "print([m for m in ('torchvision', 'timm', 'PIL', 'safetensors', 'skimage') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = run_python(code)
     assert result.stdout.strip() == "[]"
 
 

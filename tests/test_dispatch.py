@@ -1,11 +1,8 @@
 """Which backend runs, what ``explain`` says of it, and what forcing one does."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from conftest import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_kernels as ek
@@ -112,16 +109,10 @@ def test_a_forced_backend_that_cannot_run_is_an_error_that_says_why(model, x):
         ek.use_backend("tpu").__enter__()
 
 
-def in_subprocess(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_environment_forces_a_backend_too():
     code = "import torch, effnet_kernels as ek; print(ek.explain(ek.efficientnet_b0(), torch.ones(1, 3, 32, 32))[1])"
-    assert "backend='reference'" in in_subprocess(code, EFFNET_KERNELS_BACKEND="reference").stdout
-    wrong = in_subprocess(code, EFFNET_KERNELS_BACKEND="tpu")
+    assert "backend='reference'" in run_python(code, EFFNET_KERNELS_BACKEND="reference").stdout
+    wrong = run_python(code, EFFNET_KERNELS_BACKEND="tpu")
     assert "expected a backend out of" in wrong.stderr
     assert wrong.returncode != 0
 
@@ -137,5 +128,5 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not torch.cuda.is_initialized()
 print(sorted(new & {"torchvision", "timm", "PIL", "tqdm", "triton", "skimage", "numpy", "safetensors"}))
 """
-    result = in_subprocess(code)
+    result = run_python(code)
     assert result.stdout.strip() == "[]", result.stderr

@@ -16,13 +16,7 @@ AVAILABLE = [backend for backend, reason in dispatch.available().items() if reas
 BACKENDS = ["torch", "reference"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Maps this small are quicker on one thread, and much quicker where the cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # expand_ratio, kernel, stride, input_channels, out_channels, num_layers

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import run_python
 from native_cases import (
     ACTIVATIONS,
     expected_depthwise,
@@ -12,7 +13,6 @@ from native_cases import (
     make_epilogue,
     needs_linux,
     needs_native,
-    python,
     raw_depthwise,
     relative_rms,
 )
@@ -29,13 +29,7 @@ CHANNELS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 96)
 SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
 
 
-@pytest.fixture(autouse=True)
-def reference_in_one_thread():
-    """Small convolutions in torch spend longer starting threads than computing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check(isa, n, c, h, w, k, stride, padding, epilogue, threads=1):
@@ -194,7 +188,7 @@ print("done")
 
 @needs_linux
 def test_touches_nothing_outside_its_tensors():
-    done = python("import itertools\n" + GUARDED)
+    done = run_python("import itertools\n" + GUARDED)
     assert done.stdout.strip() == "done", done.stderr or f"died with status {done.returncode}"
 
 

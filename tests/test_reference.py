@@ -9,6 +9,7 @@ from torch import Tensor
 from effnet_kernels import ops, reference
 from effnet_kernels.deferred import ACTIVATIONS, Epilogue, Prologue
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, C, K, S, H, W = 2, 2, 3, 2, 4, 3
 
 

@@ -25,6 +25,9 @@ def load() -> tuple[Any, str | None]:
         if FAILURE_FILE.exists():
             built = FAILURE_FILE.read_text(encoding="utf-8", errors="replace").strip()
             return None, f"the native extension was not built when effnet_kernels was installed:\n{built}"
+        if isinstance(error, ModuleNotFoundError):
+            folder = Path(__file__).parents[1]
+            return None, f"no native extension in {folder}: a source tree that was not built (pip install -e .)?"
         return None, f"the native extension cannot be imported: {error}"
 
 

@@ -44,6 +44,9 @@ class ConvBnAct(OperatorModule, nn.Sequential):
     Shapes: [N, in_channels, H, W] to [N, out_channels, H', W'], in the input's memory format.
     """
 
+    # TorchScript compiles properties unless they are named here; the textbook path asks none.
+    __jit_unused_properties__ = ("conv", "norm")
+
     def __init__(
         self,
         in_channels: int,
