@@ -1,6 +1,6 @@
 """Conversion of state dicts: against the peers' own networks, with random weights and random running statistics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +28,7 @@ RELEASED = [name for name in VARIANTS if not name.startswith("tf_")]
 TORCHVISION = ["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "v2_s", "v2_m", "v2_l"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # The maps are so small that a second thread costs more than it does.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ours(name: str, **kwargs: Any) -> EfficientNet:

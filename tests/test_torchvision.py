@@ -8,6 +8,8 @@ import effnet_kernels as ek
 
 tv = pytest.importorskip("torchvision.models", reason="compares with torchvision, the extra 'peers'")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["efficientnet_b0", "efficientnet_v2_s"]
 LARGE = [f"efficientnet_b{i}" for i in range(1, 8)] + ["efficientnet_v2_m", "efficientnet_v2_l"]
 
