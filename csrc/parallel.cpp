@@ -24,7 +24,7 @@ struct OpenMP {
   int (*thread_num)() = nullptr;
   int (*num_threads)() = nullptr;
   int (*in_parallel)() = nullptr;
-  std::string library;
+  std::string path;
 };
 
 template <class Function>
@@ -41,7 +41,7 @@ bool resolve_all(void* handle, OpenMP& openmp) {
   }
   Dl_info info;
   const bool named = dladdr(reinterpret_cast<void*>(openmp.parallel), &info) != 0 && info.dli_fname != nullptr;
-  openmp.library = named ? info.dli_fname : "unknown";
+  openmp.path = named ? info.dli_fname : "unknown";
   return true;
 }
 
@@ -142,7 +142,7 @@ std::string thread_runtime() {
 #if defined(__linux__)
   if (forked_child) return "serial: this process is a forked child, where the parent's OpenMP threads are gone";
   const OpenMP* openmp = openmp_runtime();
-  return openmp != nullptr ? openmp->library : "serial: no OpenMP runtime is loaded in this process";
+  return openmp != nullptr ? openmp->path : "serial: no OpenMP runtime is loaded in this process";
 #else
   return "serial: threads are shared with torch on Linux only";
 #endif

@@ -3,7 +3,7 @@
 Importing this costs nothing and never fails; the extension is loaded at the first use.
 """
 
-from effnet_kernels.cpu.depthwise import depthwise_conv
+from effnet_kernels.cpu.depthwise import KERNEL_SIZES, depthwise_conv
 from effnet_kernels.cpu.extension import (
     NativeExtensionWarning,
     describe,
@@ -15,6 +15,7 @@ from effnet_kernels.cpu.extension import (
 from effnet_kernels.cpu.pointwise import pointwise_conv
 
 __all__ = [
+    "KERNEL_SIZES",
     "NativeExtensionWarning",
     "depthwise_conv",
     "describe",

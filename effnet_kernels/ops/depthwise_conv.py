@@ -79,4 +79,4 @@ def depthwise_conv(
 
 def has_native_depthwise(kernel: int) -> bool:
     """Whether the native extension has a depthwise kernel of this size."""
-    return kernel in (3, 5, 7)
+    return kernel in cpu.KERNEL_SIZES
