@@ -150,11 +150,12 @@ def decide(module: OperatorModule, call: Call) -> Decision:
         return Decision("torch", obstacle)
     if force == "reference":
         return Decision("reference", "forced")
-    obstacle = _cpu_obstacle(call) or module.kernel_obstacle("cpu")
+    obstacle = _cpu_obstacle(call)
+    if obstacle is not None and force == "cpu":
+        raise BackendError(f"backend 'cpu' was forced but cannot run {type(module).__name__}: {obstacle}")
+    obstacle = obstacle or module.kernel_obstacle("cpu")
     if obstacle is None:
         return Decision("cpu", f"native depthwise kernel ({cpu.isa()}), torch's GEMM with the rest folded in")
-    if force == "cpu" and _cpu_obstacle(call) is not None:
-        raise BackendError(f"backend 'cpu' was forced but cannot run {type(module).__name__}: {obstacle}")
     return Decision("torch", obstacle)
 
 

@@ -47,6 +47,16 @@ def test_inference_runs_natively_and_training_says_why_it_does_not(model, x):
 
 
 @needs_native
+def test_batch_statistics_without_gradients_run_as_torch_has_them(x):
+    # A train-mode pass under no_grad, as when statistics are recalibrated.
+    with torch.no_grad():
+        rows = {row.name: row for row in ek.explain(ek.efficientnet_b0().train(), x)}
+    for name in ("features.1.0", "features.8"):
+        assert rows[name].backend == "torch"
+        assert "batch statistics are needed" in rows[name].reason
+
+
+@needs_native
 def test_a_frozen_front_runs_natively_until_a_layer_needs_gradients(x):
     model = ek.efficientnet_b0().eval()
     for p in model.features[:4].parameters():

@@ -165,7 +165,16 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         return None
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
-        return None if self.is_pointwise() else "a convolution outside of MBConv blocks, which torch computes"
+        if not self.is_pointwise():
+            return "a convolution outside of MBConv blocks, which torch computes"
+        return statistics_obstacle(self)
+
+
+def statistics_obstacle(*layers: "ConvBnAct") -> str | None:
+    """Why the native kernels would not help layers that normalise by the batch, as in train mode under no_grad."""
+    if any(uses_batch_statistics(layer.norm) for layer in layers):
+        return "batch statistics are needed, and the native kernels return none in this version"
+    return None
 
 
 _CHILDREN: tuple[tuple[type[nn.Module], ...], ...] = (

@@ -10,7 +10,7 @@ from effnet_kernels import ops
 from effnet_kernels.deferred import Activation, Prologue
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation
+from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation, statistics_obstacle
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
 from effnet_kernels.ops.depthwise_conv import has_native_depthwise
@@ -115,6 +115,8 @@ class MBConv(InvertedResidual):
         return None if depthwise.is_depthwise() else "the middle convolution is not depthwise"
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
-        _, depthwise, _, _ = self._parts()
+        expand, depthwise, _, project = self._parts()
         kernel = depthwise.conv.kernel_size[0]
-        return None if has_native_depthwise(kernel) else f"no native depthwise kernel of size {kernel}"
+        if not has_native_depthwise(kernel):
+            return f"no native depthwise kernel of size {kernel}"
+        return statistics_obstacle(*([] if expand is None else [expand]), depthwise, project)
