@@ -20,6 +20,14 @@ Padding = tuple[int, int, int, int]
 """Zeros added on the (left, right, top, bottom), in the order of ``torch.nn.functional.pad``."""
 
 
+class RunningStatistics(NamedTuple):
+    """What BatchNorm normalises by at inference. Beside it, ``scale`` and ``shift`` are BatchNorm's weight and bias."""
+
+    mean: Tensor  # [C], fp32
+    var: Tensor  # [C], fp32
+    eps: float
+
+
 class Prologue(NamedTuple):
     """What is owed to an input, paid on load: ``act(scale * x + shift) * gate``. Any part may be absent."""
 
@@ -27,6 +35,7 @@ class Prologue(NamedTuple):
     shift: Tensor | None = None  # [C], fp32
     act: Activation = "none"
     gate: Tensor | None = None  # [N, C], fp32
+    statistics: RunningStatistics | None = None
 
 
 class Epilogue(NamedTuple):
@@ -36,6 +45,32 @@ class Epilogue(NamedTuple):
     shift: Tensor | None = None  # [C], fp32
     act: Activation = "none"
     residual: Tensor | None = None  # [N, C, H, W], the output's dtype
+    statistics: RunningStatistics | None = None
+
+
+class OutputGradient(NamedTuple):
+    """The gradient of a convolution's raw output ``y``, formed on load::
+
+        dz = (grad * gate[n, c] * keep[n] + offset[n, c]) * act'(scale[c] * y + shift[c])
+        dy = alpha[c] * dz + beta[c] * y + gamma[c]
+
+    ``dz`` is the gradient of BatchNorm's output, and ``coefficients`` are BatchNorm's backward. Any part may be absent:
+    a grad is then 0, a factor 1, an offset 0, and without coefficients dy is dz.
+    """
+
+    grad: Tensor | None  # [N, C, H, W], the maps' dtype
+    y: Tensor | None = None  # [N, C, H, W], the maps' dtype
+    coefficients: Tensor | None = None  # [3, C], fp32: alpha, beta, gamma
+    gate: Tensor | None = None  # [N, C], fp32
+    keep: Tensor | None = None  # [N], fp32
+    offset: Tensor | None = None  # [N, C], fp32
+    scale: Tensor | None = None  # [C], fp32
+    shift: Tensor | None = None  # [C], fp32
+    act: Activation = "none"
+
+    def by_sample(self) -> bool:
+        """Whether samples differ in more than their maps."""
+        return self.gate is not None or self.keep is not None or self.offset is not None
 
 
 Reduction = Literal["none", "statistics", "pool"]

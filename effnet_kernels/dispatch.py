@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_kernels import cpu
+from effnet_kernels import cpu, triton
 
 Backend = Literal["torch", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
@@ -43,6 +43,9 @@ class OperatorModule(Protocol):
     def kernel_obstacle(self, backend: Backend) -> str | None:
         """Why the kernels of ``backend`` would not help this module, or None."""
 
+    def kernel_reason(self, backend: Backend) -> str:
+        """What the kernels of ``backend`` compute of this module."""
+
 
 def available() -> dict[Backend, str | None]:
     """For each backend None where it can run on this machine, else why not."""
@@ -50,8 +53,15 @@ def available() -> dict[Backend, str | None]:
         "torch": None,
         "reference": None,
         "cpu": cpu.unavailable_reason(),
-        "triton": "the Triton kernels are not part of this version",
+        "triton": _triton_unavailable(),
     }
+
+
+def _triton_unavailable() -> str | None:
+    reason = triton.unavailable_reason()
+    if reason is None and not torch.cuda.is_available() and not triton.off_device():
+        return "torch finds no GPU"
+    return reason
 
 
 def forced() -> Backend | None:
@@ -96,20 +106,34 @@ class Call(NamedTuple):
             unusual = "the batch is empty"
         return cls(x.device.type, x.dtype, needs_grad, unusual)
 
+    def on_gpu(self) -> bool:
+        """Whether the Triton kernels are what there is for this input's device."""
+        return self.device == "cuda" or (self.device == "meta" and triton.off_device())
+
 
 def interception(x: object) -> str | None:
     """Who else is looking at the calls on ``x`` (a tracer, a transform, a mode), so that only ATen may be called."""
+    if torch.compiler.is_compiling():
+        if isinstance(x, Tensor) and registered(x):
+            return None
+        return "torch.compile or torch.export is tracing"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"the input is a {type(x).__name__}, not a plain tensor"
-    if torch.compiler.is_compiling():
-        return "torch.compile or torch.export is tracing"
     if torch.jit.is_tracing():
         return "torch.jit.trace is tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    # Modes are also how launches are counted and simulated.
+    if (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) and not triton.off_device():
         return "a torch dispatch or function mode is active"
     return None
+
+
+def registered(x: Tensor) -> bool:
+    """Whether what torch.compile traces for ``x`` are the registered operators; an export has torch's own alone."""
+    if torch.compiler.is_exporting():
+        return False
+    return forced() == "triton" or (forced() is None and x.device.type == "cuda")
 
 
 def choose(module: OperatorModule, x: Tensor) -> Decision:
@@ -118,7 +142,9 @@ def choose(module: OperatorModule, x: Tensor) -> Decision:
     if intercepted is not None:
         # Nothing of the module is looked at: a tracer would take the questions into its graph.
         return Decision("torch", intercepted)
-    return decide(module, Call.of(x, needs_grad(module, x)))
+    call = Call.of(x, False)
+    # The Triton kernels have gradients, so that nobody need ask.
+    return decide(module, call if call.on_gpu() else call._replace(needs_grad=needs_grad(module, x)))
 
 
 def prefers_channels_last(module: object, x: Tensor) -> bool:
@@ -128,7 +154,8 @@ def prefers_channels_last(module: object, x: Tensor) -> bool:
     force = forced()
     if force is not None:
         return force != "torch"
-    return _cpu_obstacle(Call.of(x, needs_grad(module, x))) is None
+    call = Call.of(x, needs_grad(module, x))
+    return (_triton_obstacle if call.on_gpu() else _cpu_obstacle)(call) is None
 
 
 def needs_grad(module: object, x: Tensor) -> bool:
@@ -150,18 +177,45 @@ def decide(module: OperatorModule, call: Call) -> Decision:
         return Decision("torch", obstacle)
     if force == "reference":
         return Decision("reference", "forced")
-    obstacle = _cpu_obstacle(call)
-    if obstacle is not None and force == "cpu":
-        raise BackendError(f"backend 'cpu' was forced but cannot run {type(module).__name__}: {obstacle}")
-    obstacle = obstacle or module.kernel_obstacle("cpu")
-    if obstacle is None:
-        return Decision("cpu", f"native depthwise kernel ({cpu.isa()}), torch's GEMM with the rest folded in")
-    return Decision("torch", obstacle)
+    backend: Backend = "triton" if force == "triton" or (force is None and call.on_gpu()) else "cpu"
+    obstacle = (_triton_obstacle if backend == "triton" else _cpu_obstacle)(call)
+    if obstacle is not None and force == backend:
+        raise BackendError(f"backend {force!r} was forced but cannot run {type(module).__name__}: {obstacle}")
+    obstacle = obstacle or module.kernel_obstacle(backend)
+    if obstacle is not None:
+        return Decision("torch", obstacle)
+    return Decision(backend, module.kernel_reason(backend))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of ``x`` before a convolution, or None where it is off."""
+    device = "cuda" if x.is_meta else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def runs_on_triton(x: Tensor) -> bool:
+    """Whether a public operator on the map or vector ``x`` may launch the Triton kernels."""
+    if forced() not in (None, "triton") or interception(x) is not None or x.numel() == 0:
+        return False
+    call = Call(x.device.type, x.dtype, False, None)
+    return call.on_gpu() and _triton_obstacle(call) is None
 
 
 def runs_natively(x: Tensor, needs_grad: bool) -> bool:
     """Whether a public operator on ``x`` may call the native extension."""
     return forced() in (None, "cpu") and _cpu_obstacle(Call.of(x, needs_grad)) is None
+
+
+def _triton_obstacle(call: Call) -> str | None:
+    if call.unusual is not None:
+        return call.unusual
+    if not call.on_gpu():
+        return f"no Triton kernels for {call.device} tensors"
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast and call.dtype == torch.float32 else call.dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels compute in float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return triton.unavailable_reason()
 
 
 def _cpu_obstacle(call: Call) -> str | None:

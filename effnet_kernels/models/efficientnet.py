@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
 from effnet_kernels.models.features import FeatureInfo, Features
 from effnet_kernels.modules import BlockConfig, ConvBnAct
 from effnet_kernels.modules.conv_bn_act import PaddingMode
+from effnet_kernels.modules.operator_module import children_obstacle
 
 if TYPE_CHECKING:
     from effnet_kernels.models.configs import Variant
@@ -115,10 +117,24 @@ class EfficientNet(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if self.features_only:
             return self.forward_features_only(x)
+        # Two conditions, because TorchScript compiles what follows an ``and``.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self._pools_in_head(x):
+                return self.classifier(self.features.pooled(x))
         x = self.features(x)
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.classifier(x)
+
+    @torch.jit.unused
+    def _pools_in_head(self, x: Tensor) -> bool:
+        """Whether the head may pool its output before storing it: nobody looks at the map in between."""
+        if not dispatch.runs_on_triton(x):
+            return False
+        features, avgpool = self.features, self.avgpool
+        head = features._modules[str(len(features) - 1)]
+        inner = (("features", features, (Features,)), ("avgpool", avgpool, (nn.AdaptiveAvgPool2d,)))
+        return children_obstacle((*inner, ("head", head, (ConvBnAct,)))) is None
 
     def forward_features_only(self, x: Tensor) -> list[Tensor]:
         if not torch.jit.is_scripting():

@@ -1,12 +1,13 @@
 """The stem, stages and head of a network as a sequence, and its feature maps."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
+from effnet_kernels.modules.conv_bn_act import ConvBnAct
 from effnet_kernels.modules.operator_module import memory_format
 
 
@@ -39,6 +40,15 @@ class Features(nn.Sequential):
         if dispatch.interception(input) is None:
             outputs = [output.contiguous(memory_format=memory_format(input)) for output in outputs]
         return outputs
+
+    @torch.jit.unused
+    def pooled(self, input: Tensor) -> Tensor:
+        """The spatial mean [N, C] of the last layer's output, which it need not store."""
+        x = input.contiguous(memory_format=torch.channels_last)
+        *layers, head = self
+        for module in layers:
+            x = module(x)
+        return cast(ConvBnAct, head).pooled(x)
 
 
 class Feature(NamedTuple):

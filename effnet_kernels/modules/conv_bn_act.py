@@ -1,18 +1,24 @@
 """Convolution, BatchNorm, activation."""
 
-from collections.abc import Callable
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
+import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels import ops
-from effnet_kernels.deferred import Activation, Epilogue, Prologue, Reduction
+from effnet_kernels import dispatch, ops, registration
+from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, OperatorModule, children_obstacle
-from effnet_kernels.ops.checks import resolve_padding, same_padding
+from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
+from effnet_kernels.ops.checks import output_size, resolve_padding, same_padding
+from effnet_kernels.ops.depthwise_conv import has_triton_depthwise, no_depthwise
+
+if TYPE_CHECKING:
+    from effnet_kernels import block
 
 PaddingMode = Literal["symmetric", "same"]
 """``"symmetric"``: (k - 1) // 2 zeros on each side, as torchvision; ``"same"``: TensorFlow's, from the input's size."""
@@ -96,7 +102,7 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         mean [N, C] is the third result.
         """
         norm = self.norm
-        act = ACTIVATION_NAMES[type(self._modules["2"])] if len(self._modules) == 3 else "none"
+        act = self._activation()
         if uses_batch_statistics(norm):
             y, stats = self._convolve(x, owed, None, "statistics")
             check_batch(norm, y)
@@ -106,19 +112,63 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         y, pooled = self._convolve(x, owed, Epilogue(scale, shift, act, residual), "pool" if pool else "none")
         return y, None, pooled
 
+    def forward_chain(self, input: Tensor) -> Tensor:
+        return self._run_alone(input, pool=False)
+
+    def _run_alone(self, input: Tensor, pool: bool) -> Tensor:
+        size = (input.shape[2], input.shape[3])
+        return run_chain(self.plan((size, pool), lambda: plan_chain([self], size, pool=pool)), input, None)
+
+    def pooled(self, input: Tensor) -> Tensor:
+        """The spatial mean [N, out_channels] of the output, which the kernels then do not store."""
+        if dispatch.choose(self, input).backend == "triton":
+            return self._run_alone(input.contiguous(memory_format=torch.channels_last), pool=True)
+        return F.adaptive_avg_pool2d(self(input), 1).flatten(1)
+
+    def layer(self, size: tuple[int, int], excitation: SqueezeExcitation | None = None) -> "ChainLayer":
+        """This module, and squeeze-and-excitation after it, as a layer of a chain for inputs of ``size`` (H, W)."""
+        from effnet_kernels import block
+
+        conv, norm = self.conv, self.norm
+        tracking = norm.training and norm.track_running_stats
+        batch_statistics = uses_batch_statistics(norm)
+        layer = block.Layer(
+            "pointwise" if self.is_pointwise() else "depthwise" if self.is_depthwise() else "dense",
+            conv.stride[0],
+            self._padding(size),
+            self._activation(),
+            norm.eps,
+            norm.momentum,
+            batch_statistics,
+            True,
+            None if excitation is None else ACTIVATION_NAMES[type(excitation.activation)],
+        )
+        parameters = block.Parameters(conv.weight, conv.bias, norm.weight, norm.bias)
+        if excitation is not None:
+            fc1, fc2 = excitation.fc1, excitation.fc2
+            parameters = block.Parameters(*parameters[:4], fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        buffers = block.Buffers(None, None, None)
+        if tracking or not batch_statistics:
+            buffers = block.Buffers(norm.running_mean, norm.running_var, norm.num_batches_tracked)
+        return ChainLayer(layer, parameters, buffers)
+
+    def _activation(self) -> Activation:
+        return ACTIVATION_NAMES[type(self._modules["2"])] if len(self._modules) == 3 else "none"
+
+    def _padding(self, size: tuple[int, int]) -> Padding:
+        conv = self.conv
+        padding = "same" if isinstance(conv, Conv2dSame) else int(conv.padding[0])
+        return resolve_padding(padding, size, conv.kernel_size[0], conv.stride[0])
+
     def _convolve(
         self, x: Tensor, owed: Prologue | None, epilogue: Epilogue | None, reduction: Reduction
     ) -> tuple[Tensor, Tensor | None]:
         conv = self.conv
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
         if self.is_pointwise():
             return ops.pointwise_conv(x, conv.weight, conv.bias, owed, epilogue, reduction)
         if self.is_depthwise():
-            same = isinstance(conv, Conv2dSame)
-            padding = resolve_padding(
-                "same" if same else int(conv.padding[0]), (x.shape[2], x.shape[3]), kernel, stride
-            )
-            return ops.depthwise_conv(x, conv.weight, stride, padding, owed, epilogue, reduction)
+            padding = self._padding((x.shape[2], x.shape[3]))
+            return ops.depthwise_conv(x, conv.weight, conv.stride[0], padding, owed, epilogue, reduction)
         # A dense convolution is torch's own; what surrounds it is ours.
         assert owed is None
         y = conv(x)
@@ -143,7 +193,7 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         conv = self.conv
         return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels and conv.bias is None
 
-    def obstacle(self) -> str | None:
+    def find_obstacle(self) -> str | None:
         children = self._modules
         if list(children) not in (["0", "1"], ["0", "1", "2"]):
             return f"it has the children {', '.join(children)}, not a convolution, a norm and an activation"
@@ -165,9 +215,66 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         return None
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
+        if backend == "triton":
+            conv = self.conv
+            if self.is_depthwise():
+                kernel, stride = conv.kernel_size[0], conv.stride[0]
+                return None if has_triton_depthwise(kernel, stride) else no_depthwise(kernel, stride)
+            return None if conv.groups == 1 else "a grouped convolution, which torch computes"
         if not self.is_pointwise():
             return "a convolution outside of MBConv blocks, which torch computes"
         return statistics_obstacle(self)
+
+    def kernel_reason(self, backend: Backend) -> str:
+        if backend == "triton" and not self.is_pointwise() and not self.is_depthwise():
+            return "the dense convolution by torch, the rest by fused Triton kernels"
+        return super().kernel_reason(backend)
+
+
+class ChainLayer(NamedTuple):
+    """A layer of a chain: what is fixed about it, its parameters and its buffers."""
+
+    layer: "block.Layer"
+    parameters: "block.Parameters"
+    buffers: "block.Buffers"
+
+
+class ChainPlan(NamedTuple):
+    """A chain and the tensors of its layers."""
+
+    chain: "block.Chain"
+    parameters: "list[block.Parameters]"
+    buffers: "list[block.Buffers]"
+
+
+def plan_chain(
+    modules: Sequence[ConvBnAct],
+    size: tuple[int, int],
+    excitation: SqueezeExcitation | None = None,
+    residual: bool = False,
+    pool: bool = False,
+) -> ChainPlan:
+    """Modules in a row as one fused chain for inputs of ``size`` (H, W); ``excitation`` is before the last of them."""
+    from effnet_kernels import block
+
+    layers: list[ChainLayer] = []
+    for index, module in enumerate(modules):
+        entry = module.layer(size, excitation if index == len(modules) - 2 else None)
+        layers.append(entry)
+        left, right, top, bottom = entry.layer.padding
+        kernel, stride = module.conv.kernel_size[0], entry.layer.stride
+        size = (output_size(size[0], kernel, stride, top, bottom), output_size(size[1], kernel, stride, left, right))
+    chain = block.Chain(tuple(entry.layer for entry in layers), residual, pool)
+    return ChainPlan(chain, [entry.parameters for entry in layers], [entry.buffers for entry in layers])
+
+
+def run_chain(plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
+    """The chain of x [N, C, H, W] in channels-last strides, called or traced."""
+    if torch.compiler.is_compiling():
+        return registration.run_traced(plan.chain, x, keep, plan.parameters, plan.buffers)
+    from effnet_kernels import block
+
+    return block.run(plan.chain, x, keep, plan.parameters, plan.buffers)
 
 
 def statistics_obstacle(*layers: "ConvBnAct") -> str | None:

@@ -76,11 +76,17 @@ class FusedMBConv(InvertedResidual):
             x, owed, _ = cast(ConvBnAct, self.block[0]).deferred(x)
         return self.project_and_merge(cast(ConvBnAct, self.block[-1]), x, owed, input)
 
-    def obstacle(self) -> str | None:
+    def forward_chain(self, input: Tensor) -> Tensor:
+        return self.run_block([cast(ConvBnAct, layer) for layer in self.block], input)
+
+    def find_obstacle(self) -> str | None:
         obstacle = self.layers_obstacle([ConvBnAct] * (1 + self.expands))
         if obstacle is None and self.expands and not cast(ConvBnAct, self.block[1]).is_pointwise():
             return "project is not a 1x1 convolution"
         return obstacle
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
-        return "its convolutions are dense, which torch computes"
+        return "its convolutions are dense, which torch computes" if backend == "cpu" else None
+
+    def kernel_reason(self, backend: Backend) -> str:
+        return "the dense convolution by torch, the rest by fused Triton kernels"

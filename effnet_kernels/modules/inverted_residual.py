@@ -9,7 +9,7 @@ from effnet_kernels import ops
 from effnet_kernels.deferred import Prologue
 from effnet_kernels.modules.batch_norm import uses_batch_statistics
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.conv_bn_act import ConvBnAct
+from effnet_kernels.modules.conv_bn_act import ConvBnAct, plan_chain, run_chain
 from effnet_kernels.modules.operator_module import OperatorModule, children_obstacle
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
 from effnet_kernels.modules.stochastic_depth import StochasticDepth
@@ -53,6 +53,15 @@ class InvertedResidual(OperatorModule):
         y, owed, _ = project.deferred(x, owed)
         return ops.merge(y, owed, residual, keep)
 
+    def run_block(
+        self, layers: Sequence[ConvBnAct], input: Tensor, excitation: SqueezeExcitation | None = None
+    ) -> Tensor:
+        """The layers, stochastic depth and the residual as one fused chain."""
+        keep = self.stochastic_depth.keep(input) if self.use_res_connect else None
+        size = (input.shape[2], input.shape[3])
+        plan = self.plan(size, lambda: plan_chain(layers, size, excitation, self.use_res_connect))
+        return run_chain(plan, input, keep)
+
     def layers_obstacle(self, expected: Sequence[type[ConvBnAct] | type[SqueezeExcitation]]) -> str | None:
         """Why the operators cannot stand for the layers, which should be of these classes, or None."""
         own, layers = self._modules, self.block._modules
@@ -66,7 +75,7 @@ class InvertedResidual(OperatorModule):
         if obstacle is not None:
             return obstacle
         for name, layer in layers.items():
-            inner = cast(Any, layer).obstacle()
+            inner = cast(Any, layer).find_obstacle()
             if inner is not None:
                 return f"block.{name}: {inner}"
         return None

@@ -13,7 +13,7 @@ from effnet_kernels.modules.block_config import BlockConfig
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation, statistics_obstacle
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
-from effnet_kernels.ops.depthwise_conv import has_native_depthwise
+from effnet_kernels.ops.depthwise_conv import has_native_depthwise, has_triton_depthwise, no_depthwise
 
 
 class MBConvConfig(BlockConfig):
@@ -97,6 +97,11 @@ class MBConv(InvertedResidual):
             owed = (owed or Prologue())._replace(gate=gate)
         return self.project_and_merge(project, x, owed, input)
 
+    def forward_chain(self, input: Tensor) -> Tensor:
+        expand, depthwise, excitation, project = self._parts()
+        layers = [depthwise, project] if expand is None else [expand, depthwise, project]
+        return self.run_block(layers, input, excitation)
+
     def _parts(self) -> tuple[ConvBnAct | None, ConvBnAct, SqueezeExcitation | None, ConvBnAct]:
         layers = iter(self.block)
         expand = cast(ConvBnAct, next(layers)) if self.expands else None
@@ -104,7 +109,7 @@ class MBConv(InvertedResidual):
         excitation = cast(SqueezeExcitation, next(layers)) if self.excites else None
         return expand, depthwise, excitation, cast(ConvBnAct, next(layers))
 
-    def obstacle(self) -> str | None:
+    def find_obstacle(self) -> str | None:
         expand, excite = [ConvBnAct] * self.expands, [SqueezeExcitation] * self.excites
         obstacle = self.layers_obstacle([*expand, ConvBnAct, *excite, ConvBnAct])
         if obstacle is not None:
@@ -117,6 +122,9 @@ class MBConv(InvertedResidual):
     def kernel_obstacle(self, backend: Backend) -> str | None:
         expand, depthwise, _, project = self._parts()
         kernel = depthwise.conv.kernel_size[0]
+        if backend == "triton":
+            stride = depthwise.conv.stride[0]
+            return None if has_triton_depthwise(kernel, stride) else no_depthwise(kernel, stride)
         if not has_native_depthwise(kernel):
             return f"no native depthwise kernel of size {kernel}"
         return statistics_obstacle(*([] if expand is None else [expand]), depthwise, project)

@@ -1,13 +1,15 @@
 """Modules with two ways to compute: their inner modules as torch has them, or this package's operators."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
+from effnet_kernels import cpu, dispatch
 from effnet_kernels.deferred import Activation
 from effnet_kernels.dispatch import Backend
+from effnet_kernels.modules.snapshot import Snapshots
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
     nn.Identity: "none",
@@ -18,18 +20,35 @@ ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
 }
 
 
+class Inspection:
+    """What a module's inside means for the operators: an obstacle or None, and plans made from it."""
+
+    def __init__(self, obstacle: str | None) -> None:
+        self.obstacle = obstacle
+        self.plans: dict[Hashable, object] = {}
+
+
+Plan = TypeVar("Plan")
+_inspections: Snapshots[Inspection] = Snapshots()
+# For inputs of ever new sizes.
+_PLANS_KEPT = 64
+
+
 class OperatorModule(nn.Module):
     """Base of the modules whose forward runs on the operators where :func:`effnet_kernels.dispatch.choose` says so.
 
-    A subclass has ``forward_modules`` (the textbook), ``forward_operators`` (x in channels-last strides),
-    ``obstacle`` and ``kernel_obstacle``. The output has the input's memory format.
+    A subclass has ``forward_modules`` (the textbook), ``forward_operators`` (operator by operator), ``forward_chain``
+    (one fused chain of Triton kernels), ``find_obstacle`` and ``kernel_obstacle``. The last two forwards get channels-
+    last strides. The output has the input's memory format.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         # Two conditions, because TorchScript compiles what follows an ``and``.
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if dispatch.choose(self, input).backend != "torch":
-                output = self.forward_operators(input.contiguous(memory_format=torch.channels_last))
+        if not torch.jit.is_scripting():
+            backend = dispatch.choose(self, input).backend
+            if backend != "torch":
+                forward = self.forward_chain if backend == "triton" else self.forward_operators
+                output = forward(input.contiguous(memory_format=torch.channels_last))
                 return output.contiguous(memory_format=memory_format(input))
         return self.forward_modules(input)
 
@@ -39,13 +58,42 @@ class OperatorModule(nn.Module):
     def forward_operators(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def forward_chain(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def obstacle(self) -> str | None:
         """Why the operators cannot stand for the inner modules, or None."""
+        if torch.compiler.is_compiling():
+            return self.find_obstacle()
+        found = _inspections.get(self)
+        if found is None:
+            found = _inspections.keep(self, Inspection(self.find_obstacle()))
+        return found.obstacle
+
+    def find_obstacle(self) -> str | None:
+        """:meth:`obstacle`, found out anew."""
         raise NotImplementedError
+
+    def plan(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
+        """What ``make`` returns, kept under ``key`` until something inside the module changes."""
+        found = None if torch.compiler.is_compiling() else _inspections.latest(self)
+        if found is None:
+            return make()
+        if key not in found.plans:
+            if len(found.plans) >= _PLANS_KEPT:
+                found.plans.clear()
+            found.plans[key] = make()
+        return cast(Plan, found.plans[key])
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
         """Why the kernels of ``backend`` would not help this module, or None."""
         return None
+
+    def kernel_reason(self, backend: Backend) -> str:
+        """What the kernels of ``backend`` compute of this module."""
+        if backend == "cpu":
+            return f"native depthwise kernel ({cpu.isa()}), torch's GEMM with the rest folded in"
+        return "fused Triton kernels"
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

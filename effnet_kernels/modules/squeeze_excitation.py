@@ -43,7 +43,7 @@ class SqueezeExcitation(nn.Module):
         act = ACTIVATION_NAMES[type(self.activation)]
         return ops.excite(pooled, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
 
-    def obstacle(self) -> str | None:
+    def find_obstacle(self) -> str | None:
         """Why :meth:`gate` cannot stand for :meth:`forward`, or None."""
         children = self._modules
         return children_obstacle((name, children.get(name), expected) for name, expected in _CHILDREN.items())

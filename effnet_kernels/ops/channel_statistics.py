@@ -1,9 +1,10 @@
 """Statistics of a map that some other convolution has made."""
 
+import torch
 from torch import Tensor
 
-from effnet_kernels import reference
-from effnet_kernels.ops.checks import check_map
+from effnet_kernels import dispatch, reference
+from effnet_kernels.ops.checks import any_requires_grad, check_map
 
 
 def channel_statistics(y: Tensor) -> Tensor:
@@ -12,4 +13,9 @@ def channel_statistics(y: Tensor) -> Tensor:
     Raises TypeError or ValueError for a dtype or shape that does not fit.
     """
     check_map(y)
+    if dispatch.runs_on_triton(y) and not any_requires_grad(y):
+        from effnet_kernels.triton import batch_norm
+
+        y = y.contiguous(memory_format=torch.channels_last)
+        return batch_norm.merge_statistics(batch_norm.channel_statistics(y))
     return reference.channel_statistics(y)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, Prologue
+from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, Prologue, RunningStatistics
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -52,6 +52,7 @@ def check_prologue(prologue: Prologue | None, x: Tensor) -> None:
         check_shape(prologue.scale, (channels,), "prologue.scale", x)
         check_shape(prologue.shift, (channels,), "prologue.shift", x)
         check_shape(prologue.gate, (samples, channels), "prologue.gate", x)
+        _check_statistics(prologue.statistics, channels, "prologue", x)
         check_activation(prologue.act)
 
 
@@ -60,7 +61,14 @@ def check_epilogue(epilogue: Epilogue | None, x: Tensor, output_shape: tuple[int
         check_shape(epilogue.scale, output_shape[1:2], "epilogue.scale", x)
         check_shape(epilogue.shift, output_shape[1:2], "epilogue.shift", x)
         check_shape(epilogue.residual, output_shape, "epilogue.residual", x)
+        _check_statistics(epilogue.statistics, output_shape[1], "epilogue", x)
         check_activation(epilogue.act)
+
+
+def _check_statistics(statistics: RunningStatistics | None, channels: int, owner: str, like: Tensor) -> None:
+    if statistics is not None:
+        check_shape(statistics.mean, (channels,), f"{owner}.statistics.mean", like)
+        check_shape(statistics.var, (channels,), f"{owner}.statistics.var", like)
 
 
 def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
@@ -104,3 +112,15 @@ def output_size(size: int, kernel: int, stride: int, before: int, after: int) ->
 def any_requires_grad(*tensors: object) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def fits_triton(
+    x: Tensor, prologue: Prologue | None, epilogue: Epilogue | None = None, *parameters: Tensor | None
+) -> bool:
+    """Whether the Triton kernels take these operands; where gradients are needed, no epilogue or running statistics."""
+    vectors = [t for t in (*(prologue or ()), *(epilogue or ()), *parameters) if isinstance(t, Tensor)]
+    if any(t.dtype == torch.float64 for t in vectors):
+        return False
+    if not any_requires_grad(x, *vectors):
+        return True
+    return epilogue is None and (prologue is None or prologue.statistics is None)

@@ -13,6 +13,7 @@ from effnet_kernels.ops.checks import (
     check_prologue,
     check_shape,
     check_tensor,
+    fits_triton,
     output_size,
     resolve_padding,
 )
@@ -62,12 +63,21 @@ def depthwise_conv(
     columns = output_size(width, kernel, stride, left, right)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
+    if (
+        has_triton_depthwise(kernel, stride)
+        and dispatch.runs_on_triton(x)
+        and fits_triton(x, prologue, epilogue, weight)
+        and (prologue is None or prologue.gate is None)
+        and (epilogue is None or epilogue.residual is None)
+    ):
+        return _on_triton(x, weight, stride, pads, prologue or Prologue(), epilogue or Epilogue(), reduction)
     if prologue is None and has_native_depthwise(kernel) and reduction != "statistics":
-        scale, shift, act, residual = epilogue or Epilogue()
+        scale, shift, act, residual, statistics = epilogue or Epilogue()
         parameters = [t for t in (weight, scale, shift) if t is not None]
         # Parameters of another dtype than the map's are the reference's.
         if (
             residual is None
+            and statistics is None
             and all(t.dtype == x.dtype for t in parameters)
             and dispatch.runs_natively(x, any_requires_grad(x, *parameters))
         ):
@@ -77,6 +87,39 @@ def depthwise_conv(
     return reference.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
 
 
+def _on_triton(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    prologue: Prologue,
+    epilogue: Epilogue,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor | None]:
+    from effnet_kernels.ops.triton_functions import DepthwiseConv
+    from effnet_kernels.triton import batch_norm, depthwise, squeeze_excite
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    if any_requires_grad(x, weight, *prologue):
+        return DepthwiseConv.apply(x, weight, *prologue[:3], stride, padding, reduction)
+    y, partials = depthwise.depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction)
+    if partials is None:
+        return y, None
+    if reduction == "pool":
+        return y, squeeze_excite.mean_of_sums(partials, y.shape[2] * y.shape[3])
+    return y, batch_norm.merge_statistics(partials)
+
+
 def has_native_depthwise(kernel: int) -> bool:
     """Whether the native extension has a depthwise kernel of this size."""
     return kernel in cpu.KERNEL_SIZES
+
+
+def has_triton_depthwise(kernel: int, stride: int) -> bool:
+    """Whether the Triton kernels have this size and stride."""
+    return kernel in (3, 5, 7) and stride in (1, 2)
+
+
+def no_depthwise(kernel: int, stride: int) -> str:
+    """What is missing, for those who ask why a block does not run on the kernels."""
+    return f"no depthwise kernel of size {kernel} and stride {stride}"

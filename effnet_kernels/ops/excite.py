@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from effnet_kernels import reference
+from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Activation
-from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor
+from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_triton
 
 
 def excite(
@@ -21,6 +21,18 @@ def excite(
     Raises ValueError for shapes, devices or an activation that do not fit.
     Source: Hu et al. 2018, equation 3.
     """
+    check_excitation(pooled, w1, b1, w2, b2, act)
+    if dispatch.runs_on_triton(pooled) and fits_triton(pooled, None, None, w1, b1, w2, b2):
+        from effnet_kernels.ops.triton_functions import Excite
+
+        return Excite.apply(pooled, w1, b1, w2, b2, act)
+    return reference.excite(pooled, w1, b1, w2, b2, act)
+
+
+def check_excitation(
+    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+) -> None:
+    """The shapes, dtypes and devices that :func:`excite` expects."""
     check_tensor(pooled, "pooled", "[N, C]")
     check_tensor(w1, "w1", "[S, C, 1, 1]" if isinstance(w1, Tensor) and w1.dim() == 4 else "[S, C]")
     check_activation(act)
@@ -31,4 +43,3 @@ def excite(
     check_tensor(w2, "w2", "[C, S, 1, 1]" if tail else "[C, S]")
     check_shape(w2, (channels, squeezed, *tail), "w2", pooled)
     check_shape(b2, (channels,), "b2", pooled)
-    return reference.excite(pooled, w1, b1, w2, b2, act)

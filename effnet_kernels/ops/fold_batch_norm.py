@@ -1,9 +1,10 @@
 """BatchNorm as a scale and a shift."""
 
+import torch
 from torch import Tensor
 
-from effnet_kernels import reference
-from effnet_kernels.ops.checks import check_shape, check_tensor
+from effnet_kernels import dispatch, reference
+from effnet_kernels.ops.checks import any_requires_grad, check_shape, check_tensor
 
 
 def fold_batch_norm(
@@ -46,4 +47,13 @@ def fold_batch_norm(
         ("weight", "bias", "running_mean", "running_var"), (weight, bias, running_mean, running_var), strict=True
     ):
         check_shape(vector, (channels,), name, like)
+    if stats is not None and dispatch.runs_on_triton(stats) and not any_requires_grad(stats, weight, bias):
+        from effnet_kernels.triton import batch_norm
+
+        vectors = (weight, bias, running_mean, running_var)
+        scale, shift, _, _ = batch_norm.fold_batch_norm(stats.contiguous()[None], *vectors, momentum, eps)
+        if running_mean is not None and running_var is not None:
+            # A kernel's writes are invisible to autograd unless it is told.
+            torch.autograd.graph.increment_version([running_mean, running_var])
+        return scale, shift
     return reference.fold_batch_norm(stats, weight, bias, running_mean, running_var, momentum, eps)

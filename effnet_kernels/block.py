@@ -1,0 +1,467 @@
+"""A chain of convolutions as one autograd.Function over the Triton primitives: a block, a stem, a head.
+
+Each layer is a convolution, a BatchNorm, an activation and, maybe, squeeze-and-excitation. Within the chain activations
+stay deferred: only raw convolution outputs are stored and saved for backward. At its end the debt is paid once
+(``merge``, with stochastic depth and the residual) or pooled away. The primitives know no autograd, so that the
+residual's gradient is added inside the first convolution's data gradient and the squeeze's inside the depthwise
+backward, where the autograd engine would add full maps.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_kernels import dispatch
+from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, RunningStatistics
+from effnet_kernels.triton.batch_norm import (
+    apply_gradient,
+    channel_statistics,
+    fold_batch_norm,
+    fold_batch_norm_backward,
+    gradient_sums,
+)
+from effnet_kernels.triton.depthwise import depthwise_conv, depthwise_conv_backward
+from effnet_kernels.triton.merge import merge
+from effnet_kernels.triton.pointwise import (
+    pointwise_conv,
+    pointwise_conv_backward_data,
+    pointwise_conv_backward_weight,
+)
+from effnet_kernels.triton.squeeze_excite import (
+    excite,
+    excite_backward,
+    excite_backward_weight,
+    mean_of_sums,
+    squeeze,
+)
+
+
+class Parameters(NamedTuple):
+    """A layer's differentiable tensors. A chain takes them flat, layer by layer."""
+
+    weight: Tensor  # [K, C, 1, 1], [C, 1, k, k] or dense [K, C, k, k]
+    bias: Tensor | None = None  # [K]
+    norm_weight: Tensor | None = None  # [K]
+    norm_bias: Tensor | None = None  # [K]
+    reduce_weight: Tensor | None = None  # [S, K, 1, 1], squeeze-and-excitation's first layer
+    reduce_bias: Tensor | None = None  # [S]
+    expand_weight: Tensor | None = None  # [K, S, 1, 1], its second
+    expand_bias: Tensor | None = None  # [K]
+
+
+class Buffers(NamedTuple):
+    """The running statistics of a layer's BatchNorm. They are read, or written, in place."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+
+class Layer(NamedTuple):
+    """What is fixed about a layer.
+
+    Attributes:
+        kind: the convolution; a dense one is torch's and can only be the first of a chain.
+        stride, padding: of the convolution.
+        act: the activation after BatchNorm.
+        eps, momentum: BatchNorm's; no momentum averages over all batches.
+        batch_statistics: whether BatchNorm normalises by the batch's statistics.
+        skip_nonfinite: whether running statistics stay as they are where the batch's are not finite.
+        excite_act: the activation inside squeeze-and-excitation; None where there is none.
+    """
+
+    kind: Literal["pointwise", "depthwise", "dense"]
+    stride: int = 1
+    padding: Padding = (0, 0, 0, 0)
+    act: Activation = "none"
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    batch_statistics: bool = True
+    skip_nonfinite: bool = True
+    excite_act: Activation | None = None
+
+
+class Chain(NamedTuple):
+    """Layers, and what happens at their end: the residual is added, or the map is pooled to [N, C].
+
+    Squeeze-and-excitation is followed by a pointwise layer, whose load applies the gate.
+    """
+
+    layers: tuple[Layer, ...]
+    residual: bool = False
+    pool: bool = False
+
+
+class Normalisation(NamedTuple):
+    """BatchNorm of one forward pass, [K] each, fp32."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class Excitation(NamedTuple):
+    """Squeeze-and-excitation of one forward pass, fp32."""
+
+    gate: Tensor  # [N, K]
+    pooled: Tensor  # [N, K]
+    hidden: Tensor  # [N, S]
+
+
+class Stored(NamedTuple):
+    """What backward needs of a layer."""
+
+    y: Tensor  # the raw output
+    norm: Normalisation
+    excitation: Excitation | None
+
+
+def run(
+    chain: Chain, x: Tensor, keep: Tensor | None, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
+) -> Tensor:
+    """The chain of ``x`` [N, C, H, W] in channels-last strides: with autograd where it is recording, else without.
+
+    Under autocast the input is cast once, here; the kernels cast weights as they load them.
+
+    Raises ValueError where BatchNorm would normalise a single value a channel by itself.
+    """
+    x = x.to(dispatch.autocast_dtype(x) or x.dtype)
+    flat = [tensor for own in parameters for tensor in own]
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
+        return ChainFunction.apply(chain, buffers, x, keep, *flat)
+    if keep is None and not any(layer.batch_statistics for layer in chain.layers):
+        return infer(chain, x, parameters, buffers)
+    return forward(chain, x, keep, parameters, buffers)[0]
+
+
+def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Sequence[Buffers]) -> Tensor:
+    """The chain at inference: every BatchNorm is folded inside the convolution before it, from running statistics.
+
+    x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
+    """
+    residual = x if chain.residual else None
+    gate, sums = None, None
+    for index, (layer, own, norm) in enumerate(zip(chain.layers, parameters, buffers, strict=True)):
+        last = index == len(chain.layers) - 1
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        statistics = RunningStatistics(norm.running_mean, norm.running_var, layer.eps)
+        epilogue = Epilogue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
+        reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
+        if layer.kind == "pointwise":
+            if last and chain.pool:
+                _, sums = pointwise_conv(x, own.weight, own.bias, Prologue(gate=gate), epilogue, "pool")
+                assert sums is not None
+                return mean_of_sums(sums, x.shape[2] * x.shape[3]).to(x.dtype)
+            epilogue = epilogue._replace(residual=residual if last else None)
+            y, _ = pointwise_conv(x, own.weight, own.bias, Prologue(gate=gate), epilogue, "none")
+            assert y is not None
+            gate = None
+        elif layer.kind == "depthwise":
+            y, sums = depthwise_conv(x, own.weight, layer.stride, layer.padding, Prologue(), epilogue, reduction)
+        else:
+            owed = Prologue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
+            y = merge(_dense(layer, x, own), owed, residual if last else None, None)
+        if layer.excite_act is not None:
+            if sums is None:
+                sums = squeeze(y, Prologue())
+            gate, _, _ = excite(sums, y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act)
+        x = y
+    if chain.pool:
+        return mean_of_sums(squeeze(x, Prologue()), x.shape[2] * x.shape[3]).to(x.dtype)
+    return x
+
+
+def forward(
+    chain: Chain, x: Tensor, keep: Tensor | None, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
+) -> tuple[Tensor, list[Stored]]:
+    """The chain with activations deferred, and what backward needs. ``keep`` [N] is stochastic depth's factor."""
+    stored: list[Stored] = []
+    residual = x if chain.residual else None
+    owed = Prologue()
+    _count_batches(chain, buffers)
+    for layer, own, norm in zip(chain.layers, parameters, buffers, strict=True):
+        y, partials = _convolve(layer, x, own, owed)
+        if layer.batch_statistics and y.numel() == y.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+        folded = _fold(layer, own, norm, partials)
+        owed = Prologue(folded.scale, folded.shift, layer.act)
+        excitation = None
+        if layer.excite_act is not None:
+            excitation = Excitation(
+                *excite(squeeze(y, owed), y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act)
+            )
+            owed = owed._replace(gate=excitation.gate)
+        stored.append(Stored(y, folded, excitation))
+        x = y
+    if chain.pool:
+        return mean_of_sums(squeeze(x, owed), x.shape[2] * x.shape[3]).to(x.dtype), stored
+    return merge(x, owed, residual, keep), stored
+
+
+def backward(
+    chain: Chain,
+    grad: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    parameters: Sequence[Parameters],
+    stored: Sequence[Stored],
+    needs_input: bool,
+    needs_parameters: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """The gradient of ``x`` and those of each layer's :class:`Parameters`, where they are needed."""
+    last = stored[-1]
+    owed = OutputGradient(
+        grad, last.y, keep=keep, scale=last.norm.scale, shift=last.norm.shift, act=chain.layers[-1].act
+    )
+    if chain.pool:
+        owed = owed._replace(grad=None, offset=grad.float() / (last.y.shape[2] * last.y.shape[3]))
+    sums = gradient_sums(owed, last.norm.mean)
+    gradients: list[list[Tensor | None]] = [[None] * len(Parameters._fields) for _ in chain.layers]
+    grad_input: Tensor | None = None
+    for index in reversed(range(len(chain.layers))):
+        layer, own, own_gradients = chain.layers[index], parameters[index], gradients[index]
+        needs_weight, needs_bias = needs_parameters[index][:2]
+        y, norm, _ = stored[index]
+        coefficients, norm_weight, norm_bias = fold_batch_norm_backward(
+            sums, y.shape[0] * y.shape[2] * y.shape[3], own.norm_weight, norm.mean, norm.rstd, layer.batch_statistics
+        )
+        own_gradients[2], own_gradients[3] = norm_weight, norm_bias
+        owed = owed._replace(coefficients=coefficients)
+        if own.bias is not None and needs_bias:
+            # The batch's mean takes a constant out again.
+            own_gradients[1] = coefficients[0] * norm_bias * (0.0 if layer.batch_statistics else 1.0)
+        if index == 0:
+            residual = grad if chain.residual else None
+            grad_input, own_gradients[0] = _first_backward(layer, owed, x, own, residual, needs_input, needs_weight)
+            break
+        before = stored[index - 1]
+        prologue = _prologue(chain.layers[index - 1], before)
+        if layer.kind == "depthwise":
+            assert before.excitation is None
+            dz, norm_sums, own_gradients[0] = depthwise_conv_backward(
+                owed, before.y, own.weight, layer.stride, layer.padding, prologue, before.norm.mean, None
+            )
+            assert norm_sums is not None
+            owed, sums = OutputGradient(dz, before.y), norm_sums
+            continue
+        if needs_weight:
+            own_gradients[0] = pointwise_conv_backward_weight(owed, before.y, prologue)
+        through = before.excitation is None
+        dx, five = pointwise_conv_backward_data(owed, own.weight, before.y, prologue, before.norm.mean, None, through)
+        assert five is not None
+        if through:
+            # Of the five sums, those of dz and dz * (y - mean).
+            owed, sums = OutputGradient(dx, before.y), five[:, :, 1:4:2].flatten(0, 1)
+        else:
+            owed, sums, gradients[index - 1][4:] = _excite_backward(
+                chain.layers[index - 1], before, dx, five, parameters[index - 1]
+            )
+    return grad_input, [
+        [None if g is None or p is None or not needed else _like(g, p) for g, p, needed in zip(*row, strict=True)]
+        for row in zip(gradients, parameters, needs_parameters, strict=True)
+    ]
+
+
+class ChainFunction(torch.autograd.Function):
+    """:func:`forward` and :func:`backward`, for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chain: Chain, buffers: Sequence[Buffers], x: Tensor, keep: Tensor | None, *flat: Tensor | None
+    ) -> Tensor:
+        out, stored = forward(chain, x, keep, unflatten(flat), buffers)
+        ctx.chain = chain
+        ctx.save_for_backward(x, keep, *flat, *flatten_stored(stored))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected create_graph=False: the fused blocks have no second derivative "
+                "(effnet_kernels.use_backend('torch') has)"
+            )
+        chain: Chain = ctx.chain
+        x, keep, *rest = ctx.saved_tensors
+        width = len(Parameters._fields)
+        flat, kept = rest[: width * len(chain.layers)], rest[width * len(chain.layers) :]
+        stored = unflatten_stored(chain, kept)
+        needs = ctx.needs_input_grad
+        needs_parameters = [needs[start : start + width] for start in range(4, len(needs), width)]
+        if grad.dim() == 4:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, gradients = backward(chain, grad, x, keep, unflatten(flat), stored, needs[2], needs_parameters)
+        return None, None, grad_x, None, *(gradient for layer in gradients for gradient in layer)
+
+
+def unflatten(flat: Sequence[Any]) -> list[Parameters]:
+    width = len(Parameters._fields)
+    return [Parameters(*flat[start : start + width]) for start in range(0, len(flat), width)]
+
+
+def flatten_stored(stored: Sequence[Stored]) -> list[Tensor]:
+    return [tensor for y, norm, excitation in stored for tensor in (y, *norm, *(excitation or ()))]
+
+
+def unflatten_stored(chain: Chain, flat: Sequence[Tensor]) -> list[Stored]:
+    remaining = iter(flat)
+
+    def take(count: int) -> Iterator[Tensor]:
+        return itertools.islice(remaining, count)
+
+    return [
+        Stored(
+            next(remaining),
+            Normalisation(*take(4)),
+            None if layer.excite_act is None else Excitation(*take(3)),
+        )
+        for layer in chain.layers
+    ]
+
+
+def _excitation_weights(own: Parameters) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    _, _, _, _, w1, b1, w2, b2 = own
+    assert w1 is not None
+    assert w2 is not None
+    return w1, b1, w2, b2
+
+
+def _prologue(layer: Layer, stored: Stored) -> Prologue:
+    gate = None if stored.excitation is None else stored.excitation.gate
+    return Prologue(stored.norm.scale, stored.norm.shift, layer.act, gate)
+
+
+def _convolve(layer: Layer, x: Tensor, own: Parameters, owed: Prologue) -> tuple[Tensor, Tensor | None]:
+    reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
+    if layer.kind == "pointwise":
+        y, partials = pointwise_conv(x, own.weight, own.bias, owed, Epilogue(), reduction)
+        assert y is not None
+        return y, partials
+    if layer.kind == "depthwise":
+        return depthwise_conv(x, own.weight, layer.stride, layer.padding, owed, Epilogue(), reduction)
+    y = _dense(layer, x, own)
+    return y, channel_statistics(y) if layer.batch_statistics else None
+
+
+def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Normalisation:
+    mean, var = norm.running_mean, norm.running_var
+    if partials is None:
+        assert mean is not None
+        assert var is not None
+        rstd = torch.rsqrt(var.float() + layer.eps)
+        scale = rstd if own.norm_weight is None else rstd * own.norm_weight
+        shift = -mean * scale if own.norm_bias is None else own.norm_bias - mean * scale
+        return Normalisation(scale, shift, mean.to(torch.float32, copy=True), rstd)
+    momentum: float | Tensor | None = layer.momentum
+    if momentum is None:
+        momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
+    folded = fold_batch_norm(
+        partials, own.norm_weight, own.norm_bias, mean, var, momentum, layer.eps, layer.skip_nonfinite
+    )
+    if mean is not None and var is not None:
+        # A kernel's writes are invisible to autograd unless it is told.
+        torch.autograd.graph.increment_version([mean, var])
+    return Normalisation(*folded)
+
+
+def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:
+    pairs = zip(chain.layers, buffers, strict=True)
+    counts = [
+        b.num_batches_tracked for layer, b in pairs if layer.batch_statistics and b.num_batches_tracked is not None
+    ]
+    if counts:
+        torch._foreach_add_(counts, 1)
+
+
+def _padded(layer: Layer, x: Tensor) -> tuple[Tensor, int]:
+    """The input of torch's convolution and the padding left to it, which is the same on all sides."""
+    left, right, top, bottom = layer.padding
+    if left == right == top == bottom:
+        return x, left
+    return F.pad(x, [left, right, top, bottom]).contiguous(memory_format=torch.channels_last), 0
+
+
+def _dense(layer: Layer, x: Tensor, own: Parameters) -> Tensor:
+    x, padding = _padded(layer, x)
+    weight = own.weight.to(x.dtype)
+    bias = None if own.bias is None else own.bias.to(x.dtype)
+    return F.conv2d(x, weight, bias, layer.stride, padding).contiguous(memory_format=torch.channels_last)
+
+
+def _first_backward(
+    layer: Layer,
+    owed: OutputGradient,
+    x: Tensor,
+    own: Parameters,
+    residual: Tensor | None,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the chain's input and of its first convolution's weight."""
+    grad_x: Tensor | None = None
+    grad_weight: Tensor | None = None
+    if layer.kind == "pointwise":
+        if needs_input:
+            grad_x, _ = pointwise_conv_backward_data(owed, own.weight, None, Prologue(), None, residual, False)
+        if needs_weight:
+            grad_weight = pointwise_conv_backward_weight(owed, x, Prologue())
+    elif layer.kind == "depthwise":
+        if needs_input or needs_weight:
+            grad_x, _, grad_weight = depthwise_conv_backward(
+                owed, x, own.weight, layer.stride, layer.padding, Prologue(), None, residual
+            )
+    elif needs_input or needs_weight:
+        padded, padding = _padded(layer, x)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            apply_gradient(owed, None),
+            padded,
+            own.weight.to(x.dtype),
+            None,
+            [layer.stride] * 2,
+            [padding] * 2,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [needs_input, needs_weight, False],
+        )
+        if grad_x is not None and padded is not x:
+            left, _, top, _ = layer.padding
+            grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        if grad_x is not None and residual is not None:
+            grad_x = grad_x + residual
+    return grad_x if needs_input else None, grad_weight
+
+
+def _excite_backward(
+    layer: Layer, before: Stored, dq: Tensor, five: Tensor, own: Parameters
+) -> tuple[OutputGradient, Tensor, list[Tensor | None]]:
+    """What the layer that excites gets in turn: its output's gradient, the sums for its BatchNorm, four gradients."""
+    assert before.excitation is not None
+    assert layer.excite_act is not None
+    gate, pooled, hidden = before.excitation
+    count = before.y.shape[2] * before.y.shape[3]
+    w1, _, w2, _ = _excitation_weights(own)
+    offset, logits, dhidden, sums = excite_backward(five, count, gate, hidden, w1, w2, layer.excite_act)
+    assert sums is not None
+    gradients: list[Tensor | None] = list(excite_backward_weight(logits, dhidden, hidden, pooled, layer.excite_act))
+    scale, shift = before.norm.scale, before.norm.shift
+    owed = OutputGradient(dq, before.y, None, gate, None, offset, scale, shift, layer.act)
+    return owed, sums, gradients
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype, shape and strides."""
+    gradient = gradient.to(parameter.dtype)
+    if gradient.shape != parameter.shape:
+        gradient = gradient.view(parameter.shape)
+    if gradient.stride() != parameter.stride() and 1 in (parameter.shape[1], parameter.shape[-1]):
+        # Of a 1x1 or a depthwise weight both memory formats are the same memory.
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return gradient

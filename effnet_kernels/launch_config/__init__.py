@@ -1,0 +1,48 @@
+"""From shape, dtype and architecture to a frozen launch configuration: rules, and a small table that overrides them."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What a rule needs to know of a device."""
+
+    backend: str  # "cuda" or "hip"
+    architecture: int | str  # 90 for compute capability 9.0; "gfx942"
+    multiprocessors: int
+
+
+H100 = Target("cuda", 90, 132)
+_forced: ContextVar[Target | None] = ContextVar("effnet_kernels_target", default=None)
+
+
+def target_of(x: Tensor) -> Target:
+    """The target that configurations for ``x`` are chosen for: its device, or what :func:`use_target` says."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return _target_of_device(x.get_device()) if x.is_cuda and not x.is_meta else H100
+
+
+@contextlib.contextmanager
+def use_target(target: Target) -> Iterator[None]:
+    """Configurations inside the ``with`` block are chosen for ``target``, whatever device there is."""
+    token = _forced.set(target)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def _target_of_device(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)

@@ -1,0 +1,68 @@
+"""What was found out about a module's inside, kept for as long as the inside stays as it was.
+
+Whether operators can stand for a module's children, and with which tensors, takes a hundred microseconds of questions;
+to see that nothing has changed since takes a few. Anything counts as a change that shows in the attributes, children,
+parameters, buffers or hooks of the module or of those inside it.
+"""
+
+import operator
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+Finding = TypeVar("Finding")
+
+
+class Snapshot(Generic[Finding]):
+    """A finding about ``module``, and everything that it may depend on."""
+
+    def __init__(self, module: nn.Module, finding: Finding) -> None:
+        # The module itself is not kept: its attributes are, so that it can be collected.
+        inner = list(module.modules())[1:]
+        self.finding = finding
+        self.types = [type(m) for m in inner]
+        self.inner = inner
+        self.attributes = [module.__dict__, *(m.__dict__ for m in inner)]
+        self.values = [list(d.values()) for d in self.attributes]
+        self.members = [d[kind] for d in self.attributes for kind in ("_modules", "_parameters", "_buffers") if d[kind]]
+        self.tensors = [t for d in self.members for t in d.values()]
+        self.hooks = [
+            getattr(m, kind)
+            for m in inner
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        ]
+
+    def holds(self) -> bool:
+        """Whether all is as it was. Hooks on the module itself fire by themselves and do not matter."""
+        if any(self.hooks) or list(map(type, self.inner)) != self.types:
+            return False
+        now = [t for d in self.members for t in d.values()]
+        if len(now) != len(self.tensors) or not all(map(operator.is_, now, self.tensors)):
+            return False
+        try:
+            # Lists compare their elements by identity first.
+            return [list(d.values()) for d in self.attributes] == self.values
+        except RuntimeError:  # a tensor was replaced by another, and tensors compare elementwise
+            return False
+
+
+class Snapshots(Generic[Finding]):
+    """The snapshots of many modules."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[nn.Module, Snapshot[Finding]] = WeakKeyDictionary()
+
+    def get(self, module: nn.Module) -> Finding | None:
+        """What was found about the module, if it still holds."""
+        snapshot = self._of.get(module)
+        return snapshot.finding if snapshot is not None and snapshot.holds() else None
+
+    def latest(self, module: nn.Module) -> Finding | None:
+        """What was found about the module, for a caller that has just asked whether it holds."""
+        snapshot = self._of.get(module)
+        return None if snapshot is None else snapshot.finding
+
+    def keep(self, module: nn.Module, finding: Finding) -> Finding:
+        self._of[module] = Snapshot(module, finding)
+        return finding

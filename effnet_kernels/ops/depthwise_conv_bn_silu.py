@@ -1,0 +1,84 @@
+"""Depthwise convolution, BatchNorm and SiLU as one differentiable function."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import dispatch
+from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
+from effnet_kernels.ops.checks import check_activation, check_map, check_shape, check_tensor, resolve_padding
+from effnet_kernels.ops.depthwise_conv import depthwise_conv, has_triton_depthwise
+from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
+from effnet_kernels.ops.merge import merge
+
+
+def depthwise_conv_bn_silu(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stride: int = 1,
+    padding: int | Padding | str = 0,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: Activation = "silu",
+) -> Tensor:
+    """``silu(batch_norm(depthwise_conv(x)))``, differentiable in x, weight, norm_weight and norm_bias.
+
+    In training the convolution emits its statistics as it stores its raw output, which is all that backward keeps
+    beside the input; at inference the three are one pass. On a GPU both directions are Triton kernels, the same that
+    the blocks of this package run on.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (float64 by the reference); channels-last is fastest.
+        weight: [C, 1, k, k], k odd (kernels: 3, 5, 7). With maps of lower precision it may be float32.
+        norm_weight, norm_bias: [C], BatchNorm's gamma and beta; None for one and zero.
+        running_mean, running_var: [C]. In training they are moved in place by ``momentum`` towards the batch's mean
+            and unbiased variance, except those of channels whose batch statistics are not finite; at inference they
+            are what is normalised by. None, in training only, for none.
+        stride: 1 or 2 in kernels.
+        padding: an integer, (left, right, top, bottom), or ``"same"`` (TensorFlow's).
+        training: whether to normalise by the batch's statistics.
+        momentum, eps: as ``torch.nn.functional.batch_norm`` has them.
+        act: another activation in SiLU's place: "none", "relu", "relu6", "hardswish".
+
+    Returns:
+        [N, C, H', W'] in x's dtype, in channels-last strides where a kernel ran.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option that does not fit, or one value a channel in training.
+
+    Source: Howard et al. 2017 (MobileNets), section 3.1; Ioffe and Szegedy 2015, algorithms 1 and 2.
+    """
+    check_map(x)
+    check_activation(act)
+    check_tensor(weight, "weight", "[C, 1, k, k]")
+    channels, kernel = x.shape[1], weight.shape[-1]
+    check_shape(weight, (channels, 1, kernel, kernel), "weight", x)
+    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    named.update(running_mean=running_mean, running_var=running_var)
+    for name, vector in named.items():
+        check_shape(vector, (channels,), name, x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var together, got one of them")
+    if not training and running_mean is None:
+        raise ValueError("expected running_mean and running_var with training=False, got None")
+    pads = resolve_padding(padding, (x.shape[2], x.shape[3]), kernel, stride)
+    if has_triton_depthwise(kernel, stride) and dispatch.runs_on_triton(x):
+        from effnet_kernels import block
+
+        layer = block.Layer("depthwise", stride, pads, act, eps, momentum, training)
+        parameters = block.Parameters(weight, None, norm_weight, norm_bias)
+        buffers = block.Buffers(running_mean, running_var, None)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return block.run(block.Chain((layer,)), x, None, [parameters], [buffers])
+    if not training:
+        scale, shift = fold_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)
+        return depthwise_conv(x, weight, stride, pads, epilogue=Epilogue(scale, shift, act))[0]
+    y, stats = depthwise_conv(x, weight, stride, pads, reduction="statistics")
+    if y.numel() == channels:
+        raise ValueError(f"expected more than one value a channel in training, got an output of shape {tuple(y.shape)}")
+    scale, shift = fold_batch_norm(stats, norm_weight, norm_bias, running_mean, running_var, momentum, eps)
+    return merge(y, Prologue(scale, shift, act))

@@ -1,0 +1,45 @@
+"""Squeeze-and-excitation as one differentiable function."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import dispatch
+from effnet_kernels.deferred import Activation, Prologue
+from effnet_kernels.ops.checks import check_map, fits_triton
+from effnet_kernels.ops.excite import check_excitation, excite
+from effnet_kernels.ops.merge import merge
+from effnet_kernels.ops.squeeze import squeeze
+
+
+def squeeze_excite(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation = "silu"
+) -> Tensor:
+    """``x * sigmoid(w2 @ act(w1 @ mean(x) + b1) + b2)``: every channel scaled by a gate from all channels' means.
+
+    Differentiable in x and in the parameters. Backward keeps x, the gate [N, C] and the hidden layer [N, S], and walks
+    the map twice: once for the gate's gradient, once for that of x. On a GPU both directions are Triton kernels, the
+    same that the blocks of this package run on (there the gate is applied by the next convolution as it loads, so that
+    the gated map is never stored).
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (float64 by the reference); channels-last is fastest.
+        w1: [S, C] or [S, C, 1, 1], reduces to the S squeeze channels. b1: [S].
+        w2: [C, S] or [C, S, 1, 1], expands again. b2: [C].
+        act: the activation between them.
+
+    Returns:
+        [N, C, H, W] in x's dtype. No buffers are updated.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or activation that does not fit.
+
+    Source: Hu et al. 2018, section 3, equations 2 to 4.
+    """
+    check_map(x)
+    check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act)
+    if dispatch.runs_on_triton(x) and fits_triton(x, None, None):
+        from effnet_kernels.ops.triton_functions import SqueezeExcite
+
+        return SqueezeExcite.apply(x.contiguous(memory_format=torch.channels_last), w1, b1, w2, b2, act)
+    gate = excite(squeeze(x), w1, b1, w2, b2, act)
+    return merge(x, Prologue(gate=gate))

@@ -1,0 +1,251 @@
+"""The single operators on the Triton kernels, for autograd: thin Functions over the primitives that the blocks use.
+
+Maps come in channels-last strides. Statistics are one differentiable [3, C] (count, mean, M2): their gradient is an
+affine function of the raw output, which the convolution's backward forms on load.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.triton import batch_norm, depthwise, pointwise, squeeze_excite
+from effnet_kernels.triton import merge as merging
+
+
+class PointwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        gate: Tensor | None,
+        act: Activation,
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor | None]:
+        prologue = Prologue(scale, shift, act, gate)
+        y, partials = pointwise.pointwise_conv(x, weight, bias, prologue, Epilogue(), reduction)
+        assert y is not None
+        stats = None if partials is None else batch_norm.merge_statistics(partials)
+        ctx.save_for_backward(x, weight, bias, scale, shift, gate, y, stats)
+        ctx.act = act
+        return y, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_first_order()
+        x, weight, bias, scale, shift, gate, y, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        owed = _with_statistics(grad, y, stats, grad_stats)
+        grad_x = grad_scale = grad_shift = grad_gate = grad_weight = grad_bias = None
+        if needs[0] or any(needs[3:6]):
+            if scale is None and shift is None and gate is None and ctx.act == "none":
+                grad_x, _ = pointwise.pointwise_conv_backward_data(owed, weight, None, Prologue(), None, None, False)
+            else:
+                prologue = Prologue(scale, shift, ctx.act, gate)
+                zero = torch.zeros(x.shape[1], device=x.device)
+                dz, sums = pointwise.pointwise_conv_backward_data(owed, weight, x, prologue, zero, None, True)
+                assert sums is not None
+                of_gate, of_shift, _, of_scale, _ = sums.sum(dim=1).unbind(1)  # [N, C] each
+                factor = torch.ones_like(of_gate) if gate is None else gate
+                grad_gate = of_gate
+                grad_shift, grad_scale = (factor * of_shift).sum(dim=0), (factor * of_scale).sum(dim=0)
+                grad_x = _scaled(dz, scale) if needs[0] else None
+        if needs[1]:
+            grad_weight = pointwise.pointwise_conv_backward_weight(owed, x, Prologue(scale, shift, ctx.act, gate))
+        if needs[2]:
+            grad_bias = _bias_gradient(grad, grad_stats)
+        gradients = (grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_gate)
+        return *_cast(needs, gradients, (x, weight, bias, scale, shift, gate)), None, None
+
+
+class DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        act: Activation,
+        stride: int,
+        padding: Padding,
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor | None]:
+        prologue = Prologue(scale, shift, act)
+        y, partials = depthwise.depthwise_conv(x, weight, stride, padding, prologue, Epilogue(), reduction)
+        stats = None if partials is None else batch_norm.merge_statistics(partials)
+        ctx.save_for_backward(x, weight, scale, shift, y, stats)
+        ctx.act, ctx.stride, ctx.padding = act, stride, padding
+        return y, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_first_order()
+        x, weight, scale, shift, y, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        owed = _with_statistics(grad, y, stats, grad_stats)
+        zero = torch.zeros(x.shape[1], device=x.device) if any(needs[2:4]) else None
+        prologue = Prologue(scale, shift, ctx.act)
+        dz, sums, grad_weight = depthwise.depthwise_conv_backward(
+            owed, x, weight, ctx.stride, ctx.padding, prologue, zero, None
+        )
+        grad_scale = grad_shift = None
+        if sums is not None:
+            grad_shift, grad_scale = sums.sum(dim=0)
+        grad_x = _scaled(dz, scale) if needs[0] else None
+        gradients = (grad_x, grad_weight, grad_scale, grad_shift)
+        return *_cast(needs, gradients, (x, weight, scale, shift)), None, None, None, None
+
+
+class Squeeze(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation) -> Tensor:
+        ctx.save_for_backward(x, scale, shift)
+        ctx.act = act
+        sums = squeeze_excite.squeeze(x, Prologue(scale, shift, act))
+        return squeeze_excite.mean_of_sums(sums, x.shape[2] * x.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_first_order()
+        x, scale, shift = ctx.saved_tensors
+        offset = grad / (x.shape[2] * x.shape[3])
+        owed = OutputGradient(None, x, None, None, None, offset, scale, shift, ctx.act)
+        gradients = _through_affine(ctx.needs_input_grad[:3], owed, x)
+        return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), None
+
+
+class Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        keep: Tensor | None,
+        act: Activation,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, shift, keep)
+        ctx.act = act
+        return merging.merge(x, Prologue(scale, shift, act), residual, keep)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_first_order()
+        x, scale, shift, keep = ctx.saved_tensors
+        owed = OutputGradient(_channels_last(grad), x, None, None, keep, None, scale, shift, ctx.act)
+        gradients = _through_affine(ctx.needs_input_grad[:3], owed, x)
+        residual = grad if ctx.needs_input_grad[3] else None
+        return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), residual, None, None
+
+
+class Excite(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    ) -> Tensor:
+        gate, pooled, hidden = squeeze_excite.excite(pooled[:, None], 1, w1, b1, w2, b2, act)
+        ctx.save_for_backward(pooled, w1, b1, w2, b2, gate, hidden)
+        ctx.act = act
+        return gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_first_order()
+        pooled, w1, b1, w2, b2, gate, hidden = ctx.saved_tensors
+        sums = grad.contiguous()[:, None, None]
+        grad_pooled, logits, dhidden, _ = squeeze_excite.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act)
+        weights = squeeze_excite.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
+        gradients = (grad_pooled, *weights)
+        return *_cast(ctx.needs_input_grad, gradients, (pooled, w1, b1, w2, b2)), None
+
+
+class SqueezeExcite(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    ) -> Tensor:
+        sums = squeeze_excite.squeeze(x, Prologue())
+        gate, pooled, hidden = squeeze_excite.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act)
+        ctx.save_for_backward(x, w1, b1, w2, b2, gate, pooled, hidden)
+        ctx.act = act
+        return merging.merge(x, Prologue(gate=gate), None, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_first_order()
+        x, w1, b1, w2, b2, gate, pooled, hidden = ctx.saved_tensors
+        grad = _channels_last(grad)
+        sums = squeeze_excite.squeeze(x, Prologue(), grad)
+        offset, logits, dhidden, _ = squeeze_excite.excite_backward(
+            sums[:, :, None], x.shape[2] * x.shape[3], gate, hidden, w1, w2, ctx.act
+        )
+        weights = squeeze_excite.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
+        grad_x = batch_norm.apply_gradient(OutputGradient(grad, gate=gate, offset=offset), None)
+        return *_cast(ctx.needs_input_grad, (grad_x, *weights), (x, w1, b1, w2, b2)), None
+
+
+def _check_first_order() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected create_graph=False: the fused operators have no second derivative "
+            "(effnet_kernels.use_backend('reference') has)"
+        )
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _with_statistics(grad: Tensor, y: Tensor, stats: Tensor | None, grad_stats: Tensor | None) -> OutputGradient:
+    """The output's gradient with that of its statistics: g + g_mean / M + 2 * g_M2 * (y - mean)."""
+    grad = _channels_last(grad)
+    if stats is None or grad_stats is None:
+        return OutputGradient(grad, y)
+    count, mean, _ = stats
+    beta = 2.0 * grad_stats[2]
+    coefficients = torch.stack([torch.ones_like(beta), beta, grad_stats[1] / count - beta * mean])
+    return OutputGradient(grad, y, coefficients)
+
+
+def _bias_gradient(grad: Tensor, grad_stats: Tensor | None) -> Tensor:
+    # The part of M2 sums to zero: it is of deviations from the mean.
+    bias = grad.sum(dim=(0, 2, 3), dtype=torch.float32)
+    return bias if grad_stats is None else bias + grad_stats[1]
+
+
+def _scaled(dz: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return dz
+    coefficients = torch.stack([scale.float(), torch.zeros_like(scale), torch.zeros_like(scale)])
+    return batch_norm.apply_gradient(OutputGradient(dz, dz, coefficients), None)
+
+
+def _through_affine(needs: tuple[bool, ...], owed: OutputGradient, x: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, scale and shift, where act(scale * x + shift) got the gradient in ``owed``."""
+    grad_x = grad_scale = grad_shift = None
+    if needs[1] or needs[2]:
+        zero = torch.zeros(x.shape[1], device=x.device)
+        grad_shift, grad_scale = batch_norm.gradient_sums(owed, zero).sum(dim=0)
+    if needs[0]:
+        if owed.scale is not None:
+            scale = owed.scale.float()
+            owed = owed._replace(coefficients=torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)]))
+        grad_x = batch_norm.apply_gradient(owed, None)
+    return grad_x, grad_scale, grad_shift
+
+
+def _cast(
+    needs: tuple[bool, ...], gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """Gradients in the shape and dtype of their inputs, and none that nobody needs."""
+    return [
+        g.to(t.dtype).reshape(t.shape) if needed and g is not None and t is not None else None
+        for needed, g, t in zip(needs, gradients, inputs, strict=False)
+    ]

@@ -1,0 +1,24 @@
+"""Triton kernels and their launchers. Nothing here knows autograd or modules."""
+
+import functools
+import sys
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be launched in this environment, or None. It says nothing of whether there is a GPU."""
+    try:
+        import triton.language  # noqa: F401
+        from triton.language.extra import libdevice  # noqa: F401
+    except Exception as error:  # a broken installation fails in many ways
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def off_device() -> bool:
+    """Whether launches are recorded or simulated at the moment, so that tensors need not be a GPU's."""
+    if "triton" not in sys.modules or unavailable_reason() is not None:
+        return False
+    from effnet_kernels.triton import launch
+
+    return launch.is_recording() or launch.simulated()

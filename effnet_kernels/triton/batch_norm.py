@@ -1,0 +1,200 @@
+"""BatchNorm as arithmetic on vectors of channels, and the passes over maps that its statistics need."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import OutputGradient
+from effnet_kernels.launch_config import target_of
+from effnet_kernels.launch_config.elementwise import stream
+from effnet_kernels.triton.kernels.batch_norm import (
+    apply_gradient_kernel,
+    channel_statistics_kernel,
+    fold_batch_norm_backward_kernel,
+    fold_batch_norm_kernel,
+    gradient_sums_kernel,
+    merge_statistics_kernel,
+)
+from effnet_kernels.triton.launch import channel_unit, launch
+
+# Partials of a channel that a map's reduction leaves; the vectors' kernels merge them.
+MAX_PARTIALS = 256
+_BLOCK_PARTIALS, _BLOCK_VECTOR = 64, 16
+
+
+def channel_statistics(y: Tensor) -> Tensor:
+    """Partial (count, mean, M2) of each channel: y [N, C, H, W] to [P, 3, C] fp32."""
+    samples, channels, height, width = y.shape
+    rows = samples * height * width
+    config = stream(1, rows, channels, target_of(y), MAX_PARTIALS)
+    partials = torch.empty(config.chunks, 3, channels, dtype=torch.float32, device=y.device)
+    unit = channel_unit(channels)
+    launch(
+        channel_statistics_kernel,
+        (config.chunks, -(-channels // config.block_channels), 1),
+        y,
+        partials,
+        rows,
+        channels // unit,
+        CHANNELS=unit,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_CHANNELS=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return partials
+
+
+def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
+    """Partial sums over pixels of dz and dz * (y - mean), for BatchNorm's backward: [P, 2, C] fp32."""
+    y = gradient.y
+    assert y is not None
+    samples, channels, height, width = y.shape
+    groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
+    config = stream(groups, rows, channels, target_of(y), max(1, MAX_PARTIALS // groups))
+    sums = torch.empty(groups * config.chunks, 2, channels, dtype=torch.float32, device=y.device)
+    unit = channel_unit(channels)
+    launch(
+        gradient_sums_kernel,
+        (config.chunks, -(-channels // config.block_channels), groups),
+        gradient.grad,
+        y,
+        gradient.gate,
+        gradient.keep,
+        gradient.offset,
+        gradient.scale,
+        gradient.shift,
+        mean,
+        sums,
+        rows,
+        channels // unit,
+        ACT=gradient.act,
+        CHANNELS=unit,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_CHANNELS=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return sums
+
+
+def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
+    """dy of ``gradient`` as a map [N, C, H, W], plus ``residual``: for a convolution that torch computes."""
+    like = gradient.grad if gradient.grad is not None else gradient.y
+    assert like is not None
+    samples, channels, height, width = like.shape
+    groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
+    config = stream(groups, rows, channels, target_of(like))
+    out = torch.empty_like(like, memory_format=torch.channels_last)
+    unit = channel_unit(channels)
+    launch(
+        apply_gradient_kernel,
+        (config.chunks, -(-channels // config.block_channels), groups),
+        gradient.grad,
+        gradient.y,
+        gradient.coefficients,
+        gradient.gate,
+        gradient.keep,
+        gradient.offset,
+        gradient.scale,
+        gradient.shift,
+        residual,
+        out,
+        rows,
+        channels // unit,
+        ACT=gradient.act,
+        CHANNELS=unit,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_CHANNELS=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def merge_statistics(partials: Tensor) -> Tensor:
+    """Count, mean and M2 of the union of partials: [P, 3, C] to [3, C] fp32."""
+    count, _, channels = partials.shape
+    stats = torch.empty(3, channels, dtype=torch.float32, device=partials.device)
+    launch(
+        merge_statistics_kernel,
+        (-(-channels // _BLOCK_VECTOR), 1, 1),
+        partials,
+        stats,
+        count,
+        channels,
+        BLOCK_P=_BLOCK_PARTIALS,
+        BLOCK_C=_BLOCK_VECTOR,
+        num_warps=4,
+    )
+    return stats
+
+
+def fold_batch_norm(
+    partials: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    skip_nonfinite: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BatchNorm from partial statistics [P, 3, C]: scale, shift, mean and rstd, [C] fp32 each.
+
+    The running statistics, if given, are moved by ``momentum`` in place (by 1 / count where it is the tensor
+    ``num_batches_tracked``), ``running_var`` towards the unbiased variance. With ``skip_nonfinite`` those of a channel
+    whose batch statistics are not finite stay as they are.
+    """
+    count, _, channels = partials.shape
+    folded = torch.empty(4, channels, dtype=torch.float32, device=partials.device)
+    launch(
+        fold_batch_norm_kernel,
+        (-(-channels // _BLOCK_VECTOR), 1, 1),
+        partials,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum if isinstance(momentum, Tensor) else None,
+        folded,
+        count,
+        channels,
+        0.0 if isinstance(momentum, Tensor) else float(momentum),
+        eps,
+        SKIP_NONFINITE=skip_nonfinite,
+        BLOCK_P=_BLOCK_PARTIALS,
+        BLOCK_C=_BLOCK_VECTOR,
+        num_warps=4,
+    )
+    scale, shift, mean, rstd = folded.unbind()
+    return scale, shift, mean, rstd
+
+
+def fold_batch_norm_backward(
+    sums: Tensor, count: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's backward on vectors: partial sums [P, 2, C] of dz and dz * (y - mean) over ``count`` pixels to
+    the coefficients [3, C] of :class:`~effnet_kernels.deferred.OutputGradient`, dweight [C] and dbias [C], fp32.
+    """
+    partials, _, channels = sums.shape
+    coefficients = torch.empty(3, channels, dtype=torch.float32, device=sums.device)
+    # Tensors of their own, so that autograd takes them for gradients as they are.
+    dweight, dbias = (torch.empty(channels, dtype=torch.float32, device=sums.device) for _ in range(2))
+    launch(
+        fold_batch_norm_backward_kernel,
+        (-(-channels // _BLOCK_VECTOR), 1, 1),
+        sums,
+        weight,
+        mean,
+        rstd,
+        coefficients,
+        dweight,
+        dbias,
+        partials,
+        channels,
+        sums.stride(0),
+        sums.stride(1),
+        1.0 / count,
+        BATCH_STATISTICS=batch_statistics,
+        BLOCK_P=_BLOCK_PARTIALS,
+        BLOCK_C=_BLOCK_VECTOR,
+        num_warps=4,
+    )
+    return coefficients, dweight, dbias

@@ -1,0 +1,160 @@
+"""Depthwise convolution of a deferred activation, forward and backward: the launchers."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import Epilogue, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.launch_config import depthwise as launch_config
+from effnet_kernels.launch_config import target_of
+from effnet_kernels.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
+from effnet_kernels.triton.launch import channel_unit, launch
+from effnet_kernels.triton.pointwise import sum_partials
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    prologue: Prologue,
+    epilogue: Epilogue,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor | None]:
+    """x [N, C, H, W], weight [C, 1, k, k] to y [N, C, H', W'], k 3, 5 or 7, stride 1 or 2.
+
+    The second is partial (count, mean, M2) of the stored values [P, 3, C] with "statistics", or partial sums of them
+    over each image's pixels [N, T, C] with "pool". One launch.
+    """
+    samples, channels, height, width = x.shape
+    kernel = weight.shape[-1]
+    left, right, top, bottom = padding
+    out_height, out_width = (
+        (height + top + bottom - kernel) // stride + 1,
+        (width + left + right - kernel) // stride + 1,
+    )
+    limit = launch_config.MAX_STATISTICS if reduction == "statistics" else None
+    config = launch_config.forward(samples, channels, out_height, out_width, kernel, stride, limit, target_of(x))
+    row_strips, column_strips = -(-out_height // config.height), -(-out_width // config.width)
+    y = torch.empty(
+        samples, channels, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    partials = None
+    if reduction == "statistics":
+        partials = torch.empty(config.programs, 3, channels, dtype=torch.float32, device=x.device)
+    elif reduction == "pool":
+        partials = torch.empty(samples, row_strips * column_strips, channels, dtype=torch.float32, device=x.device)
+    statistics = epilogue.statistics
+    unit = channel_unit(channels)
+    launch(
+        depthwise_conv_kernel,
+        (config.programs, -(-channels // config.block_channels), 1),
+        x,
+        weight,
+        prologue.scale,
+        prologue.shift,
+        epilogue.scale,
+        epilogue.shift,
+        None if statistics is None else statistics.mean,
+        None if statistics is None else statistics.var,
+        y,
+        partials,
+        samples * row_strips * column_strips,
+        channels // unit,
+        height,
+        width,
+        out_height,
+        out_width,
+        top,
+        left,
+        row_strips,
+        column_strips,
+        config.height,
+        0.0 if statistics is None else statistics.eps,
+        ACT=prologue.act,
+        OUT_ACT=epilogue.act,
+        REDUCTION=reduction,
+        CHANNELS=unit,
+        K=kernel,
+        STRIDE=stride,
+        WIDTH=config.width,
+        STRIPS=config.strips,
+        BLOCK_C=config.block_channels,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, partials
+
+
+def depthwise_conv_backward(
+    gradient: OutputGradient,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    prologue: Prologue,
+    mean: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of ``scale * x + shift`` (of x, plus ``residual``, where the prologue is empty) and of the weight.
+
+    dz [N, C, H, W], with ``mean`` [C] partial sums [P, 2, C] of dz and dz * (x - mean), and dweight [C, 1, k, k] fp32.
+    Two launches.
+    """
+    samples, channels, height, width = x.shape
+    assert gradient.grad is not None
+    assert gradient.keep is None
+    out_height, out_width = gradient.grad.shape[2:]
+    kernel = weight.shape[-1]
+    left, _, top, _ = padding
+    # Strips begin at a multiple of the stride, which is at most this much outside of the map.
+    rows, columns = height + top % stride, width + left % stride
+    config = launch_config.backward(samples, channels, rows, columns, kernel, stride, target_of(x))
+    row_strips, column_strips = -(-rows // config.height), -(-columns // config.width)
+    dz = torch.empty_like(x, memory_format=torch.channels_last)
+    sums = None
+    if mean is not None:
+        sums = torch.empty(config.programs, 2, channels, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(config.programs, channels, 1, kernel, kernel, dtype=torch.float32, device=x.device)
+    unit = channel_unit(channels)
+    launch(
+        depthwise_conv_backward_kernel,
+        (config.programs, -(-channels // config.block_channels), 1),
+        gradient.grad,
+        gradient.y,
+        gradient.coefficients,
+        gradient.gate,
+        gradient.offset,
+        gradient.scale,
+        gradient.shift,
+        x,
+        weight,
+        prologue.scale,
+        prologue.shift,
+        mean,
+        residual,
+        dz,
+        sums,
+        dweight,
+        samples * row_strips * column_strips,
+        channels // unit,
+        height,
+        width,
+        out_height,
+        out_width,
+        top,
+        left,
+        row_strips,
+        column_strips,
+        config.height,
+        GRAD_ACT=gradient.act,
+        ACT=prologue.act,
+        CHANNELS=unit,
+        K=kernel,
+        STRIDE=stride,
+        WIDTH=config.width,
+        STRIPS=config.strips,
+        BLOCK_C=config.block_channels,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dz, sums, sum_partials(dweight)

@@ -1,0 +1,1 @@
+"""Kernels, in Triton's language: compiled by Triton, never called as Python."""

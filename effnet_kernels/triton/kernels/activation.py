@@ -1,0 +1,77 @@
+"""Activations, their derivatives, and the affine map before them, inside kernels."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def sigmoid(z):
+    # exp(-z) overflows to infinity below -88, where the quotient is 0 as it should be.
+    return libdevice.fast_dividef(1.0, 1.0 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """``act(z)`` in fp32."""
+    if ACT == "silu":
+        z = z * sigmoid(z)
+    elif ACT == "relu":
+        z = tl.maximum(z, 0.0)
+    elif ACT == "relu6":
+        z = tl.minimum(tl.maximum(z, 0.0), 6.0)
+    elif ACT == "hardswish":
+        z = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    return z
+
+
+@triton.jit
+def activate_and_differentiate(z, ACT: tl.constexpr):
+    """``act(z)`` and ``act'(z)`` in fp32, with torch's derivatives at the kinks."""
+    if ACT == "silu":
+        s = sigmoid(z)
+        u = z * s
+        derivative = s + u * (1.0 - s)
+    elif ACT == "relu":
+        u = tl.maximum(z, 0.0)
+        derivative = tl.where(z > 0.0, 1.0, 0.0)
+    elif ACT == "relu6":
+        u = tl.minimum(tl.maximum(z, 0.0), 6.0)
+        derivative = tl.where((z > 0.0) & (z < 6.0), 1.0, 0.0)
+    elif ACT == "hardswish":
+        u = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+        inner = tl.where(z < 3.0, z * (1.0 / 3.0) + 0.5, 1.0)
+        derivative = tl.where(z <= -3.0, 0.0, inner)
+    else:
+        u = z
+        derivative = tl.full(z.shape, 1.0, tl.float32)
+    return u, derivative
+
+
+@triton.jit
+def load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, mask):
+    """Scale and shift of ``channels``: as they are, or folded here from BatchNorm's (weight, bias, mean, variance).
+
+    With ``mean_ptr`` and ``var_ptr``, ``scale_ptr`` and ``shift_ptr`` are BatchNorm's weight and bias. Any may be None.
+    """
+    scale = tl.full(channels.shape, 1.0, tl.float32)
+    shift = tl.full(channels.shape, 0.0, tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        shift = tl.load(shift_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+        var = tl.load(var_ptr + channels, mask=mask, other=1.0).to(tl.float32)
+        scale *= 1.0 / tl.sqrt(var + eps)
+        shift -= mean * scale
+    return scale, shift
+
+
+@triton.jit
+def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Count, mean and M2 of the union of two sets (Chan et al. 1979); either may be empty."""
+    count = count_a + count_b
+    weight = count_b / tl.maximum(count, 1.0)
+    delta = mean_b - mean_a
+    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * count_a * weight

@@ -1,0 +1,255 @@
+"""The kernels of :mod:`effnet_kernels.triton.batch_norm`."""
+
+import triton
+import triton.language as tl
+
+from effnet_kernels.triton.kernels.activation import merge_moments
+from effnet_kernels.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
+
+
+@triton.jit(do_not_specialize=["rows", "channel_units"])
+def channel_statistics_kernel(
+    y_ptr,
+    partials_ptr,
+    rows,
+    channel_units,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    C = channel_units * CHANNELS
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channels < C
+    count = 0.0
+    mean = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    m2 = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_ROWS
+        row = tl.arange(0, BLOCK_ROWS)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+        y = tl.load(y_ptr + start * C + (row[:, None] * C + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
+        tile_count = tl.minimum(rows - start, BLOCK_ROWS).to(tl.float32)
+        tile_mean = tl.sum(y, axis=0) / tile_count
+        deviation = tl.where(mask, y - tile_mean[None, :], 0.0)
+        count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tl.sum(deviation * deviation, axis=0))
+    out = partials_ptr + tl.program_id(0) * 3 * C + channels
+    tl.store(out, tl.zeros([BLOCK_CHANNELS], tl.float32) + count, mask=inside)
+    tl.store(out + C, mean, mask=inside)
+    tl.store(out + 2 * C, m2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "channel_units"])
+def gradient_sums_kernel(
+    grad_ptr,
+    y_ptr,
+    gate_ptr,
+    keep_ptr,
+    offset_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    sums_ptr,
+    rows,
+    channel_units,
+    ACT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    C = channel_units * CHANNELS
+    group = tl.program_id(2)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channels < C
+    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)
+    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
+    keep = 1.0
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + group).to(tl.float32)
+    scale = load_vector(scale_ptr, channels, inside, 1.0)
+    shift = load_vector(shift_ptr, channels, inside, 0.0)
+    mean = load_vector(mean_ptr, channels, inside, 0.0)
+    total = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    centred = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    base = group.to(tl.int64) * rows
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_ROWS
+        row = tl.arange(0, BLOCK_ROWS)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
+        y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dz = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)
+        dz = tl.where(mask, dz, 0.0)
+        total += tl.sum(dz, axis=0)
+        centred += tl.sum(dz * (y - mean[None, :]), axis=0)
+    out = sums_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channels
+    tl.store(out, total, mask=inside)
+    tl.store(out + C, centred, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "channel_units"])
+def apply_gradient_kernel(
+    grad_ptr,
+    y_ptr,
+    coefficients_ptr,
+    gate_ptr,
+    keep_ptr,
+    offset_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    channel_units,
+    ACT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    C = channel_units * CHANNELS
+    group = tl.program_id(2)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channels < C
+    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)
+    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
+    keep = 1.0
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + group).to(tl.float32)
+    scale = load_vector(scale_ptr, channels, inside, 1.0)
+    shift = load_vector(shift_ptr, channels, inside, 0.0)
+    base = group.to(tl.int64) * rows
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_ROWS
+        row = tl.arange(0, BLOCK_ROWS)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
+        y = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dy = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)
+        if coefficients_ptr is not None:
+            alpha = load_vector(coefficients_ptr, channels, inside, 0.0)
+            beta = load_vector(coefficients_ptr + C, channels, inside, 0.0)
+            gamma = load_vector(coefficients_ptr + 2 * C, channels, inside, 0.0)
+            dy = alpha[None, :] * dy + (beta[None, :] * y + gamma[None, :])
+        if residual_ptr is not None:
+            dy += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offsets, dy.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Count, mean and M2 of [P, 3, C] partials, in two passes: M2 from deviations from the merged mean."""
+    p = tl.arange(0, BLOCK_P)
+    count = tl.zeros([BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    pivot = tl.load(partials_ptr + C + channels, mask=inside, other=0.0)
+    for start in range(0, P, BLOCK_P):
+        mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
+        at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]
+        n = tl.load(at, mask=mask, other=0.0)
+        # Relative to a mean close by, so that a large mean costs no digits.
+        total += tl.sum(n * (tl.load(at + C, mask=mask, other=0.0) - pivot[None, :]), axis=0)
+        count += tl.sum(n, axis=0)
+    mean = pivot + total / count
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        mask = (start + p < P)[:, None] & inside[None, :]
+        at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]
+        n = tl.load(at, mask=mask, other=0.0)
+        deviation = tl.load(at + C, mask=mask, other=0.0) - mean[None, :]
+        m2 += tl.sum(tl.where(mask, tl.load(at + 2 * C, mask=mask, other=0.0) + n * deviation * deviation, 0.0), axis=0)
+    return count, mean, m2
+
+
+@triton.jit(do_not_specialize=["P", "C"])
+def merge_statistics_kernel(partials_ptr, stats_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channels < C
+    count, mean, m2 = merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P, BLOCK_C)
+    tl.store(stats_ptr + channels, count, mask=inside)
+    tl.store(stats_ptr + C + channels, mean, mask=inside)
+    tl.store(stats_ptr + 2 * C + channels, m2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["P", "C"])
+def fold_batch_norm_kernel(
+    partials_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    folded_ptr,
+    P,
+    C,
+    momentum,
+    eps,
+    SKIP_NONFINITE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channels < C
+    count, mean, m2 = merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P, BLOCK_C)
+    rstd = 1.0 / tl.sqrt(m2 / count + eps)
+    scale = rstd * load_vector(weight_ptr, channels, inside, 1.0)
+    shift = load_vector(bias_ptr, channels, inside, 0.0) - mean * scale
+    tl.store(folded_ptr + channels, scale, mask=inside)
+    tl.store(folded_ptr + C + channels, shift, mask=inside)
+    tl.store(folded_ptr + 2 * C + channels, mean, mask=inside)
+    tl.store(folded_ptr + 3 * C + channels, rstd, mask=inside)
+    if running_mean_ptr is not None:
+        if batches_ptr is not None:
+            momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
+        old_mean = tl.load(running_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        old_var = tl.load(running_var_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        variance = m2 / tl.maximum(count - 1.0, 1.0)
+        written = inside
+        if SKIP_NONFINITE:
+            # Only finite values are equal to themselves once they are subtracted from themselves.
+            written = inside & (mean - mean == 0.0) & (variance - variance == 0.0)
+        tl.store(running_mean_ptr + channels, old_mean + momentum * (mean - old_mean), mask=written)
+        tl.store(running_var_ptr + channels, old_var + momentum * (variance - old_var), mask=written)
+
+
+@triton.jit(do_not_specialize=["P", "C", "partial_stride", "sum_stride"])
+def fold_batch_norm_backward_kernel(
+    sums_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    coefficients_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    P,
+    C,
+    partial_stride,
+    sum_stride,
+    reciprocal_count,
+    BATCH_STATISTICS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channels < C
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    centred = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
+        at = sums_ptr + (start + p)[:, None] * partial_stride + channels[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
+        centred += tl.sum(tl.load(at + sum_stride, mask=mask, other=0.0), axis=0)
+    rstd = tl.load(rstd_ptr + channels, mask=inside, other=0.0)
+    mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)
+    alpha = rstd * load_vector(weight_ptr, channels, inside, 1.0)
+    beta = tl.zeros([BLOCK_C], tl.float32)
+    gamma = tl.zeros([BLOCK_C], tl.float32)
+    if BATCH_STATISTICS:
+        beta = -alpha * rstd * rstd * centred * reciprocal_count
+        gamma = -alpha * total * reciprocal_count - beta * mean
+    tl.store(coefficients_ptr + channels, alpha, mask=inside)
+    tl.store(coefficients_ptr + C + channels, beta, mask=inside)
+    tl.store(coefficients_ptr + 2 * C + channels, gamma, mask=inside)
+    tl.store(dweight_ptr + channels, rstd * centred, mask=inside)
+    tl.store(dbias_ptr + channels, total, mask=inside)

@@ -1,0 +1,47 @@
+"""The kernels of :mod:`effnet_kernels.triton.merge`."""
+
+import triton
+import triton.language as tl
+
+from effnet_kernels.triton.kernels.activation import activate, load_affine
+from effnet_kernels.triton.kernels.tiles import load_row
+
+
+@triton.jit(do_not_specialize=["rows", "channel_units"])
+def merge_kernel(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    var_ptr,
+    gate_ptr,
+    keep_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    channel_units,
+    eps,
+    ACT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    C = channel_units * CHANNELS
+    group = tl.program_id(2)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channels < C
+    scale, shift = load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, inside)
+    factor = load_row(gate_ptr, group, C, channels, inside, 1.0)
+    if keep_ptr is not None:
+        factor *= tl.load(keep_ptr + group).to(tl.float32)
+    base = group.to(tl.int64) * rows
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_ROWS
+        row = tl.arange(0, BLOCK_ROWS)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        y = activate(x * scale[None, :] + shift[None, :], ACT) * factor[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)

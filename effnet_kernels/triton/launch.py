@@ -1,0 +1,133 @@
+"""The one seam through which every Triton kernel is launched.
+
+A launch is a kernel, a grid, its arguments and a configuration. What happens with it depends on where it is made: on a
+GPU the compiled kernel is looked up and run; inside :func:`recording` it is noted and nothing runs, so that a whole
+step can be counted or compiled on meta tensors, at full size, without a device.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+Argument = Tensor | int | float | bool | None
+Grid = tuple[int, int, int]
+
+_GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
+
+class Launch(NamedTuple):
+    """What a launch was asked to do."""
+
+    kernel: JITFunction
+    grid: Grid
+    arguments: dict[str, Argument]  # by the kernel's parameters, in their order
+    constants: dict[str, Any]  # the kernel's tl.constexpr parameters
+    num_warps: int
+    num_stages: int
+
+
+_TRITONS_FILE = inspect.getfile(JITFunction)
+_recorders: list[list[Launch]] = []
+_handles: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: JITFunction, grid: Grid, *arguments: Argument, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Launches ``kernel`` over ``grid`` on the device and current stream of its tensors.
+
+    ``arguments`` are the kernel's parameters in order, ``constants`` its ``tl.constexpr`` parameters by name, which
+    come last. A tensor that is absent is None, which the kernel sees at compile time.
+
+    Raises:
+        ValueError: a grid over the device's limits, or tensors on different devices.
+    """
+    if any(size > limit for size, limit in zip(grid, _GRID_LIMITS, strict=True)):
+        raise ValueError(f"{kernel.__name__}: expected a grid within {_GRID_LIMITS}, got {grid}")
+    if 0 in grid:
+        return
+    if _recorders:
+        # Detached, so that the record does not make autograd copy gradients that somebody else seems to hold.
+        noted = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+        named = dict(zip(kernel.arg_names[: len(noted)], noted, strict=True))
+        _recorders[-1].append(Launch(kernel, grid, named, constants, num_warps, num_stages))
+        return
+    if simulated():
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        return
+    device = -1
+    key: list[Any] = [kernel, num_warps, num_stages, *constants.values()]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            index = argument.get_device()
+            if device not in (-1, index):
+                raise ValueError(f"{kernel.__name__}: expected tensors on one device, got cuda:{device}, cuda:{index}")
+            device = index
+            key += (argument.dtype, argument.data_ptr() % 16 == 0)
+        elif isinstance(argument, int):
+            # Integers are declared do_not_specialize: only their width tells two binaries apart.
+            key.append(-(2**31) <= argument < 2**31)
+        else:
+            key.append(argument is None)
+    key.append(device)
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _run(tuple(key), kernel, grid, arguments, constants, num_warps, num_stages, device)
+    else:
+        _run(tuple(key), kernel, grid, arguments, constants, num_warps, num_stages, device)
+
+
+def _run(
+    key: tuple[Any, ...],
+    kernel: JITFunction,
+    grid: Grid,
+    arguments: tuple[Argument, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    device: int,
+) -> None:
+    handle = _handles.get(key)
+    if handle is None:
+        compiled = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        ordered = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _handles[key] = (compiled.run, compiled.function, compiled.packed_metadata, ordered)
+        return
+    run, function, metadata, ordered = handle
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(*grid, stream, function, metadata, None, None, None, *arguments, *ordered)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Notes the launches made inside the ``with`` block, in order, instead of running them."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
+
+
+def is_recording() -> bool:
+    return bool(_recorders)
+
+
+def simulated() -> bool:
+    """Whether launches are executed by a simulator, on tensors in the host's memory, instead of by a GPU."""
+    return JITFunction.run.__code__.co_filename != _TRITONS_FILE
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot`` for inputs of ``dtype``: torch's TF32 setting for convolutions, for fp32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def channel_unit(channels: int) -> int:
+    """The multiple that a kernel may take the channels for: 8, so that the compiler sees 16-byte accesses, or 1."""
+    return 8 if channels % 8 == 0 else 1

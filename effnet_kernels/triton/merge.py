@@ -1,0 +1,43 @@
+"""The end of a chain: the debt paid, the stochastic-depth factor, the residual."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import Prologue
+from effnet_kernels.launch_config import target_of
+from effnet_kernels.launch_config.elementwise import stream
+from effnet_kernels.triton.kernels.merge import merge_kernel
+from effnet_kernels.triton.launch import channel_unit, launch
+
+
+def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor:
+    """``keep[n] * act(scale * x + shift) * gate + residual``: [N, C, H, W] to the same."""
+    samples, channels, height, width = x.shape
+    by_sample = prologue.gate is not None or keep is not None
+    groups, rows = (samples, height * width) if by_sample else (1, samples * height * width)
+    config = stream(groups, rows, channels, target_of(x))
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    scale, shift, act, gate, statistics = prologue
+    unit = channel_unit(channels)
+    launch(
+        merge_kernel,
+        (config.chunks, -(-channels // config.block_channels), groups),
+        x,
+        scale,
+        shift,
+        None if statistics is None else statistics.mean,
+        None if statistics is None else statistics.var,
+        gate,
+        keep,
+        residual,
+        out,
+        rows,
+        channels // unit,
+        0.0 if statistics is None else statistics.eps,
+        ACT=act,
+        CHANNELS=unit,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_CHANNELS=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return out

@@ -1,0 +1,205 @@
+"""Pointwise (1x1) convolution of a deferred activation, forward and backward: the launchers."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import Epilogue, OutputGradient, Prologue, Reduction
+from effnet_kernels.launch_config import target_of
+from effnet_kernels.launch_config.pointwise import MAX_STATISTICS, MAX_SUMS, gemm, weight_gradient
+from effnet_kernels.triton.kernels.pointwise import (
+    pointwise_conv_backward_data_kernel,
+    pointwise_conv_backward_weight_kernel,
+    pointwise_conv_kernel,
+    sum_partials_kernel,
+)
+from effnet_kernels.triton.launch import channel_unit, dot_precision, launch
+
+
+def pointwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue, epilogue: Epilogue, reduction: Reduction
+) -> tuple[Tensor | None, Tensor | None]:
+    """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
+
+    With "statistics" the second is partial (count, mean, M2) of the stored values, [P, 3, K]; with "pool" the map is
+    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K]. One launch.
+    """
+    samples, channels = x.shape[:2]
+    outputs = weight.shape[0]
+    pools = reduction == "pool"
+    owners = samples if pools else 1
+    by_sample = pools or prologue.gate is not None
+    groups, rows = _groups(x, by_sample, owners)
+    limit = {"none": None, "statistics": MAX_STATISTICS, "pool": MAX_SUMS}[reduction]
+    heavy = prologue.act != "none"
+    config = gemm(owners, groups, rows, outputs, channels, limit, heavy, x.dtype, target_of(x))
+    y, partials = None, None
+    if not pools:
+        y = _empty_map(x, outputs)
+    if reduction == "statistics":
+        partials = torch.empty(config.chunks, 3, outputs, dtype=torch.float32, device=x.device)
+    elif pools:
+        partials = torch.empty(samples, config.chunks, outputs, dtype=torch.float32, device=x.device)
+    statistics = epilogue.statistics
+    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    launch(
+        pointwise_conv_kernel,
+        (-(-outputs // config.block_columns), config.chunks, owners),
+        x,
+        weight,
+        bias,
+        prologue.scale,
+        prologue.shift,
+        prologue.gate,
+        epilogue.scale,
+        epilogue.shift,
+        None if statistics is None else statistics.mean,
+        None if statistics is None else statistics.var,
+        epilogue.residual,
+        y,
+        partials,
+        rows,
+        groups,
+        channels // in_unit,
+        outputs // out_unit,
+        0.0 if statistics is None else statistics.eps,
+        ACT=prologue.act,
+        OUT_ACT=epilogue.act,
+        REDUCTION=reduction,
+        PRECISION=dot_precision(x.dtype),
+        IN_UNIT=in_unit,
+        OUT_UNIT=out_unit,
+        BLOCK_M=config.block_rows,
+        BLOCK_N=config.block_columns,
+        BLOCK_K=config.block_inner,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, partials
+
+
+def pointwise_conv_backward_data(
+    gradient: OutputGradient,
+    weight: Tensor,
+    x: Tensor | None,
+    prologue: Prologue,
+    mean: Tensor | None,
+    residual: Tensor | None,
+    through: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what the convolution read, [N, C, H, W], plus ``residual``.
+
+    With the raw input ``x``, whose activation ``prologue`` describes (u the activated value, s its derivative, dq the
+    gradient of the gated u), also five partial sums over each image's pixels, [N, T, 5, C]: of dq * u, dq * s, s,
+    dq * s * (x - mean) and s * (x - mean). Stored is dq, or ``through`` the activation gate * dq * s. One launch.
+    """
+    like = gradient.grad if gradient.grad is not None else gradient.y
+    assert like is not None
+    samples, outputs, _, _ = like.shape
+    channels = weight.shape[1]
+    owners = samples if x is not None else 1
+    groups, rows = _groups(like, x is not None or gradient.by_sample(), owners)
+    limit = None if x is None else MAX_SUMS
+    heavy = x is not None
+    config = gemm(owners, groups, rows, channels, outputs, limit, heavy, like.dtype, target_of(like))
+    dx = _empty_map(like, channels)
+    sums = None
+    if x is not None:
+        sums = torch.empty(samples, config.chunks, 5, channels, dtype=torch.float32, device=like.device)
+    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    launch(
+        pointwise_conv_backward_data_kernel,
+        (-(-channels // config.block_columns), config.chunks, owners),
+        *_gradient_arguments(gradient),
+        weight,
+        x,
+        prologue.scale,
+        prologue.shift,
+        prologue.gate,
+        mean,
+        residual,
+        dx,
+        sums,
+        rows,
+        groups,
+        channels // in_unit,
+        outputs // out_unit,
+        GRAD_ACT=gradient.act,
+        ACT=prologue.act,
+        THROUGH=through,
+        PRECISION=dot_precision(like.dtype),
+        IN_UNIT=in_unit,
+        OUT_UNIT=out_unit,
+        BLOCK_M=config.block_rows,
+        BLOCK_N=config.block_columns,
+        BLOCK_K=32,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dx, sums
+
+
+def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue: Prologue) -> Tensor:
+    """The weight's gradient [K, C, 1, 1], fp32, from x [N, C, H, W] and what is owed to it. One launch or two."""
+    like = gradient.grad if gradient.grad is not None else gradient.y
+    assert like is not None
+    outputs, channels = like.shape[1], x.shape[1]
+    groups, rows = _groups(x, prologue.gate is not None or gradient.by_sample(), 1)
+    config = weight_gradient(groups, rows, outputs, channels, x.dtype, target_of(x))
+    partials = torch.empty(config.splits, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
+    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    launch(
+        pointwise_conv_backward_weight_kernel,
+        (-(-channels // config.block_inputs), -(-outputs // config.block_outputs), config.splits),
+        *_gradient_arguments(gradient),
+        x,
+        prologue.scale,
+        prologue.shift,
+        prologue.gate,
+        partials,
+        rows,
+        groups,
+        channels // in_unit,
+        outputs // out_unit,
+        GRAD_ACT=gradient.act,
+        ACT=prologue.act,
+        PRECISION=dot_precision(x.dtype),
+        IN_UNIT=in_unit,
+        OUT_UNIT=out_unit,
+        BLOCK_K=config.block_outputs,
+        BLOCK_C=config.block_inputs,
+        BLOCK_M=config.block_rows,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sum_partials(partials)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """The sum over the first dimension, in order: [P, ...] to [...], fp32; nothing is launched for a single partial."""
+    if partials.shape[0] == 1:
+        return partials[0]
+    total = torch.empty(partials.shape[1:], dtype=torch.float32, device=partials.device)
+    block = 512
+    grid = (-(-total.numel() // block), 1, 1)
+    launch(sum_partials_kernel, grid, partials, total, partials.shape[0], total.numel(), BLOCK=block, num_warps=4)
+    return total
+
+
+def _groups(x: Tensor, by_sample: bool, owners: int) -> tuple[int, int]:
+    """Groups an owner, and rows a group."""
+    samples, _, height, width = x.shape
+    if by_sample:
+        return samples // owners, height * width
+    return 1, samples * height * width
+
+
+def _empty_map(x: Tensor, channels: int) -> Tensor:
+    samples, _, height, width = x.shape
+    return torch.empty(
+        samples, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _gradient_arguments(gradient: OutputGradient) -> tuple[Tensor | None, ...]:
+    grad, y, coefficients, gate, keep, offset, scale, shift, _ = gradient
+    return grad, y, coefficients, gate, keep, offset, scale, shift

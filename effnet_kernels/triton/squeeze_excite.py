@@ -1,0 +1,181 @@
+"""Squeeze-and-excitation (Hu et al. 2018, section 3): sums over pixels, and the gate as arithmetic on vectors."""
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import Activation, Prologue
+from effnet_kernels.launch_config import target_of
+from effnet_kernels.launch_config.elementwise import excitation, stream
+from effnet_kernels.triton.kernels.squeeze_excite import (
+    excite_backward_kernel,
+    excite_backward_weight_kernel,
+    excite_kernel,
+    mean_of_sums_kernel,
+    squeeze_kernel,
+)
+from effnet_kernels.triton.launch import channel_unit, launch
+
+# Partial sums of an image that a squeeze leaves; excite merges them.
+MAX_PARTIALS = 8
+
+
+def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
+    """Partial sums over pixels of the deferred activation, times ``factor`` [N, C, H, W]: [N, T, C] fp32."""
+    samples, channels, height, width = x.shape
+    rows = height * width
+    config = stream(samples, rows, channels, target_of(x), MAX_PARTIALS)
+    sums = torch.empty(samples, config.chunks, channels, dtype=torch.float32, device=x.device)
+    scale, shift, act, gate, statistics = prologue
+    unit = channel_unit(channels)
+    launch(
+        squeeze_kernel,
+        (config.chunks, -(-channels // config.block_channels), samples),
+        x,
+        factor,
+        scale,
+        shift,
+        None if statistics is None else statistics.mean,
+        None if statistics is None else statistics.var,
+        gate,
+        sums,
+        rows,
+        channels // unit,
+        0.0 if statistics is None else statistics.eps,
+        ACT=act,
+        CHANNELS=unit,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_CHANNELS=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return sums
+
+
+def mean_of_sums(sums: Tensor, count: int) -> Tensor:
+    """Partial sums over ``count`` pixels to their mean: [N, T, C] to [N, C] fp32."""
+    samples, partials, channels = sums.shape
+    mean = torch.empty(samples, channels, dtype=torch.float32, device=sums.device)
+    block = 256
+    launch(
+        mean_of_sums_kernel,
+        (samples, -(-channels // block), 1),
+        sums,
+        mean,
+        partials,
+        channels,
+        1.0 / count,
+        BLOCK_C=block,
+        num_warps=4,
+    )
+    return mean
+
+
+def excite(
+    sums: Tensor, count: int, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From partial sums over ``count`` pixels [N, T, C] to the gate [N, C], and what backward needs: pooled [N, C] and
+    the hidden layer [N, S] before its activation, all fp32. w1 [S, C], w2 [C, S], b1 [S], b2 [C].
+    """
+    samples, partials, channels = sums.shape
+    squeezed = w1.shape[0]
+    config = excitation(samples, channels, squeezed, target_of(sums))
+    pooled, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
+    hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
+    launch(
+        excite_kernel,
+        (samples, config.splits, 1),
+        sums,
+        w1,
+        b1,
+        w2,
+        b2,
+        gate,
+        pooled,
+        hidden,
+        partials,
+        channels,
+        squeezed,
+        1.0 / count,
+        ACT=act,
+        BLOCK_S=config.block_squeezed,
+        BLOCK_C=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return gate, pooled, hidden
+
+
+def excite_backward(
+    sums: Tensor, count: int, gate: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor, act: Activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The squeeze-and-excitation path backwards, on vectors.
+
+    ``sums`` [N, T, 5, C] are those of ``pointwise_conv_backward_data``, T1 to T5, or [N, T, 1, C] the first alone,
+    which is the gate's gradient. Returns offset [N, C], what each pixel's activation gets by way of the mean over
+    ``count`` pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums, those that
+    the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
+    """
+    samples, partials, kinds, channels = sums.shape
+    squeezed = w1.shape[0]
+    config = excitation(samples, channels, squeezed, target_of(sums))
+    offset, logits = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
+    dhidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
+    norm_sums = None
+    if kinds == 5:
+        norm_sums = torch.empty(samples, 2, channels, dtype=torch.float32, device=sums.device)
+    launch(
+        excite_backward_kernel,
+        (samples, config.splits, 1),
+        sums,
+        gate,
+        hidden,
+        w1,
+        w2,
+        offset,
+        logits,
+        dhidden,
+        norm_sums,
+        partials,
+        channels,
+        squeezed,
+        1.0 / count,
+        ACT=act,
+        KINDS=kinds,
+        BLOCK_S=config.block_squeezed,
+        BLOCK_C=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return offset, logits, dhidden, norm_sums
+
+
+def excite_backward_weight(
+    logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], fp32, from those of the logits and the hidden layer."""
+    samples, channels = logits.shape
+    squeezed = hidden.shape[1]
+    device = logits.device
+    dw1 = torch.empty(squeezed, channels, dtype=torch.float32, device=device)
+    db1 = torch.empty(squeezed, dtype=torch.float32, device=device)
+    dw2 = torch.empty(channels, squeezed, dtype=torch.float32, device=device)
+    db2 = torch.empty(channels, dtype=torch.float32, device=device)
+    block_channels, block_squeezed = 32, 32
+    launch(
+        excite_backward_weight_kernel,
+        (-(-channels // block_channels), -(-squeezed // block_squeezed), 1),
+        logits,
+        dhidden,
+        hidden,
+        pooled,
+        dw1,
+        db1,
+        dw2,
+        db2,
+        samples,
+        channels,
+        squeezed,
+        ACT=act,
+        BLOCK_N=16,
+        BLOCK_S=block_squeezed,
+        BLOCK_C=block_channels,
+        num_warps=4,
+    )
+    return dw1, db1, dw2, db2

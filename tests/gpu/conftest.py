@@ -1,0 +1,52 @@
+"""The device that the kernels' tests run on: a GPU, or Triton's IR executed on the CPU by ``ttsem``.
+
+pytest tests/gpu                              # on a machine with a GPU
+python -m ttsem.sanitize pytest tests/gpu     # on any other (Python >= 3.12, Triton 3.8)
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from effnet_kernels.launch_config import Target, use_target
+
+triton_launch = pytest.importorskip("effnet_kernels.triton.launch", reason="Triton is not installed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if triton_launch.simulated() or torch.cuda.is_available():
+        return
+    reason = "no GPU here: run these with `python -m ttsem.sanitize pytest tests/gpu`"
+    for item in items:
+        if "gpu" in item.path.parts:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _teach_the_simulator() -> None:
+    """The one libdevice function of ours that ttsem 0.1 does not know."""
+    import numpy as np
+    from ttsem import ops
+
+    ops._EXTERN.setdefault("__nv_fast_fdividef", (2, np.divide))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device() -> Iterator[None]:
+    if triton_launch.simulated():
+        _teach_the_simulator()
+        torch.set_num_threads(1)
+    # Fills torch.empty with NaN, so that an output that nobody wrote is noticed.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _small_device() -> Iterator[None]:
+    """Configurations as for a GPU of four multiprocessors, so that programs of small tests walk over several tiles."""
+    with use_target(Target("cuda", 90, 4)):
+        yield

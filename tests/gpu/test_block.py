@@ -1,0 +1,238 @@
+"""Blocks on the Triton kernels against the textbook modules in float64: outputs, every gradient, running statistics."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import assert_buffers_close, randomize
+from torch import Tensor, nn
+
+from effnet_kernels import EfficientNet, dispatch, ops
+from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
+from gpu.compare import assert_accurate, channels_last
+
+BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
+def mbconv(*args, probability: float = 0.0, **kwargs) -> nn.Module:
+    config = MBConvConfig(*args, 1, **kwargs)
+    return config.block(config, probability, BatchNorm)
+
+
+def fused_mbconv(*args, probability: float = 0.0) -> nn.Module:
+    config = FusedMBConvConfig(*args, 1)
+    return config.block(config, probability, BatchNorm)
+
+
+# name: (the module, the input's shape)
+BLOCKS = {
+    "expand": (lambda: mbconv(6, 3, 1, 16, 16), (3, 16, 15, 17)),
+    "expand stride 2": (lambda: mbconv(6, 5, 2, 24, 40), (1, 24, 28, 28)),
+    "no expand": (lambda: mbconv(1, 3, 1, 32, 16), (3, 32, 9, 7)),
+    "no expand, residual": (lambda: mbconv(1, 5, 1, 24, 24), (1, 24, 7, 7)),
+    "same padding": (lambda: mbconv(4, 3, 2, 16, 24, padding="same"), (1, 16, 14, 15)),
+    "no squeeze, relu6": (lambda: mbconv(6, 3, 1, 16, 16, squeeze_ratio=None, activation="relu6"), (1, 16, 15, 17)),
+    "kernel 7, hardswish": (lambda: mbconv(2, 7, 1, 16, 16, activation="hardswish"), (1, 16, 9, 7)),
+    "stochastic depth": (lambda: mbconv(2, 3, 1, 16, 16, probability=0.5), (4, 16, 7, 7)),
+    "fused": (lambda: fused_mbconv(4, 3, 2, 16, 24), (1, 16, 15, 17)),
+    "fused, residual": (lambda: fused_mbconv(4, 3, 1, 16, 16), (3, 16, 7, 9)),
+    "fused, one convolution": (lambda: fused_mbconv(1, 3, 1, 16, 16, probability=0.5), (4, 16, 7, 9)),
+    "stem": (lambda: ConvBnAct(3, 32, 3, 2, 1, BatchNorm), (1, 3, 31, 33)),
+    "stem, same padding": (lambda: ConvBnAct(3, 32, 3, 2, 1, BatchNorm, padding="same"), (1, 3, 32, 34)),
+    "head": (lambda: ConvBnAct(40, 96, 1, 1, 1, BatchNorm), (3, 40, 7, 7)),
+}
+
+
+def run(block: nn.Module, x: Tensor, grad: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
+    """The output and the input's gradient; from one seed, so that stochastic depth draws the same."""
+    torch.manual_seed(1)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_(grad is not None)
+    with dispatch.use_backend(backend), torch.set_grad_enabled(grad is not None):
+        y = block(x)
+    if grad is not None:
+        y.backward(grad.to(y.dtype))
+    return y.detach(), x.grad
+
+
+def compare(name: str, dtype: torch.dtype, training: bool, with_grad: bool) -> None:
+    make, shape = BLOCKS[name]
+    block = randomize(make()).train(training)
+    x = channels_last(*shape, dtype=dtype)
+    # Parameters stay float32 with lower-precision maps, as under autocast; torch itself wants them alike.
+    exact, alike = copy.deepcopy(block).double(), copy.deepcopy(block).to(dtype)
+    with torch.no_grad(), dispatch.use_backend("torch"):
+        grad = torch.randn_like(copy.deepcopy(block)(x.float()))
+    grad = grad if with_grad else None
+    y, grad_x = run(block, x, grad, "triton")
+    y_exact, grad_exact = run(exact, x.double(), grad, "torch")
+    y_alike, grad_alike = run(alike, x, grad, "torch") if dtype != torch.float32 else (None, None)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_accurate(y, y_exact, y_alike)
+    if training and dtype == torch.float32:
+        assert_buffers_close(block, exact.float())
+    if with_grad:
+        assert grad_x.dtype == dtype
+        assert_accurate(grad_x, grad_exact, grad_alike)
+        for (parameter_name, p), q, r in zip(
+            block.named_parameters(), exact.parameters(), alike.parameters(), strict=True
+        ):
+            assert p.grad.stride() == p.stride(), parameter_name
+            assert_accurate(p.grad, q.grad, None if dtype == torch.float32 else r.grad)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_training(name: str) -> None:
+    compare(name, torch.float32, training=True, with_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["expand", "expand stride 2", "no expand", "fused, residual", "stem"])
+def test_training_in_lower_precision(name: str, dtype: torch.dtype) -> None:
+    compare(name, dtype, training=True, with_grad=True)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_inference(name: str) -> None:
+    compare(name, torch.float32, training=False, with_grad=False)
+
+
+@pytest.mark.parametrize("name", ["expand", "no expand", "fused", "head"])
+def test_inference_in_half_precision(name: str) -> None:
+    compare(name, torch.float16, training=False, with_grad=False)
+
+
+@pytest.mark.parametrize("name", ["expand", "fused"])
+def test_training_with_frozen_statistics(name: str) -> None:
+    compare(name, torch.float32, training=False, with_grad=True)
+
+
+def test_statistics_without_gradients() -> None:
+    """A train-mode pass under no_grad moves the running statistics."""
+    compare("expand", torch.float32, training=True, with_grad=False)
+
+
+def test_repeats_bitwise() -> None:
+    make, shape = BLOCKS["expand"]
+    block, x = randomize(make()), channels_last(*shape)
+    results = []
+    for _ in range(2):
+        copied = copy.deepcopy(block)
+        y, grad_x = run(copied, x, torch.ones(3, 16, 15, 17), "triton")
+        results.append([y, grad_x, *(p.grad for p in copied.parameters()), *copied.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_cumulative_average() -> None:
+    """momentum=None averages over all batches, with the count read on the device."""
+    block = randomize(ConvBnAct(16, 24, 1, 1, 1, partial(nn.BatchNorm2d, momentum=None)))
+    exact = copy.deepcopy(block)
+    for step in range(3):
+        x = channels_last(2, 16, 5, 7) + step
+        run(block, x, None, "triton")
+        run(exact, x, None, "torch")
+    assert_buffers_close(block, exact)
+
+
+def test_parts_that_need_no_gradient() -> None:
+    make, shape = BLOCKS["expand"]
+    block, x = randomize(make()), channels_last(*shape)
+    exact = copy.deepcopy(block)
+    for model in (block, exact):
+        for name, p in model.named_parameters():
+            p.requires_grad_("block.3" in name)
+    _, grad_x = run(block, x, torch.ones(3, 16, 15, 17), "triton")
+    _, grad_exact = run(exact, x, torch.ones(3, 16, 15, 17), "torch")
+    assert_accurate(grad_x, grad_exact)
+    assert all((p.grad is None) == (not p.requires_grad) for p in block.parameters())
+
+
+def test_nonfinite_batches_leave_the_running_statistics() -> None:
+    block = randomize(ConvBnAct(8, 16, 1, 1, 1, nn.BatchNorm2d))
+    before = [b.clone() for b in (block.norm.running_mean, block.norm.running_var)]
+    x = channels_last(2, 8, 5, 5)
+    x[0, 0, 0, 0] = float("inf")
+    run(block, x, None, "triton")
+    assert torch.equal(block.norm.running_mean, before[0])
+    assert torch.equal(block.norm.running_var, before[1])
+    assert block.norm.num_batches_tracked == 1
+
+
+def test_contiguous_input_gives_contiguous_output() -> None:
+    make, shape = BLOCKS["expand"]
+    block, x = randomize(make()).eval(), channels_last(*shape)
+    y, _ = run(block, x, None, "triton")
+    z, _ = run(block, x.contiguous(), None, "triton")
+    assert z.is_contiguous()
+    assert torch.equal(y, z)
+
+
+def test_second_derivatives_are_refused() -> None:
+    block = randomize(BLOCKS["head"][0]())
+    x = channels_last(3, 40, 7, 7).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+
+
+def test_a_single_value_a_channel_is_refused() -> None:
+    block = mbconv(6, 3, 2, 16, 24)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(channels_last(1, 16, 2, 2))
+
+
+def test_public_functions_give_the_modules_gradients() -> None:
+    """depthwise_conv_bn_silu, squeeze_excite and torch's projection against the block's own chain of kernels."""
+    block = randomize(mbconv(1, 3, 1, 24, 24))
+    depthwise, excitation, project = block.block
+    x = channels_last(2, 24, 9, 7)
+    grad = torch.randn(2, 24, 9, 7)
+    y, grad_x = run(block, x, grad, "triton")
+    expected = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    x = x.requires_grad_()
+    norm = depthwise.norm
+    u = ops.depthwise_conv_bn_silu(
+        x, depthwise.conv.weight, norm.weight, norm.bias, None, None, 1, 1, True, norm.momentum, norm.eps
+    )
+    fc1, fc2 = excitation.fc1, excitation.fc2
+    gated = ops.squeeze_excite(u, fc1.weight, fc1.bias, fc2.weight, fc2.bias, "silu")
+    z = project(gated) + x
+    z.backward(grad)
+    assert_accurate(z.detach(), y.double())
+    assert_accurate(x.grad, grad_x.double())
+    for p, q in zip(block.parameters(), expected, strict=True):
+        assert_accurate(p.grad, q.double())
+
+
+def test_pooling_head() -> None:
+    """The head pools without storing its map, at inference and in training."""
+    head = randomize(ConvBnAct(40, 96, 1, 1, 1, BatchNorm))
+    for training in (False, True):
+        head.train(training)
+        exact = copy.deepcopy(head).double()
+        x = channels_last(3, 40, 7, 7)
+        ours, theirs = x.clone().requires_grad_(training), x.double().requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            y = head.pooled(ours)
+        with dispatch.use_backend("torch"):
+            z = exact(theirs).mean(dim=(2, 3))
+        assert_accurate(y.detach(), z.detach())
+        if training:
+            grad = torch.randn_like(y)
+            y.backward(grad)
+            z.backward(grad.double())
+            assert_accurate(ours.grad, theirs.grad)
+            for p, q in zip(head.parameters(), exact.parameters(), strict=True):
+                assert_accurate(p.grad, q.grad)
+
+
+def test_explain_names_the_kernels() -> None:
+    from effnet_kernels import explain
+
+    model = EfficientNet([FusedMBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(6, 3, 2, 8, 16, 1)], 0.0, num_classes=4)
+    rows = explain(model, channels_last(1, 3, 32, 32))
+    reasons = {row.name: (row.backend, row.reason) for row in rows}
+    assert reasons["features.1.0"] == ("triton", "the dense convolution by torch, the rest by fused Triton kernels")
+    assert reasons["features.2.0"] == ("triton", "fused Triton kernels")
+    assert reasons["features.3"] == ("triton", "fused Triton kernels")

@@ -1,0 +1,157 @@
+"""The kernels that stream over maps, and those on vectors: BatchNorm, squeeze-and-excitation, merge."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from effnet_kernels.deferred import ACTIVATIONS, OutputGradient, Prologue, RunningStatistics
+from effnet_kernels.triton import batch_norm, squeeze_excite
+from effnet_kernels.triton.merge import merge
+from gpu import exact
+from gpu.compare import assert_accurate, channels_last
+
+# Samples, channels, height, width, dtype.
+MAPS = [
+    (3, 24, 15, 17, torch.float32),
+    (1, 40, 28, 28, torch.float16),
+    (3, 7, 7, 7, torch.bfloat16),
+    (1, 112, 4, 112, torch.float32),
+]
+
+
+def vector(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda")
+
+
+@pytest.mark.parametrize("shape", MAPS)
+def test_statistics(shape) -> None:
+    x = channels_last(*shape[:4], dtype=shape[4]) * 0.1 + 3
+    assert_accurate(batch_norm.merge_statistics(batch_norm.channel_statistics(x)), exact.moments(x.double()))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels", [16, 7, 1152])
+def test_fold(channels: int, affine: bool) -> None:
+    x = channels_last(3, channels, 5, 7)
+    partials = torch.cat([exact.moments(x[:2])[None], exact.moments(x[2:])[None], torch.zeros(1, 3, channels)])
+    weight, bias = (vector(channels), vector(channels)) if affine else (None, None)
+    mean, var = vector(channels), vector(channels).abs()
+    arguments = (exact.moments(x.double()), weight, bias, mean.clone(), var.clone(), 0.3, 1e-3)
+    folded = batch_norm.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3)
+    exact.compare((*folded, mean, var), exact.fold_batch_norm, torch.float32, *arguments)
+
+
+def test_fold_with_a_count_on_the_device() -> None:
+    partials, count = exact.moments(channels_last(3, 8, 5, 7))[None], torch.tensor(4, device="cuda")
+    by_count, by_number = [vector(8), vector(8).abs()], []
+    by_number = [t.clone() for t in by_count]
+    batch_norm.fold_batch_norm(partials, None, None, *by_count, count, 1e-3)
+    batch_norm.fold_batch_norm(partials, None, None, *by_number, 0.25, 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(by_count, by_number, strict=True))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_fold_of_nonfinite_statistics(skip: bool) -> None:
+    """A channel whose statistics are not finite keeps its running ones; the other channels' move."""
+    partials = exact.moments(channels_last(3, 8, 5, 7))[None].clone()
+    partials[0, 1, 2], partials[0, 2, 5] = float("nan"), float("inf")
+    mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
+    batch_norm.fold_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
+    kept = torch.tensor([c in (2, 5) for c in range(8)])
+    assert torch.equal(mean == 0, kept) if skip else not torch.isfinite(var).all()
+    assert torch.isfinite(mean[~kept]).all()
+
+
+@pytest.mark.parametrize("batch_statistics", [True, False])
+def test_fold_backward(batch_statistics: bool) -> None:
+    sums, weight, mean, rstd = vector(70, 2, 40), vector(40), vector(40), vector(40).abs()
+    actual = batch_norm.fold_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
+    arguments = (sums.double().sum(dim=0), 35, weight, mean, rstd, batch_statistics)
+    exact.compare(actual, exact.fold_batch_norm_backward, torch.float32, *arguments)
+
+
+@pytest.mark.parametrize("shape", MAPS)
+def test_passes_over_gradients(shape) -> None:
+    samples, channels, dtype = shape[0], shape[1], shape[4]
+    grad, y, residual = (channels_last(*shape[:4], dtype=dtype) for _ in range(3))
+    affine = {"scale": vector(channels), "shift": vector(channels)}
+    gate, offset, keep = vector(samples, channels), vector(samples, channels), vector(samples)
+    for gradient in (
+        OutputGradient(grad, y, act="silu", **affine),
+        OutputGradient(grad, y, gate=gate, offset=offset, keep=keep, act="relu6", **affine),
+        OutputGradient(None, y, offset=offset, act="hardswish", **affine),
+        OutputGradient(grad, y),
+    ):
+        mean = vector(channels)
+        sums = batch_norm.gradient_sums(gradient, mean).sum(dim=0)
+        exact.compare(sums, exact.gradient_sums, dtype, gradient, mean)
+        arguments = (gradient._replace(coefficients=vector(3, channels)), residual)
+        exact.compare(batch_norm.apply_gradient(*arguments), exact.apply_gradient, dtype, *arguments)
+
+
+@pytest.mark.parametrize("shape", MAPS)
+def test_squeeze_and_merge(shape) -> None:
+    samples, channels, dtype = shape[0], shape[1], shape[4]
+    x, other = channels_last(*shape[:4], dtype=dtype), channels_last(*shape[:4], dtype=dtype)
+    gate, keep = torch.rand(samples, channels, device="cuda"), vector(samples)
+    prologue = Prologue(vector(channels), vector(channels), "silu", gate)
+    statistics = RunningStatistics(vector(channels), vector(channels).abs() + 0.5, 1e-3)
+    for owed, factor in ((prologue, None), (Prologue(), other)):
+        sums = squeeze_excite.squeeze(x, owed, factor)
+        exact.compare(sums.sum(dim=1), exact.squeeze, dtype, x, owed, factor)
+        mean = squeeze_excite.mean_of_sums(sums, 5)
+        assert_accurate(mean, sums.double().sum(dim=1) / 5)
+    for arguments in (
+        (x, prologue, other, keep),
+        (x, prologue._replace(gate=None), None, None),
+        (x, prologue._replace(gate=None, statistics=statistics), other, None),
+    ):
+        exact.compare(merge(*arguments), exact.merge, dtype, *arguments)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_merge_activations(act: str) -> None:
+    x = channels_last(1, 8, 5, 7)
+    arguments = (x, Prologue(vector(8), vector(8), act), None, None)
+    exact.compare(merge(*arguments), exact.merge, torch.float32, *arguments)
+
+
+# Samples, channels, squeezed: widths of the released networks, and some that are no multiple of anything.
+EXCITATIONS = [
+    (3, 32, 8, "silu"),
+    (1, 1152, 48, "silu"),
+    (3, 96, 4, "relu"),
+    (2, 7, 3, "hardswish"),
+    (1, 40, 300, "silu"),
+]
+
+
+@pytest.mark.parametrize(("samples", "channels", "squeezed", "act"), EXCITATIONS)
+def test_excite(samples: int, channels: int, squeezed: int, act: str) -> None:
+    sums = vector(samples, 2, channels)
+    w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
+    w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, vector(channels)
+    actual = gate, pooled, hidden = squeeze_excite.excite(sums, 5, w1, b1, w2, b2, act)
+    exact.compare(actual, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act)
+    without = squeeze_excite.excite(sums, 5, w1, None, w2, None, act)
+    exact.compare(without, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, None, w2, None, act)
+    for kinds in (5, 1):
+        t = vector(samples, 3, kinds, channels)
+        actual = squeeze_excite.excite_backward(t, 5, gate, hidden, w1, w2, act)
+        arguments = (t.double().sum(dim=1), 5, gate, hidden, w1, w2, act)
+        exact.compare(actual, exact.excite_backward, torch.float32, *arguments)
+    arguments = (actual[1], actual[2], hidden, pooled, act)
+    actual = squeeze_excite.excite_backward_weight(*arguments)
+    exact.compare(actual, exact.excite_backward_weight, torch.float32, *arguments)
+
+
+def test_activations_over_their_whole_range() -> None:
+    """SiLU's fast division has no trap: it is torch's to 2e-6, infinities and the far ends included."""
+    values = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([float("inf"), 0.0, -0.0, 1e-30, -1e30])])
+    x = values.reshape(1, 1, 1, -1).to("cuda")
+    right = torch.nn.functional.silu(values.double())
+    y = merge(x, Prologue(act="silu"), None, None).flatten().cpu()
+    finite = values.abs() < 20
+    assert ((y - right).abs()[finite] <= 2e-6 * right.abs()[finite]).all()
+    assert torch.equal(y[-5:], torch.nn.functional.silu(values[-5:]))
+    assert torch.isnan(merge(torch.full((1, 1, 1, 1), float("nan")), Prologue(act="silu"), None, None)).all()

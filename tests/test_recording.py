@@ -1,0 +1,130 @@
+"""Whole steps recorded on meta tensors: nothing is executed, but every launch at full size is seen."""
+
+import collections
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import effnet_kernels as ek
+from effnet_kernels import triton
+from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
+
+pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
+
+# Operations that only look at a tensor in another way.
+VIEWS = {
+    "view",
+    "detach",
+    "expand",
+    "as_strided",
+    "slice",
+    "select",
+    "alias",
+    "unsqueeze",
+    "flatten",
+    "_unsafe_view",
+    "unbind",
+    "t",
+}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
+
+
+class TorchLaunches(TorchDispatchMode):
+    """Counts the operations of torch that would launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS | ALLOCATIONS:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(module: nn.Module, x: Tensor, training: bool):
+    """Launches and torch's own operations, forward and backward."""
+    from effnet_kernels.triton.launch import recording
+
+    module.train(training)
+    with recording() as forward, TorchLaunches() as torch_forward, torch.set_grad_enabled(training):
+        y = module(x)
+    if not training:
+        return forward, torch_forward.names
+    grad = torch.empty_like(y)
+    with recording() as backward, TorchLaunches() as torch_backward:
+        y.backward(grad)
+    return forward, torch_forward.names, backward, torch_backward.names
+
+
+def meta_map(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def mbconv() -> nn.Module:
+    config = MBConvConfig(6, 5, 1, 80, 80, 1)
+    return config.block(config, 0.2, nn.BatchNorm2d).to("meta")
+
+
+def test_launches_of_a_training_block(mbconv: nn.Module) -> None:
+    x = meta_map(64, 80, 14, 14).requires_grad_()
+    forward, torch_forward, backward, torch_backward = step(mbconv, x, training=True)
+    assert len(forward) <= 9
+    assert len(backward) <= 16
+    # Stochastic depth's two draws, and one update of three counters.
+    assert sum(torch_forward.values()) <= 3, torch_forward
+    assert sum(torch_backward.values()) <= 3, torch_backward
+
+
+def test_launches_of_an_inference_block(mbconv: nn.Module) -> None:
+    launches, others = step(mbconv, meta_map(64, 80, 14, 14), training=False)
+    assert len(launches) <= 4
+    assert sum(others.values()) <= 3, others
+
+
+def test_the_head_stores_no_map_at_inference() -> None:
+    model = ek.efficientnet_b0().to("meta").half()
+    launches, _ = step(model, meta_map(8, 3, 224, 224), training=False)
+    head_map = 8 * 7 * 7 * 1280
+    shapes = [t.numel() for launch in launches for t in launch.arguments.values() if isinstance(t, Tensor)]
+    assert max(shapes) > head_map
+    assert head_map not in shapes
+
+
+def test_a_training_step_needs_few_binaries() -> None:
+    from effnet_kernels.triton.compilation import distinct
+
+    model = ek.efficientnet_b0().to("meta")
+    model.classifier.half()  # autocast does not know the meta device
+    with torch.autocast("cuda", torch.float16):
+        forward, _, backward, _ = step(model, meta_map(64, 3, 224, 224), training=True)
+    assert len(distinct([*forward, *backward])) <= 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_variant_of_block_records(dtype: torch.dtype) -> None:
+    settings = [
+        FusedMBConvConfig(1, 3, 1, 24, 24, 1),
+        FusedMBConvConfig(4, 3, 2, 24, 48, 2),
+        MBConvConfig(4, 3, 2, 48, 64, 2, padding="same"),
+        MBConvConfig(6, 7, 1, 64, 64, 1, squeeze_ratio=None, activation="relu6"),
+    ]
+    model = ek.EfficientNet(settings, 0.2).to("meta")
+    model.classifier.to(dtype)  # autocast does not know the meta device
+    x = meta_map(2, 3, 95, 97, dtype=torch.float32)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        forward, _, backward, _ = step(model, x, training=True)
+    assert len(forward) > 20
+    assert len(backward) > 30
+
+
+def test_no_launch_waits_for_the_host(mbconv: nn.Module) -> None:
+    """Nothing in a step reads a value: on meta tensors there is none to read."""
+    x = meta_map(2, 80, 14, 14).requires_grad_()
+    step(mbconv, x, training=True)
+    with pytest.raises(RuntimeError, match="meta"):
+        x.sum().item()
