@@ -277,7 +277,10 @@ class ChainFunction(torch.autograd.Function):
     ) -> Tensor:
         out, stored = forward(chain, x, keep, unflatten(flat), buffers)
         ctx.chain = chain
-        ctx.save_for_backward(x, keep, *flat, *flatten_stored(stored))
+        kept: list[Tensor | None] = list(flatten_stored(stored))
+        if _recomputes(chain, x):
+            kept[0] = None
+        ctx.save_for_backward(x, keep, *flat, *kept)
         return out
 
     @staticmethod
@@ -291,12 +294,15 @@ class ChainFunction(torch.autograd.Function):
         x, keep, *rest = ctx.saved_tensors
         width = len(Parameters._fields)
         flat, kept = rest[: width * len(chain.layers)], rest[width * len(chain.layers) :]
+        parameters = unflatten(flat)
+        if kept[0] is None:
+            kept[0] = _dense(chain.layers[0], x, parameters[0])
         stored = unflatten_stored(chain, kept)
         needs = ctx.needs_input_grad
         needs_parameters = [needs[start : start + width] for start in range(4, len(needs), width)]
         if grad.dim() == 4:
             grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, gradients = backward(chain, grad, x, keep, unflatten(flat), stored, needs[2], needs_parameters)
+        grad_x, gradients = backward(chain, grad, x, keep, parameters, stored, needs[2], needs_parameters)
         return None, None, grad_x, None, *(gradient for layer in gradients for gradient in layer)
 
 
@@ -377,6 +383,11 @@ def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:
     ]
     if counts:
         torch._foreach_add_(counts, 1)
+
+
+def _recomputes(chain: Chain, x: Tensor) -> bool:
+    """Whether backward computes the first output anew: a stem's is ten times its input and cheap to compute."""
+    return chain.layers[0].kind == "dense" and x.shape[1] <= 4
 
 
 def _padded(layer: Layer, x: Tensor) -> tuple[Tensor, int]:

@@ -177,4 +177,4 @@ def excite_backward_weight(logits, dhidden, hidden, pooled, act):
 def merge(x, prologue, residual, keep):
     y = pay(x, prologue)
     y = y if keep is None else y * keep[:, None, None, None]
-    return y if residual is None else y + residual
+    return (y if residual is None else y + residual).to(x.dtype)
