@@ -59,6 +59,15 @@ def size(t: Tensor) -> int:
     return elements * t.element_size()
 
 
+def launched(launch: Launch) -> int:
+    """Bytes of the launch's tensors, each once; running statistics are the only ones both read and written."""
+    return sum(
+        size(argument) * (2 if name.startswith("running_") else 1)
+        for name, argument in launch.arguments.items()
+        if isinstance(argument, Tensor)
+    )
+
+
 class Pass(NamedTuple):
     """What a forward or a backward pass does."""
 
@@ -105,7 +114,7 @@ def record(model_name: str, batch: int, dtype: str, training: bool, fused: bool 
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype, training: bool) -> nn.Module:
-    """The network as mixed precision runs it: maps and the weights that torch reads in ``dtype``, BatchNorm in float32."""
+    """As mixed precision runs it: maps and the weights that torch reads in ``dtype``, BatchNorm in float32."""
     model.train(training).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

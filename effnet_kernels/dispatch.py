@@ -215,6 +215,7 @@ def _triton_obstacle(call: Call) -> str | None:
     dtype = torch.get_autocast_dtype("cuda") if autocast and call.dtype == torch.float32 else call.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernels compute in float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    triton.warn_if_unavailable()
     return triton.unavailable_reason()
 
 

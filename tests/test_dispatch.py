@@ -6,8 +6,8 @@ from conftest import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_kernels as ek
-from effnet_kernels import cpu, dispatch
-from effnet_kernels.dispatch import BackendError
+from effnet_kernels import cpu, dispatch, triton
+from effnet_kernels.dispatch import BackendError, Call
 
 needs_native = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=f"the native extension is missing: {cpu.unavailable_reason()}"
@@ -140,3 +140,16 @@ print(sorted(new & {"torchvision", "timm", "PIL", "tqdm", "triton", "skimage", "
 """
     result = run_python(code)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_broken_triton_means_torch_and_one_warning(monkeypatch, model):
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton cannot be imported: planted")
+    triton.warn_if_unavailable.cache_clear()
+    block = model.features[1][0]
+    call = Call("cuda", torch.float32, False, None)
+    with pytest.warns(triton.TritonWarning, match="planted") as warned:
+        decisions = [dispatch.decide(block, call) for _ in range(2)]
+    triton.warn_if_unavailable.cache_clear()
+    assert len(warned) == 1
+    assert {d.backend for d in decisions} == {"torch"}
+    assert "planted" in decisions[0].reason

@@ -128,3 +128,12 @@ def test_no_launch_waits_for_the_host(mbconv: nn.Module) -> None:
     step(mbconv, x, training=True)
     with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
+
+
+def test_weights_on_another_device_are_refused(mbconv: nn.Module) -> None:
+    from effnet_kernels.triton.launch import recording
+
+    config = MBConvConfig(2, 3, 1, 16, 16, 1)
+    block = config.block(config, 0.0, nn.BatchNorm2d)
+    with recording(), pytest.raises(ValueError, match="expected the input on cpu, where the weights are, got meta"):
+        block(meta_map(2, 16, 7, 7, dtype=torch.float32))

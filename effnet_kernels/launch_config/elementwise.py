@@ -20,12 +20,16 @@ def stream(groups: int, rows: int, channels: int, target: Target, partials: int 
     ``partials`` bounds the chunks of a group, each of which writes a partial result.
     """
     block_channels = 64 if channels > 32 else 32
-    block_rows = 2048 // block_channels
+    block_rows = 32
     columns = -(-channels // block_channels)
     tiles = -(-rows // block_rows)
     wanted = max(1, 8 * target.multiprocessors // (groups * columns))
     chunks = min(tiles, wanted if partials is None else min(wanted, partials))
     return StreamConfig(block_rows, block_channels, chunks)
+
+
+# Squeeze channels that a program holds at most; the family has 4 to 288.
+MAX_SQUEEZED = 1024
 
 
 class ExcitationConfig(NamedTuple):
@@ -39,7 +43,7 @@ class ExcitationConfig(NamedTuple):
 
 def excitation(samples: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
     """The hidden layer in one block of 16, 64, 256 or 1024, and a program a multiprocessor where there are channels."""
-    block_squeezed = next(size for size in (16, 64, 256, 1024) if squeezed <= size)
+    block_squeezed = next(size for size in (16, 64, 256, MAX_SQUEEZED) if squeezed <= size)
     block_channels = {16: 256, 64: 128, 256: 32, 1024: 16}[block_squeezed]
     splits = min(-(-channels // block_channels), max(1, target.multiprocessors // samples))
     return ExcitationConfig(block_squeezed, block_channels, splits)

@@ -9,6 +9,8 @@ from effnet_kernels.launch_config import Target
 # Partials of a channel that statistics leave at most, and partial sums of an image.
 MAX_STATISTICS = 256
 MAX_SUMS = 8
+# What a grid's second dimension holds.
+MAX_CHUNKS = 65535
 
 
 class GemmConfig(NamedTuple):
@@ -20,8 +22,8 @@ class GemmConfig(NamedTuple):
     block_columns: int
     block_inner: int
     chunks: int
-    num_warps: int = 8
-    num_stages: int = 2
+    num_warps: int
+    num_stages: int
 
 
 def gemm(
@@ -31,33 +33,50 @@ def gemm(
     columns: int,
     inner: int,
     partials: int | None,
-    heavy: bool,
+    loads: bool,
+    stores: bool,
     dtype: torch.dtype,
     target: Target,
 ) -> GemmConfig:
     """For ``owners`` times ``groups`` groups of ``rows`` rows.
 
-    Tiles shrink until there are two programs a multiprocessor. Without ``partials`` each program has one tile; with
-    them, of which an owner leaves at most so many, programs walk over tiles, about four to a multiprocessor. What is
-    ``heavy``, with an activation on load or sums of its derivatives on store, has no registers for large tiles.
+    What is formed on load (``loads``: an activation, a gradient) is formed anew for each block of columns, so that
+    these are wide; sums of derivatives on store (``stores``) take the registers of a large tile. Rows shrink until
+    there are two programs a multiprocessor. Without ``partials`` each program has one tile; with them, of which an
+    owner leaves at most so many, programs walk over tiles, about four to a multiprocessor.
     """
-    block_columns = 64 if columns > 32 else 32
+    # A warp group of Hopper's has 128 rows to itself; the operands of other matrix instructions need registers too.
+    warps = 4 if target.architecture == 90 or target.backend == "hip" else 8
+    if dtype == torch.float32:
+        block_rows, block_columns = 64, 64
+        # Without matrix units: more threads for the accumulators.
+        warps = 8 if target.backend == "cuda" else 4
+    elif stores:
+        block_rows, block_columns = 64, 64
+    elif loads and columns > 64:
+        block_rows, block_columns = 64, 128
+    else:
+        block_rows, block_columns = 128, 64
+    if columns <= 32:
+        block_columns = 32
+        warps = 4 if stores else warps
     blocks = -(-columns // block_columns)
-    large = not heavy and dtype != torch.float32
-    block_inner = 64 if inner > 64 and block_columns == 64 and large else 32
-    block_rows = 128 if large else 64
     # Small tiles are for small batches, so that training needs fewer binaries.
     smallest = 32 if owners * groups * rows <= 2048 else 64
     while block_rows > smallest and (
         block_rows >= 2 * rows or owners * groups * blocks * -(-rows // block_rows) < 2 * target.multiprocessors
     ):
         block_rows //= 2
+    if block_rows == 32 and dtype != torch.float32:
+        warps = 4  # so that a thread still loads 16 bytes
     tiles = groups * -(-rows // block_rows)
-    chunks = tiles
+    # One tile a program, or as few as a grid's second dimension allows.
+    chunks = -(-tiles // -(-tiles // MAX_CHUNKS))
     if partials is not None:
         chunks = min(tiles, partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
-    # A wavefront of AMD's data center GPUs has 64 lanes.
-    return GemmConfig(block_rows, block_columns, block_inner, chunks, 8 if target.backend == "cuda" else 4)
+    # There is nothing to prefetch in a loop of two trips.
+    stages = 1 if inner <= 64 or stores else 2
+    return GemmConfig(block_rows, block_columns, 32, chunks, warps, stages)
 
 
 class WeightConfig(NamedTuple):
@@ -67,23 +86,24 @@ class WeightConfig(NamedTuple):
     block_inputs: int
     block_rows: int
     splits: int
-    num_warps: int = 8
+    num_warps: int
     num_stages: int = 2
 
 
 # Bytes of partials that a weight gradient may leave.
-_PARTIAL_BYTES = 8 << 20
+_PARTIAL_BYTES = 5 << 20
 
 
 def weight_gradient(
     groups: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype, target: Target
 ) -> WeightConfig:
     """About two programs a multiprocessor, as far as the partials' bytes allow."""
+    half = dtype != torch.float32
     block_outputs = 64 if outputs > 32 else 32
-    block_inputs = 64
-    block_rows = 64 if dtype != torch.float32 else 32
+    block_inputs = 128 if half and inputs > 64 and target.backend == "cuda" else 64
+    block_rows = 64 if half and block_inputs == 64 else 32
     tiles = -(-outputs // block_outputs) * -(-inputs // block_inputs)
     wanted = max(1, 2 * target.multiprocessors // tiles)
     affordable = max(1, _PARTIAL_BYTES // (4 * outputs * inputs))
     splits = min(wanted, affordable, groups * -(-rows // block_rows))
-    return WeightConfig(block_outputs, block_inputs, block_rows, splits)
+    return WeightConfig(block_outputs, block_inputs, block_rows, splits, 4 if half or target.backend == "hip" else 8)

@@ -269,7 +269,16 @@ def plan_chain(
 
 
 def run_chain(plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
-    """The chain of x [N, C, H, W] in channels-last strides, called or traced."""
+    """The chain of x [N, C, H, W] in channels-last strides, called or traced.
+
+    Raises ValueError where the channels or the device are not those of the weights, which a kernel would not notice.
+    """
+    weight = plan.parameters[0].weight
+    channels = weight.shape[0] if plan.chain.layers[0].kind == "depthwise" else weight.shape[1]
+    if x.shape[1] != channels:
+        raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
     if torch.compiler.is_compiling():
         return registration.run_traced(plan.chain, x, keep, plan.parameters, plan.buffers)
     from effnet_kernels import block

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Activation
+from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
 from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_triton
 
 
@@ -22,7 +23,8 @@ def excite(
     Source: Hu et al. 2018, equation 3.
     """
     check_excitation(pooled, w1, b1, w2, b2, act)
-    if dispatch.runs_on_triton(pooled) and fits_triton(pooled, None, None, w1, b1, w2, b2):
+    fits = w1.shape[0] <= MAX_SQUEEZED and fits_triton(pooled, None, None, w1, b1, w2, b2)
+    if fits and dispatch.runs_on_triton(pooled):
         from effnet_kernels.ops.triton_functions import Excite
 
         return Excite.apply(pooled, w1, b1, w2, b2, act)

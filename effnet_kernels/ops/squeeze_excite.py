@@ -5,6 +5,7 @@ from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Prologue
+from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
 from effnet_kernels.ops.checks import check_map, fits_triton
 from effnet_kernels.ops.excite import check_excitation, excite
 from effnet_kernels.ops.merge import merge
@@ -37,7 +38,7 @@ def squeeze_excite(
     """
     check_map(x)
     check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act)
-    if dispatch.runs_on_triton(x) and fits_triton(x, None, None):
+    if w1.shape[0] <= MAX_SQUEEZED and dispatch.runs_on_triton(x) and fits_triton(x, None, None, w1, b1, w2, b2):
         from effnet_kernels.ops.triton_functions import SqueezeExcite
 
         return SqueezeExcite.apply(x.contiguous(memory_format=torch.channels_last), w1, b1, w2, b2, act)

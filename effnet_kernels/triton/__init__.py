@@ -2,6 +2,11 @@
 
 import functools
 import sys
+import warnings
+
+
+class TritonWarning(UserWarning):
+    """Triton is missing or broken, so GPU tensors run plain PyTorch."""
 
 
 @functools.cache
@@ -13,6 +18,14 @@ def unavailable_reason() -> str | None:
     except Exception as error:  # a broken installation fails in many ways
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+@functools.cache
+def warn_if_unavailable() -> None:
+    """Warns, once in a process, where the kernels cannot be launched."""
+    reason = unavailable_reason()
+    if reason is not None:
+        warnings.warn(f"GPU tensors run plain PyTorch: {reason}", TritonWarning, stacklevel=2)
 
 
 def off_device() -> bool:

@@ -1,17 +1,9 @@
-"""What the compiler makes of recorded launches: which binaries they need, and what each costs, for any GPU.
+"""The binaries that recorded launches need, compiled ahead of time, for the GPU that is here or for one that is not."""
 
-Nothing here needs a GPU: Triton compiles for a target that is not there, and the disassemblers in its wheel read the
-result.
-"""
-
-import functools
+import importlib
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,18 +21,6 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
 }
-# Shared memory that a block may ask for, in bytes, by compute capability (CUDA's programming guide, table of technical
-# specifications) and on AMD's CDNA3 and RDNA3.
-SHARED_LIMITS: dict[int | str, int] = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-    "gfx942": 64 << 10,
-    "gfx1100": 64 << 10,
-}
 
 
 class Binary(NamedTuple):
@@ -51,6 +31,10 @@ class Binary(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kernel = self.kernel.fn
+        return _restored, (kernel.__module__, kernel.__name__, *self[1:])
 
     def __str__(self) -> str:
         given = " ".join(f"{name}={value}" for name, value in self.constants if value is not None)
@@ -114,80 +98,15 @@ def compile_for(binary: Binary, target: GPUTarget) -> Any:
 
 def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: int | None = None) -> None:
     """Fills Triton's cache with the binaries, so that a later launch finds them there."""
-    tasks = [(_name(binary.kernel), binary[1:], tuple(target.__dict__.values())) for binary in binaries]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(len(tasks), processes or os.cpu_count() or 1)) as pool:
-        pool.starmap(_compile_named, tasks, chunksize=1)
+    with context.Pool(min(len(binaries), processes or os.cpu_count() or 1)) as pool:
+        pool.starmap(_compile, [(binary, target) for binary in binaries], chunksize=1)
 
 
-def _name(kernel: JITFunction) -> tuple[str, str]:
-    return kernel.fn.__module__, kernel.fn.__name__
+def _compile(binary: Binary, target: GPUTarget) -> None:
+    compile_for(binary, target)
 
 
-def _compile_named(name: tuple[str, str], rest: tuple[Any, ...], target: tuple[Any, ...]) -> None:
-    kernel = getattr(__import__(name[0], fromlist=[name[1]]), name[1])
-    compile_for(Binary(kernel, *rest), GPUTarget(*target))
-
-
-class Resources(NamedTuple):
-    """What a binary takes of a multiprocessor, and what its code looks like."""
-
-    registers: int
-    spills: int  # bytes of local memory a thread
-    shared: int  # bytes a block
-    instructions: int  # of the code, each counted once
-    narrowest_access: int  # bits of the narrowest load or store of device memory
-
-
-def resources(compiled: Any, architecture: int | str) -> Resources:
-    if isinstance(architecture, int):
-        return _nvidia_resources(compiled)
-    return _amd_resources(compiled)
-
-
-def _nvidia_resources(compiled: Any) -> Resources:
-    usage, assembly = _disassemble(compiled.asm["cubin"])
-    register, stack, local = (
-        int(match.group(1)) if (match := re.search(rf"{name}:(\d+)", usage)) else 0
-        for name in ("REG", "STACK", "LOCAL")
-    )
-    code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.M)
-    accesses = [op for op in code if re.match(r"(LDG|STG|LDGSTS)\b", op)]
-    widths = [int(match.group(1)) if (match := re.search(r"\.(?:[US])?(8|16|64|128)\b", op)) else 32 for op in accesses]
-    executed = [op for op in code if op != "NOP"]
-    return Resources(register, stack + local, compiled.metadata.shared, len(executed), min(widths, default=0))
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run_tool("cuobjdump", "--dump-resource-usage", str(path))
-        return usage, _run_tool("nvdisasm", "-c", str(path))
-
-
-@functools.cache
-def _tool(name: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise FileNotFoundError(f"expected {name} in Triton's wheel at {path}")
-    return str(path)
-
-
-def _run_tool(name: str, *arguments: str) -> str:
-    return subprocess.run([_tool(name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _amd_resources(compiled: Any) -> Resources:
-    assembly = compiled.asm["amdgcn"]
-
-    def metadata(key: str) -> int:
-        match = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        return int(match.group(1)) if match else 0
-
-    code = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
-    accesses = [op for op in code if re.match(r"(global|buffer)_(load|store)_", op)]
-    suffixes = {"x4": 128, "b128": 128, "x3": 96, "x2": 64, "b64": 64, "dword": 32, "b32": 32, "short": 16, "b16": 16}
-    widths = [next((bits for suffix, bits in suffixes.items() if suffix in op), 8) for op in accesses]
-    spills = 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count"))
-    return Resources(metadata("vgpr_count"), spills, compiled.metadata.shared, len(code), min(widths, default=0))
+def _restored(module: str, name: str, *fields: Any) -> Binary:
+    """A binary that has been pickled, with its kernel found by name."""
+    return Binary(getattr(importlib.import_module(module), name), *fields)

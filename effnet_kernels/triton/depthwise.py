@@ -69,6 +69,8 @@ def depthwise_conv(
         row_strips,
         column_strips,
         config.height,
+        # The first rows of a strip from the map's top are padding.
+        top // stride if row_strips == 1 else 0,
         0.0 if statistics is None else statistics.eps,
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
@@ -108,7 +110,7 @@ def depthwise_conv_backward(
     left, _, top, _ = padding
     # Strips begin at a multiple of the stride, which is at most this much outside of the map.
     rows, columns = height + top % stride, width + left % stride
-    config = launch_config.backward(samples, channels, rows, columns, kernel, stride, target_of(x))
+    config = launch_config.backward(samples, channels, rows, columns, kernel, stride, x.dtype, target_of(x))
     row_strips, column_strips = -(-rows // config.height), -(-columns // config.width)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     sums = None

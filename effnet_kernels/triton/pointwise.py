@@ -30,8 +30,8 @@ def pointwise_conv(
     by_sample = pools or prologue.gate is not None
     groups, rows = _groups(x, by_sample, owners)
     limit = {"none": None, "statistics": MAX_STATISTICS, "pool": MAX_SUMS}[reduction]
-    heavy = prologue.act != "none"
-    config = gemm(owners, groups, rows, outputs, channels, limit, heavy, x.dtype, target_of(x))
+    activates = prologue.act != "none"
+    config = gemm(owners, groups, rows, outputs, channels, limit, activates, False, x.dtype, target_of(x))
     y, partials = None, None
     if not pools:
         y = _empty_map(x, outputs)
@@ -99,8 +99,7 @@ def pointwise_conv_backward_data(
     owners = samples if x is not None else 1
     groups, rows = _groups(like, x is not None or gradient.by_sample(), owners)
     limit = None if x is None else MAX_SUMS
-    heavy = x is not None
-    config = gemm(owners, groups, rows, channels, outputs, limit, heavy, like.dtype, target_of(like))
+    config = gemm(owners, groups, rows, channels, outputs, limit, True, x is not None, like.dtype, target_of(like))
     dx = _empty_map(like, channels)
     sums = None
     if x is not None:
@@ -131,7 +130,7 @@ def pointwise_conv_backward_data(
         OUT_UNIT=out_unit,
         BLOCK_M=config.block_rows,
         BLOCK_N=config.block_columns,
-        BLOCK_K=32,
+        BLOCK_K=config.block_inner,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

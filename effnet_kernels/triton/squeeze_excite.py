@@ -110,8 +110,8 @@ def excite_backward(
 
     ``sums`` [N, T, 5, C] are those of ``pointwise_conv_backward_data``, T1 to T5, or [N, T, 1, C] the first alone,
     which is the gate's gradient. Returns offset [N, C], what each pixel's activation gets by way of the mean over
-    ``count`` pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums, those
-    that the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
+    ``count`` pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums,
+    those that the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
     """
     samples, partials, kinds, channels = sums.shape
     squeezed = w1.shape[0]

@@ -12,12 +12,12 @@ from effnet_kernels.models.configs import VARIANTS
 from gpu.compare import assert_accurate, channels_last
 
 
-def trimmed_b0(**kwargs) -> EfficientNet:
+def trimmed_b0() -> EfficientNet:
     """B0 with one block a stage, two in the third, so that there are residuals; 10 classes."""
     settings = VARIANTS["efficientnet_b0"].block_configs()
     for index, config in enumerate(settings):
         config.num_layers = 2 if index == 2 else 1
-    return randomize(EfficientNet(settings, 0.0, num_classes=10, **kwargs))
+    return randomize(EfficientNet(settings, 0.0, num_classes=10))
 
 
 def logits_and_loss(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, backend: str) -> tuple:
@@ -55,11 +55,15 @@ def test_inference() -> None:
 
 def test_five_steps_have_the_textbook_losses() -> None:
     losses = {}
-    start = trimmed_b0(stochastic_depth_prob=0.2)
-    x, labels = channels_last(4, 3, 32, 32), torch.tensor([1, 7, 3, 3], device="cuda")
+    # Its last map has enough pixels that no channel's variance is near zero: such channels turn rounding into chaos.
+    settings = VARIANTS["efficientnet_b0"].block_configs()[:3]
+    for config, layers in zip(settings, (1, 1, 2), strict=True):
+        config.num_layers = layers
+    start = randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.2, num_classes=10))
+    x, labels = channels_last(4, 3, 40, 40), torch.tensor([1, 7, 3, 3], device="cuda")
     for backend in ("triton", "torch"):
         model = copy.deepcopy(start)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         losses[backend] = []
         for _ in range(5):
             optimizer.zero_grad()

@@ -30,6 +30,38 @@ def zero_tiles(COUNT: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr)
 
 
 @triton.jit
+def load_columns(strip_ptr, row, column, height, width, C, alive, COLUMNS: tl.constexpr):
+    """COLUMNS neighbouring pixels of a row of each strip, from ``column`` on, as stored; zeros outside of the map."""
+    row_inside = (row >= 0) & (row < height)
+    loaded = ()
+    for j in tl.static_range(COLUMNS):
+        at = column + j
+        mask = alive & (row_inside & (at >= 0) & (at < width))[:, None]
+        loaded += (tl.load(strip_ptr + ((row * width + at) * C)[:, None], mask=mask, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def load_step(
+    x_strip, grad_strip, y_strip, step, top, left, pad_top, pad_left, height, width, out_height, out_width,
+    strip_height, C, alive, K: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """What a step of the backward walk reads: STRIDE rows of the input, a row of the gradient and of the output."""
+    BEFORE: tl.constexpr = (K - 1) // STRIDE
+    rows = ()
+    for r in tl.static_range(STRIDE):
+        ahead = (step - BEFORE) * STRIDE + K - STRIDE + r
+        wanted = alive & (ahead >= 0) & (ahead < strip_height)
+        rows += load_columns(x_strip, top + ahead - pad_top, left - pad_left, height, width, C, wanted, WIDTH)
+    row, column = top // STRIDE + step - BEFORE, left // STRIDE - BEFORE
+    grads = load_columns(grad_strip, row, column, out_height, out_width, C, alive, COLUMNS)
+    ys = ()
+    if y_strip is not None:
+        ys = load_columns(y_strip, row, column, out_height, out_width, C, alive, COLUMNS)
+    return rows, grads, ys
+
+
+@triton.jit
 def strip_rows(matrix_ptr, n, C, c, mask, DEFAULT: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr):
     """The row of an [N, C] matrix that belongs to each strip: [STRIPS, BLOCK_C]."""
     value = tl.full([STRIPS, BLOCK_C], DEFAULT, tl.float32)
@@ -51,6 +83,7 @@ def strip_rows(matrix_ptr, n, C, c, mask, DEFAULT: tl.constexpr, STRIPS: tl.cons
         "row_strips",
         "column_strips",
         "strip_height",
+        "first_step",
     ]
 )
 def depthwise_conv_kernel(
@@ -75,6 +108,7 @@ def depthwise_conv_kernel(
     row_strips,
     column_strips,
     strip_height,
+    first_step,
     eps,
     ACT: tl.constexpr,
     OUT_ACT: tl.constexpr,
@@ -114,17 +148,21 @@ def depthwise_conv_kernel(
         accumulators = zero_tiles(AGES * WIDTH, STRIPS, BLOCK_C)
         if REDUCTION == "pool":
             total = tl.zeros([STRIPS, BLOCK_C], tl.float32)
-        for step in range(strip_height + AGES - 1):
+        first_row = (out_row + first_step) * STRIDE - pad_top
+        loaded = load_columns(x_strip, first_row, column, height, width, C, alive, COLUMNS)
+        for step in range(first_step, strip_height + AGES - 1):
             for phase in tl.static_range(STRIDE):
                 row = (out_row + step) * STRIDE + phase - pad_top
                 row_inside = (row >= 0) & (row < height)
+                raw = loaded
+                # The next row is on its way while this one is computed.
+                loaded = load_columns(x_strip, row + 1, column, height, width, C, alive, COLUMNS)
                 values = ()
                 for j in tl.static_range(COLUMNS):
-                    at = column + j
-                    mask = alive & (row_inside & (at >= 0) & (at < width))[:, None]
-                    value = tl.load(x_strip + ((row * width + at) * C)[:, None], mask=mask, other=0.0).to(tl.float32)
+                    value = raw[j].to(tl.float32)
                     if scale_ptr is not None or shift_ptr is not None or ACT != "none":
                         # The padding is of zeros after the activation.
+                        mask = alive & (row_inside & (column + j >= 0) & (column + j < width))[:, None]
                         value = tl.where(mask, activate(value * scale + shift, ACT), 0.0)
                     values += (value,)
                 fed = ()
@@ -272,36 +310,48 @@ def depthwise_conv_backward_kernel(
         alive = (strip < strips)[:, None] & inside[None, :]  # [STRIPS, BLOCK_C]
         x_offset = (n.to(tl.int64) * height * width * C)[:, None] + c[None, :]
         y_offset = (n.to(tl.int64) * out_height * out_width * C)[:, None] + c[None, :]
+        x_strip, dz_strip, grad_strip = x_ptr + x_offset, dz_ptr + x_offset, grad_ptr + y_offset
+        y_strip = None if y_ptr is None else y_ptr + y_offset
         gate = strip_rows(gate_ptr, n, C, c, alive, 1.0, STRIPS, BLOCK_C)
         offset = strip_rows(offset_ptr, n, C, c, alive, 0.0, STRIPS, BLOCK_C)
         accumulators = zero_tiles(K * WIDTH, STRIPS, BLOCK_C)
         window = zero_tiles(K * WIDTH, STRIPS, BLOCK_C)
+        loaded = load_step(
+            x_strip, grad_strip, y_strip, 0, top, left, pad_top, pad_left, height, width, out_height, out_width,
+            strip_height, C, alive, K, STRIDE, WIDTH, COLUMNS
+        )  # fmt: skip
         for step in range(strip_height // STRIDE + BEFORE):
             relative = (step - BEFORE) * STRIDE  # of the step's first padded row, from the strip's top
+            raw_rows, raw_grads, raw_ys = loaded
+            # The next step's rows are on their way while this one is computed.
+            loaded = load_step(
+                x_strip, grad_strip, y_strip, step + 1, top, left, pad_top, pad_left, height, width, out_height,
+                out_width, strip_height, C, alive, K, STRIDE, WIDTH, COLUMNS
+            )  # fmt: skip
+            out_row = top // STRIDE + step - BEFORE
+            out_column = left // STRIDE - BEFORE
             # The activations of the rows that the window gains.
             gained = ()
             for index in tl.static_range(STRIDE * WIDTH):
-                ahead = relative + K - STRIDE + index // WIDTH
-                row = top + ahead - pad_top
-                at = left + index % WIDTH - pad_left
-                mask = (ahead >= 0) & (ahead < strip_height) & (row >= 0) & (row < height) & (at >= 0) & (at < width)
-                mask = alive & mask[:, None]
-                u = tl.load(x_ptr + x_offset + ((row * width + at) * C)[:, None], mask=mask, other=0.0).to(tl.float32)
+                u = raw_rows[index].to(tl.float32)
                 if scale_ptr is not None or shift_ptr is not None or ACT != "none":
-                    u = tl.where(mask, activate(u * scale + shift, ACT), 0.0)
+                    ahead = relative + K - STRIDE + index // WIDTH
+                    row = top + ahead - pad_top
+                    at = left + index % WIDTH - pad_left
+                    mask = (
+                        (ahead >= 0) & (ahead < strip_height) & (row >= 0) & (row < height) & (at >= 0) & (at < width)
+                    )
+                    u = tl.where(alive & mask[:, None], activate(u * scale + shift, ACT), 0.0)
                 gained += (u,)
             window = window[STRIDE * WIDTH :] + gained
             # The gradient of the output's row, formed from what has been stored.
-            out_row = top // STRIDE + step - BEFORE
             gradients = ()
             for j in tl.static_range(COLUMNS):
-                at = left // STRIDE + j - BEFORE
-                mask = (out_row >= 0) & (out_row < out_height) & (at >= 0) & (at < out_width)
-                mask = alive & mask[:, None]
-                here = y_offset + ((out_row * out_width + at) * C)[:, None]
-                dy = tl.load(grad_ptr + here, mask=mask, other=0.0).to(tl.float32) * gate + offset
+                at = out_column + j
+                mask = alive & ((out_row >= 0) & (out_row < out_height) & (at >= 0) & (at < out_width))[:, None]
+                dy = raw_grads[j].to(tl.float32) * gate + offset
                 if y_ptr is not None:
-                    y = tl.load(y_ptr + here, mask=mask, other=0.0).to(tl.float32)
+                    y = raw_ys[j].to(tl.float32)
                     if GRAD_ACT != "none":
                         _, derivative = activate_and_differentiate(y * grad_scale + grad_shift, GRAD_ACT)
                         dy *= derivative
@@ -334,18 +384,18 @@ def depthwise_conv_backward_kernel(
                 at = left + index % WIDTH - pad_left
                 mask = (done >= 0) & (done < strip_height) & (row >= 0) & (row < height) & (at >= 0) & (at < width)
                 mask = alive & mask[:, None]
-                here = x_offset + ((row * width + at) * C)[:, None]
+                here = ((row * width + at) * C)[:, None]
                 dz = fed[index]
                 if scale_ptr is not None or shift_ptr is not None or ACT != "none" or mean_ptr is not None:
                     # Loaded again rather than held for K steps: it is in the cache still, registers are scarce.
-                    x = tl.load(x_ptr + here, mask=mask, other=0.0).to(tl.float32)
+                    x = tl.load(x_strip + here, mask=mask, other=0.0).to(tl.float32)
                     _, derivative = activate_and_differentiate(x * scale + shift, ACT)
                     dz = tl.where(mask, dz * derivative, 0.0)
                     sum_dz += dz
                     sum_centred += dz * (x - mean)
                 if residual_ptr is not None:
-                    dz += tl.load(residual_ptr + here, mask=mask, other=0.0).to(tl.float32)
-                tl.store(dz_ptr + here, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+                    dz += tl.load(residual_ptr + x_offset + here, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dz_strip + here, dz.to(dz_ptr.dtype.element_ty), mask=mask)
             accumulators = fed[STRIDE * WIDTH :] + zero_tiles(STRIDE * WIDTH, STRIPS, BLOCK_C)
     if sums_ptr is not None:
         out = sums_ptr + tl.program_id(0) * 2 * C + c

@@ -72,11 +72,11 @@ def pointwise_conv_kernel(
                 gate = load_row(gate_ptr, group, K, k, k_inside, 1.0)
                 # Rows past the end yield values that are never stored, columns past the end meet weights of zero.
                 a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT) * gate[None, :]
-            b = tl.load(
+            weight = tl.load(
                 weight_ptr + n[:, None] * K + k[None, :], mask=n_inside[:, None] & k_inside[None, :], other=0.0
             )  # [BLOCK_N, BLOCK_K]
             dtype: tl.constexpr = x_ptr.dtype.element_ty
-            acc = tl.dot(a.to(dtype), tl.trans(b.to(dtype)), acc, input_precision=PRECISION)
+            acc = tl.dot(a.to(dtype), tl.trans(weight.to(dtype)), acc, input_precision=PRECISION)
         y = activate((acc + bias[None, :]) * out_scale[None, :] + out_shift[None, :], OUT_ACT)
         mask = m_inside[:, None] & n_inside[None, :]  # [BLOCK_M, BLOCK_N]
         offsets = row * N + (m[:, None] * N + n[None, :])
@@ -214,11 +214,11 @@ def pointwise_conv_backward_data_kernel(
                 m_inside[:, None] & k_inside[None, :],
                 GRAD_ACT,
             )  # [BLOCK_M, BLOCK_K]
-            w = tl.load(
+            weight = tl.load(
                 weight_ptr + k[:, None] * N + n[None, :], mask=k_inside[:, None] & n_inside[None, :], other=0.0
             )  # [BLOCK_K, BLOCK_N]
             dtype: tl.constexpr = dx_ptr.dtype.element_ty
-            acc = tl.dot(dy.to(dtype), w.to(dtype), acc, input_precision=PRECISION)
+            acc = tl.dot(dy.to(dtype), weight.to(dtype), acc, input_precision=PRECISION)
         mask = m_inside[:, None] & n_inside[None, :]  # [BLOCK_M, BLOCK_N]
         offsets = row * N + (m[:, None] * N + n[None, :])
         out = acc

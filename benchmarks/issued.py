@@ -1,0 +1,73 @@
+"""Bytes that a launch's programs ask for, tile by tile, what several of them read counted for each.
+
+Most of what is read again is in a cache by then; what is not lies between this figure and that of each tensor once.
+``tests/gpu/test_issued.py`` compares these counts with the accesses that the kernels make when they are executed.
+"""
+
+from recorded import size
+from torch import Tensor
+
+from effnet_kernels.triton.launch import Launch
+
+
+def issued(launch: Launch) -> dict[str, int]:
+    """Bytes by argument: maps and matrices as often as they are read or written, vectors and partials once."""
+    reads = _READS.get(launch.kernel.__name__, lambda launch: {})(launch)
+    return {
+        name: round(size(argument) * reads.get(name.removesuffix("_ptr"), 1))
+        for name, argument in launch.arguments.items()
+        if isinstance(argument, Tensor)
+    }
+
+
+def _gemm(launch: Launch) -> dict[str, float]:
+    """Each block of columns reads the rows, each tile of rows the weights."""
+    a, column_blocks = launch.arguments, launch.grid[0]
+    tiles = launch.grid[2] * a["groups"] * -(-a["rows"] // launch.constants["BLOCK_M"])
+    rows = ("x",) if launch.kernel.__name__ == "pointwise_conv_kernel" else ("grad", "y")
+    return {**dict.fromkeys(rows, column_blocks), "weight": tiles}
+
+
+def _weight_gradient(launch: Launch) -> dict[str, float]:
+    input_blocks, output_blocks, _ = launch.grid
+    return {"grad": input_blocks, "y": input_blocks, "x": output_blocks}
+
+
+def _depthwise(launch: Launch) -> dict[str, float]:
+    """Strips overlap by what the kernel is wider than its stride, and fetch a row more than they need."""
+    a, c = launch.arguments, launch.constants
+    stride, kernel = c["STRIDE"], c["K"]
+    steps = a["strip_height"] + (kernel - 1) // stride - a["first_step"]
+    rows = [(i * a["strip_height"] + a["first_step"]) * stride - a["pad_top"] for i in range(a["row_strips"])]
+    columns = [i * c["WIDTH"] * stride - a["pad_left"] for i in range(a["column_strips"])]
+    covered = _covered(rows, steps * stride + 1, a["height"]) * _covered(
+        columns, stride * (c["WIDTH"] - 1) + kernel, a["width"]
+    )
+    return {"x": covered / (a["height"] * a["width"])}
+
+
+def _depthwise_backward(launch: Launch) -> dict[str, float]:
+    """The input is read on the way into the window and again where its derivative is needed."""
+    a, c = launch.arguments, launch.constants
+    stride, before = c["STRIDE"], (c["K"] - 1) // c["STRIDE"]
+    steps, strip = a["strip_height"] // stride + before, c["WIDTH"]
+    rows = [a["pad_top"] // stride + i * a["strip_height"] // stride - before for i in range(a["row_strips"])]
+    columns = [a["pad_left"] // stride + i * strip // stride - before for i in range(a["column_strips"])]
+    covered = _covered(rows, steps + 1, a["out_height"]) * _covered(columns, strip // stride + before, a["out_width"])
+    times = covered / (a["out_height"] * a["out_width"])
+    twice = a["scale_ptr"] is not None or a["shift_ptr"] is not None or a["mean_ptr"] is not None or c["ACT"] != "none"
+    return {"grad": times, "y": times, "x": 2 if twice else 1}
+
+
+def _covered(starts: list[int], length: int, limit: int) -> int:
+    """Of intervals of ``length``, what lies in [0, limit), in all."""
+    return sum(max(0, min(start + length, limit) - max(start, 0)) for start in starts)
+
+
+_READS = {
+    "pointwise_conv_kernel": _gemm,
+    "pointwise_conv_backward_data_kernel": _gemm,
+    "pointwise_conv_backward_weight_kernel": _weight_gradient,
+    "depthwise_conv_kernel": _depthwise,
+    "depthwise_conv_backward_kernel": _depthwise_backward,
+}

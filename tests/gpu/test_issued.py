@@ -1,0 +1,78 @@
+"""The bytes that ``benchmarks/issued.py`` counts from a launch's arguments, against the accesses of its execution."""
+
+import pytest
+import torch
+from torch import nn
+
+from effnet_kernels import dispatch
+from effnet_kernels.modules import MBConvConfig
+from effnet_kernels.triton import launch as seam
+from gpu.compare import channels_last
+
+pytestmark = pytest.mark.skipif(not seam.simulated(), reason="a GPU does not say what it reads: run these under ttsem")
+
+
+@pytest.fixture
+def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes in float16 that each kernel accesses, counted by the simulator's memory, and those that are predicted."""
+    from issued import issued
+    from ttsem.memory import Memory
+
+    totals = {"counted": 0, "predicted": 0}
+
+    def counting(original):
+        def access(self, addresses, *arguments):
+            mask = arguments[0] if original.__name__ == "load" else arguments[1]
+            element = arguments[2].itemsize if original.__name__ == "load" else arguments[0].dtype.itemsize
+            if element == 2:
+                live = addresses.size if mask is None else int(torch.tensor(mask).expand(addresses.shape).sum())
+                totals["counted"] += 2 * live
+            return original(self, addresses, *arguments)
+
+        return access
+
+    monkeypatch.setattr(Memory, "load", counting(Memory.load))
+    monkeypatch.setattr(Memory, "store", counting(Memory.store))
+    original = seam.launch
+
+    def launch(kernel, grid, *arguments, **options):
+        with seam.recording() as launches:
+            original(kernel, grid, *arguments, **options)
+        # Only maps and matrices are of float16 here.
+        for name, size in issued(launches[0]).items():
+            totals["predicted"] += size * (launches[0].arguments[name].dtype == torch.float16)
+        original(kernel, grid, *arguments, **options)
+
+    for module in ("pointwise", "depthwise", "batch_norm", "squeeze_excite", "merge"):
+        monkeypatch.setattr(f"effnet_kernels.triton.{module}.launch", launch)
+    return totals
+
+
+def halve_matrices(block: nn.Module) -> None:
+    """The weights that the kernels read as matrices in float16, so that only they and the maps are."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and not name.endswith(("fc1", "fc2")):
+            module.half()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"), [(3, 1, "symmetric", 15), (5, 2, "same", 17), (5, 1, "symmetric", 9)]
+)
+def test_a_training_step(accessed: dict[str, int], kernel: int, stride: int, padding: str, size: int) -> None:
+    config = MBConvConfig(4, kernel, stride, 16, 16, 1, padding=padding)
+    block = config.block(config, 0.0, nn.BatchNorm2d)
+    halve_matrices(block)
+    x = channels_last(2, 16, size, size, dtype=torch.float16).requires_grad_()
+    with dispatch.use_backend("triton"):
+        y = block(x)
+        y.backward(torch.randn_like(y))
+    assert accessed["counted"] == accessed["predicted"] > 0
+
+
+def test_inference(accessed: dict[str, int]) -> None:
+    config = MBConvConfig(6, 3, 1, 40, 40, 1)
+    block = config.block(config, 0.0, nn.BatchNorm2d).eval()
+    halve_matrices(block)
+    with torch.no_grad(), dispatch.use_backend("triton"):
+        block(channels_last(3, 40, 14, 14, dtype=torch.float16))
+    assert accessed["counted"] == accessed["predicted"] > 0

@@ -1,0 +1,87 @@
+"""The primitives of the fused chains in plain PyTorch, in the kernels' places, so that the chains run on any device."""
+
+import pytest
+import torch
+from gpu import exact
+from torch import Tensor
+
+from effnet_kernels import block, dispatch
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, CPU tensors are taken for a GPU's and the chains compute with the equations."""
+    for name, function in _PRIMITIVES.items():
+        monkeypatch.setattr(block, name, function)
+    monkeypatch.setattr(dispatch, "_triton_unavailable", lambda: None)
+    monkeypatch.setattr(dispatch.Call, "on_gpu", lambda self: True)
+    monkeypatch.setattr(dispatch, "registered", lambda x: not torch.compiler.is_exporting())
+
+
+def _map(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def pointwise_conv(x, weight, bias, prologue, epilogue, reduction):
+    y, reduced = exact.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
+    return y if y is None else _map(y), reduced if reduced is None else reduced.unsqueeze(reduction == "pool")
+
+
+def depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction):
+    y, reduced = exact.depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction)
+    return _map(y), reduced if reduced is None else reduced.unsqueeze(reduction == "pool")
+
+
+def pointwise_conv_backward_data(*arguments):
+    dx, sums = exact.pointwise_conv_backward_data(*arguments)
+    return _map(dx), sums if sums is None else sums[:, None]
+
+
+def depthwise_conv_backward(*arguments):
+    dz, sums, dweight = exact.depthwise_conv_backward(*arguments)
+    return _map(dz), sums if sums is None else sums[None], dweight
+
+
+def fold_batch_norm(partials, weight, bias, running_mean, running_var, momentum, eps, skip_nonfinite):
+    (stats,) = partials
+    if isinstance(momentum, Tensor):
+        momentum = 1.0 / momentum.float()
+    zero = torch.zeros_like(stats[0])
+    read = (zero, zero) if running_mean is None else (running_mean, running_var)
+    *folded, mean, var = exact.fold_batch_norm(stats, weight, bias, *read, momentum, eps)
+    if running_mean is not None:
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    return folded
+
+
+def fold_batch_norm_backward(sums, *arguments):
+    return exact.fold_batch_norm_backward(sums.sum(dim=0), *arguments)
+
+
+def excite(sums, *arguments):
+    return exact.excite(sums.sum(dim=1), *arguments)
+
+
+def excite_backward(sums, *arguments):
+    offset, logits, dhidden, norm_sums = exact.excite_backward(sums.sum(dim=1), *arguments)
+    return offset, logits, dhidden, norm_sums
+
+
+_PRIMITIVES = {
+    "apply_gradient": lambda gradient, residual: _map(exact.apply_gradient(gradient, residual)),
+    "channel_statistics": lambda y: exact.moments(y)[None],
+    "depthwise_conv": depthwise_conv,
+    "depthwise_conv_backward": depthwise_conv_backward,
+    "excite": excite,
+    "excite_backward": excite_backward,
+    "excite_backward_weight": exact.excite_backward_weight,
+    "fold_batch_norm": fold_batch_norm,
+    "fold_batch_norm_backward": fold_batch_norm_backward,
+    "gradient_sums": lambda gradient, mean: exact.gradient_sums(gradient, mean)[None],
+    "mean_of_sums": lambda sums, count: sums.sum(dim=1) / count,
+    "merge": lambda *arguments: _map(exact.merge(*arguments)),
+    "pointwise_conv": pointwise_conv,
+    "pointwise_conv_backward_data": pointwise_conv_backward_data,
+    "pointwise_conv_backward_weight": exact.pointwise_conv_backward_weight,
+    "squeeze": lambda x, prologue: exact.squeeze(x, prologue, None)[:, None],
+}

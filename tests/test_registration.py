@@ -1,0 +1,134 @@
+"""The fused chains as seen by autograd, torch.compile and torch.library, with equations in the kernels' places."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_buffers_close, assert_gradients_close, randomize
+from torch import Tensor, nn
+
+from effnet_kernels import EfficientNet, dispatch, triton
+from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
+from effnet_kernels.modules.conv_bn_act import ConvBnAct, plan_chain
+
+pytestmark = [
+    pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stand_ins
+
+    stand_ins.install(monkeypatch)
+
+
+def network() -> EfficientNet:
+    settings = [
+        FusedMBConvConfig(1, 3, 1, 8, 8, 1),
+        FusedMBConvConfig(2, 3, 2, 8, 16, 1),
+        MBConvConfig(2, 3, 1, 16, 16, 1),
+        MBConvConfig(2, 5, 2, 16, 24, 1, padding="same"),
+        MBConvConfig(1, 3, 1, 24, 24, 1, squeeze_ratio=None),
+    ]
+    return randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.0, num_classes=5))
+
+
+def train(model: nn.Module, run, x: Tensor) -> Tensor:
+    y = run(x)
+    y.square().sum().backward()
+    return y.detach()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
+    model = network().double().train(training)
+    textbook = copy.deepcopy(model)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    x = torch.randn(3, 3, 33, 30, dtype=torch.float64)
+    with dispatch.use_backend("torch"):
+        expected = train(textbook, textbook, x)
+    # The kernels have no float64; their stand-ins do.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_triton_obstacle", lambda call: call.unusual)
+        torch.testing.assert_close(train(model, run, x), expected, rtol=1e-9, atol=1e-9)
+    assert_gradients_close(model, textbook)
+    assert_buffers_close(model, textbook)
+
+
+def test_compiled_inference_is_one_operator_a_block() -> None:
+    model = network().eval()
+    names: list[str] = []
+
+    def spy(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        names.extend(str(node.target) for node in graph.graph.nodes if "effnet_kernels" in str(node.target))
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, backend=spy, fullgraph=True)(torch.randn(1, 3, 32, 32))
+    assert names == ["effnet_kernels.chain_inference"] * 7
+
+
+def test_an_exported_program_has_standard_operators_only() -> None:
+    program = torch.export.export(network().eval(), (torch.randn(1, 3, 32, 32),))
+    assert "effnet_kernels" not in str(program.graph)
+
+
+def mbconv_plan(training: bool):
+    config = MBConvConfig(2, 3, 1, 16, 16, 1)
+    block = randomize(config.block(config, 0.0, nn.BatchNorm2d)).train(training)
+    layers = [module for module in block.modules() if isinstance(module, ConvBnAct)]
+    return plan_chain(layers, (7, 9), next(m for m in block.modules() if hasattr(m, "fc1")), residual=True)
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([0.0, 2.0])])
+def test_operators_pass_torchs_own_checks(keep: Tensor | None) -> None:
+    from effnet_kernels import registration
+    from effnet_kernels.block import flatten_stored, forward, unflatten
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plan = mbconv_plan(training=True)
+    flat = [t for own in plan.parameters for t in own]
+    tensors = [t for t in flat if t is not None]
+    text = registration.encode(plan.chain, [t is not None for t in flat] + [False] * 2 * len(plan.chain.layers))
+    operators = torch.ops.effnet_kernels
+    torch.library.opcheck(operators.chain_forward.default, (x, keep, tensors, [], text))
+    with torch.no_grad():
+        out, stored = forward(plan.chain, x, keep, unflatten(flat), plan.buffers)
+        inputs = [t.detach() for t in tensors]
+        needs = [True] * (1 + len(tensors))
+        arguments = (torch.randn_like(out), x.detach(), keep, inputs, flatten_stored(stored), text, needs)
+        torch.library.opcheck(operators.chain_backward.default, arguments)
+
+    plan = mbconv_plan(training=False)
+    running = [t for norm in plan.buffers for t in norm[:2]]
+    text = registration.encode(plan.chain, [t is not None for own in plan.parameters for t in own] + [True] * len(running))
+    inputs = [t.detach() for own in plan.parameters for t in own if t is not None]
+    torch.library.opcheck(operators.chain_inference.default, (x.detach(), inputs, running, text))
+
+
+def test_a_bare_operator_has_the_functions_gradients() -> None:
+    from effnet_kernels import block, registration
+
+    plan = mbconv_plan(training=True)
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    results = []
+    for run in (block.run, registration.run_traced):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        parameters = [t for own in plan.parameters for t in own if t is not None]
+        out = run(plan.chain, leaf, None, plan.parameters, plan.buffers)
+        results.append(torch.autograd.grad(out.square().sum(), (leaf, *parameters)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_autocast_casts_the_input_once_and_keeps_parameters() -> None:
+    model = network()
+    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_triton_obstacle", lambda call: call.unusual)
+        seen = model.features(torch.randn(2, 3, 33, 30))
+    assert seen.dtype == torch.bfloat16
+    seen.float().sum().backward()
+    assert {p.grad.dtype for p in model.features.parameters()} == {torch.float32}
