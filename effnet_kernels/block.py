@@ -8,7 +8,7 @@ backward, where the autograd engine would add full maps.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,7 +117,7 @@ class Stored(NamedTuple):
     """What backward needs of a layer."""
 
     y: Tensor  # the raw output
-    norm: Normalisation
+    folded: Tensor  # [4, K], the rows of its Normalisation
     excitation: Excitation | None
 
 
@@ -190,7 +190,8 @@ def forward(
         if layer.batch_statistics and y.numel() == y.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
         folded = _fold(layer, own, norm, partials)
-        owed = Prologue(folded.scale, folded.shift, layer.act)
+        scale, shift, _, _ = folded.unbind()
+        owed = Prologue(scale, shift, layer.act)
         excitation = None
         if layer.excite_act is not None:
             excitation = Excitation(
@@ -215,19 +216,19 @@ def backward(
     needs_parameters: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """The gradient of ``x`` and those of each layer's :class:`Parameters`, where they are needed."""
-    last = stored[-1]
+    last, norms = stored[-1], [Normalisation(*kept.folded.unbind()) for kept in stored]
     owed = OutputGradient(
-        grad, last.y, keep=keep, scale=last.norm.scale, shift=last.norm.shift, act=chain.layers[-1].act
+        grad, last.y, keep=keep, scale=norms[-1].scale, shift=norms[-1].shift, act=chain.layers[-1].act
     )
     if chain.pool:
         owed = owed._replace(grad=None, offset=grad.float() / (last.y.shape[2] * last.y.shape[3]))
-    sums = gradient_sums(owed, last.norm.mean)
+    sums = gradient_sums(owed, norms[-1].mean)
     gradients: list[list[Tensor | None]] = [[None] * len(Parameters._fields) for _ in chain.layers]
     grad_input: Tensor | None = None
     for index in reversed(range(len(chain.layers))):
         layer, own, own_gradients = chain.layers[index], parameters[index], gradients[index]
         needs_weight, needs_bias = needs_parameters[index][:2]
-        y, norm, _ = stored[index]
+        y, norm = stored[index].y, norms[index]
         coefficients, norm_weight, norm_bias = fold_batch_norm_backward(
             sums, y.shape[0] * y.shape[2] * y.shape[3], own.norm_weight, norm.mean, norm.rstd, layer.batch_statistics
         )
@@ -240,12 +241,13 @@ def backward(
             residual = grad if chain.residual else None
             grad_input, own_gradients[0] = _first_backward(layer, owed, x, own, residual, needs_input, needs_weight)
             break
-        before = stored[index - 1]
-        prologue = _prologue(chain.layers[index - 1], before)
+        before, norm_before = stored[index - 1], norms[index - 1]
+        gate = None if before.excitation is None else before.excitation.gate
+        prologue = Prologue(norm_before.scale, norm_before.shift, chain.layers[index - 1].act, gate)
         if layer.kind == "depthwise":
             assert before.excitation is None
             dz, norm_sums, own_gradients[0] = depthwise_conv_backward(
-                owed, before.y, own.weight, layer.stride, layer.padding, prologue, before.norm.mean, None
+                owed, before.y, own.weight, layer.stride, layer.padding, prologue, norm_before.mean, None
             )
             assert norm_sums is not None
             owed, sums = OutputGradient(dz, before.y), norm_sums
@@ -253,14 +255,14 @@ def backward(
         if needs_weight:
             own_gradients[0] = pointwise_conv_backward_weight(owed, before.y, prologue)
         through = before.excitation is None
-        dx, five = pointwise_conv_backward_data(owed, own.weight, before.y, prologue, before.norm.mean, None, through)
+        dx, five = pointwise_conv_backward_data(owed, own.weight, before.y, prologue, norm_before.mean, None, through)
         assert five is not None
         if through:
             # Of the five sums, those of dz and dz * (y - mean).
             owed, sums = OutputGradient(dx, before.y), five[:, :, 1:4:2].flatten(0, 1)
         else:
             owed, sums, gradients[index - 1][4:] = _excite_backward(
-                chain.layers[index - 1], before, dx, five, parameters[index - 1]
+                chain.layers[index - 1], before, norm_before, dx, five, parameters[index - 1]
             )
     return grad_input, [
         [None if g is None or p is None or not needed else _like(g, p) for g, p, needed in zip(*row, strict=True)]
@@ -312,20 +314,16 @@ def unflatten(flat: Sequence[Any]) -> list[Parameters]:
 
 
 def flatten_stored(stored: Sequence[Stored]) -> list[Tensor]:
-    return [tensor for y, norm, excitation in stored for tensor in (y, *norm, *(excitation or ()))]
+    return [tensor for y, folded, excitation in stored for tensor in (y, folded, *(excitation or ()))]
 
 
 def unflatten_stored(chain: Chain, flat: Sequence[Tensor]) -> list[Stored]:
     remaining = iter(flat)
-
-    def take(count: int) -> Iterator[Tensor]:
-        return itertools.islice(remaining, count)
-
     return [
         Stored(
             next(remaining),
-            Normalisation(*take(4)),
-            None if layer.excite_act is None else Excitation(*take(3)),
+            next(remaining),
+            None if layer.excite_act is None else Excitation(*itertools.islice(remaining, 3)),
         )
         for layer in chain.layers
     ]
@@ -336,11 +334,6 @@ def _excitation_weights(own: Parameters) -> tuple[Tensor, Tensor | None, Tensor,
     assert w1 is not None
     assert w2 is not None
     return w1, b1, w2, b2
-
-
-def _prologue(layer: Layer, stored: Stored) -> Prologue:
-    gate = None if stored.excitation is None else stored.excitation.gate
-    return Prologue(stored.norm.scale, stored.norm.shift, layer.act, gate)
 
 
 def _convolve(layer: Layer, x: Tensor, own: Parameters, owed: Prologue) -> tuple[Tensor, Tensor | None]:
@@ -355,7 +348,7 @@ def _convolve(layer: Layer, x: Tensor, own: Parameters, owed: Prologue) -> tuple
     return y, channel_statistics(y) if layer.batch_statistics else None
 
 
-def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Normalisation:
+def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Tensor:
     mean, var = norm.running_mean, norm.running_var
     if partials is None:
         assert mean is not None
@@ -363,7 +356,7 @@ def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None)
         rstd = torch.rsqrt(var.float() + layer.eps)
         scale = rstd if own.norm_weight is None else rstd * own.norm_weight
         shift = -mean * scale if own.norm_bias is None else own.norm_bias - mean * scale
-        return Normalisation(scale, shift, mean.to(torch.float32, copy=True), rstd)
+        return torch.stack([scale, shift, mean, rstd]).float()
     momentum: float | Tensor | None = layer.momentum
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
@@ -373,7 +366,7 @@ def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None)
     if mean is not None and var is not None:
         # A kernel's writes are invisible to autograd unless it is told.
         torch.autograd.graph.increment_version([mean, var])
-    return Normalisation(*folded)
+    return folded
 
 
 def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:
@@ -451,7 +444,7 @@ def _first_backward(
 
 
 def _excite_backward(
-    layer: Layer, before: Stored, dq: Tensor, five: Tensor, own: Parameters
+    layer: Layer, before: Stored, norm: Normalisation, dq: Tensor, five: Tensor, own: Parameters
 ) -> tuple[OutputGradient, Tensor, list[Tensor | None]]:
     """What the layer that excites gets in turn: its output's gradient, the sums for its BatchNorm, four gradients."""
     assert before.excitation is not None
@@ -462,8 +455,7 @@ def _excite_backward(
     offset, logits, dhidden, sums = excite_backward(five, count, gate, hidden, w1, w2, layer.excite_act)
     assert sums is not None
     gradients: list[Tensor | None] = list(excite_backward_weight(logits, dhidden, hidden, pooled, layer.excite_act))
-    scale, shift = before.norm.scale, before.norm.shift
-    owed = OutputGradient(dq, before.y, None, gate, None, offset, scale, shift, layer.act)
+    owed = OutputGradient(dq, before.y, None, gate, None, offset, norm.scale, norm.shift, layer.act)
     return owed, sums, gradients
 
 

@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from effnet_kernels.block import Buffers, Chain, Parameters
 
 _library = torch.library.Library("effnet_kernels", "DEF")
-_library.define("chain_inference(Tensor x, Tensor[] parameters, Tensor[] buffers, str chain) -> Tensor")
-_library.define("chain_forward(Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] buffers, str chain) -> Tensor[]")
+# Padding is an argument of its own: SAME padding follows from the map's size, which a compiled graph may leave open.
 _library.define(
-    "chain_backward(Tensor grad, Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] stored, str chain, bool[] needs)"
+    "chain_inference(Tensor x, Tensor[] parameters, Tensor[] buffers, SymInt[] padding, str chain) -> Tensor"
+)
+_library.define(
+    "chain_forward(Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] buffers, SymInt[] padding, str chain)"
     " -> Tensor[]"
+)
+_library.define(
+    "chain_backward(Tensor grad, Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] stored, SymInt[] padding,"
+    " str chain, bool[] needs) -> Tensor[]"
 )
 
 
@@ -37,18 +43,19 @@ def run_traced(
         for layer, norm in zip(chain.layers, buffers, strict=True)
         for t in ((None, None) if layer.batch_statistics else (norm.running_mean, norm.running_var))
     ]
-    text = encode(chain, [t is not None for t in (*flat, *read)])
+    padding, text = encode(chain, [t is not None for t in (*flat, *read)])
     tensors = [t for t in flat if t is not None]
     running = [t for t in read if t is not None]
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     if not recorded and keep is None and not any(layer.batch_statistics for layer in chain.layers):
-        return torch.ops.effnet_kernels.chain_inference(x, tensors, running, text)
-    out, *stored = torch.ops.effnet_kernels.chain_forward(x, keep, tensors, running, text)
+        return torch.ops.effnet_kernels.chain_inference(x, tensors, running, padding, text)
+    out, *stored = torch.ops.effnet_kernels.chain_forward(x, keep, tensors, running, padding, text)
     position = 0
     for layer, norm in zip(chain.layers, buffers, strict=True):
-        y, _, _, mean, rstd = (t.detach() for t in stored[position : position + 5])
-        position += 5 if layer.excite_act is None else 8
+        y, folded = (t.detach() for t in stored[position : position + 2])
+        position += 2 if layer.excite_act is None else 5
         if layer.batch_statistics:
+            _, _, mean, rstd = folded.unbind()
             _move_running_statistics(norm, mean, rstd, y.numel() // y.shape[1], layer)
     return out
 
@@ -67,14 +74,14 @@ def _move_running_statistics(norm: "Buffers", mean: Tensor, rstd: Tensor, count:
         running.copy_(torch.where(finite, running + weight * (batch - running), running))
 
 
-def encode(chain: "Chain", present: Sequence[bool]) -> str:
-    """The chain, and which of its tensors there are, as the string that an operator takes."""
+def encode(chain: "Chain", present: Sequence[bool]) -> tuple[list[int], str]:
+    """The layers' padding, and a string for the rest of the chain and for which of its tensors there are."""
     layers = ";".join(
-        f"{layer.kind},{layer.stride},{'/'.join(str(p) for p in layer.padding)},{layer.act},{layer.eps},"
-        f"{int(layer.batch_statistics)},{layer.excite_act or ''}"
+        f"{layer.kind},{layer.stride},{layer.act},{layer.eps},{int(layer.batch_statistics)},{layer.excite_act or ''}"
         for layer in chain.layers
     )
-    return f"{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
+    text = f"{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
+    return [p for layer in chain.layers for p in layer.padding], text
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,8 +92,7 @@ def _decode(text: str) -> tuple["Chain", str]:
     residual, pool = flags.split(",")
     decoded: list[Layer] = []
     for entry in layers.split(";"):
-        kind, stride, padding, act, eps, batch, excite_act = entry.split(",")
-        left, right, top, bottom = (int(p) for p in padding.split("/"))
+        kind, stride, act, eps, batch, excite_act = entry.split(",")
         kinds: Any = kind
         acts: Any = act
         excite: Any = excite_act or None
@@ -94,7 +100,7 @@ def _decode(text: str) -> tuple["Chain", str]:
             Layer(
                 kinds,
                 int(stride),
-                (left, right, top, bottom),
+                (0, 0, 0, 0),
                 acts,
                 float(eps),
                 0.0,
@@ -106,12 +112,16 @@ def _decode(text: str) -> tuple["Chain", str]:
 
 
 def _tensors(
-    text: str, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
+    text: str, padding: Sequence[int], parameters: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> tuple["Chain", list["Parameters"], list["Buffers"]]:
-    """The chain with its tensors in place, None where there is none."""
+    """The chain with its padding and its tensors in place, None where there is none."""
     from effnet_kernels.block import Buffers, unflatten
 
     chain, present = _decode(text)
+    sides = iter(padding)
+    quadruples = zip(sides, sides, sides, sides, strict=True)
+    padded = [layer._replace(padding=four) for layer, four in zip(chain.layers, quadruples, strict=True)]
+    chain = chain._replace(layers=tuple(padded))
     width = len(present) - 2 * len(chain.layers)
     ours, running = iter(parameters), iter(buffers)
     flat = [next(ours) if p == "1" else None for p in present[:width]]
@@ -120,21 +130,28 @@ def _tensors(
     return chain, unflatten(flat), [Buffers(mean, var, None) for mean, var in pairs]
 
 
-def _inference(x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], text: str) -> Tensor:
+def _inference(
+    x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], padding: Sequence[int], text: str
+) -> Tensor:
     from effnet_kernels import block
 
-    chain, own, norms = _tensors(text, parameters, buffers)
+    chain, own, norms = _tensors(text, padding, parameters, buffers)
     out = block.infer(chain, _channels_last(x), own, norms)
     # An operator's outputs may not be its inputs.
     return out.clone() if out is x else out
 
 
 def _forward(
-    x: Tensor, keep: Tensor | None, parameters: Sequence[Tensor], buffers: Sequence[Tensor], text: str
+    x: Tensor,
+    keep: Tensor | None,
+    parameters: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    padding: Sequence[int],
+    text: str,
 ) -> list[Tensor]:
     from effnet_kernels import block
 
-    chain, own, norms = _tensors(text, parameters, buffers)
+    chain, own, norms = _tensors(text, padding, parameters, buffers)
     out, stored = block.forward(chain, _channels_last(x), keep, own, norms)
     return [out, *(t.contiguous() if t.dim() < 4 else t for t in block.flatten_stored(stored))]
 
@@ -145,12 +162,13 @@ def _backward(
     keep: Tensor | None,
     parameters: Sequence[Tensor],
     stored: Sequence[Tensor],
+    padding: Sequence[int],
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     from effnet_kernels import block
 
-    chain, own, _ = _tensors(text, parameters, ())
+    chain, own, _ = _tensors(text, padding, parameters, ())
     width = len(block.Parameters._fields)
     _, present = _decode(text)
     remaining = iter(needs[1:])
@@ -196,20 +214,26 @@ def _fake_output(chain: "Chain", last: Tensor) -> Tensor:
     return last.new_empty(last.shape[:2]) if chain.pool else torch.empty_like(last)
 
 
-def _fake_inference(x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], text: str) -> Tensor:
-    chain, own, _ = _tensors(text, parameters, buffers)
+def _fake_inference(
+    x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], padding: Sequence[int], text: str
+) -> Tensor:
+    chain, own, _ = _tensors(text, padding, parameters, buffers)
     return _fake_output(chain, _fake_maps(x, chain, own)[-1])
 
 
 def _fake_forward(
-    x: Tensor, keep: Tensor | None, parameters: Sequence[Tensor], buffers: Sequence[Tensor], text: str
+    x: Tensor,
+    keep: Tensor | None,
+    parameters: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    padding: Sequence[int],
+    text: str,
 ) -> list[Tensor]:
-    chain, own, _ = _tensors(text, parameters, buffers)
+    chain, own, _ = _tensors(text, padding, parameters, buffers)
     maps = _fake_maps(x, chain, own)
     stored: list[Tensor] = []
     for layer, parameters_of_layer, y in zip(chain.layers, own, maps, strict=True):
-        vector = x.new_empty(y.shape[1], dtype=torch.float32)
-        stored += [y, *(torch.empty_like(vector) for _ in range(4))]
+        stored += [y, x.new_empty(4, y.shape[1], dtype=torch.float32)]
         if layer.excite_act is not None:
             assert parameters_of_layer.reduce_weight is not None
             squeezed = parameters_of_layer.reduce_weight.shape[0]
@@ -225,6 +249,7 @@ def _fake_backward(
     keep: Tensor | None,
     parameters: Sequence[Tensor],
     stored: Sequence[Tensor],
+    padding: Sequence[int],
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -233,8 +258,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, keep, parameters, _, text = inputs
-    ctx.text, ctx.number = text, len(parameters)
+    x, keep, parameters, _, padding, text = inputs
+    ctx.padding, ctx.text, ctx.number = padding, text, len(parameters)
     ctx.needs = [x.requires_grad, *(p.requires_grad for p in parameters)]
     ctx.buffers = len(inputs[3])
     ctx.mark_non_differentiable(*output[1:])
@@ -245,10 +270,10 @@ def _autograd(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     x, keep, *rest = ctx.saved_tensors
     parameters, stored = rest[: ctx.number], rest[ctx.number :]
     grad_x, *gradients = torch.ops.effnet_kernels.chain_backward(
-        grads[0], x, keep, parameters, stored, ctx.text, ctx.needs
+        grads[0], x, keep, parameters, stored, ctx.padding, ctx.text, ctx.needs
     )
     needed = [g if n else None for g, n in zip((grad_x, *gradients), ctx.needs, strict=True)]
-    return needed[0], None, needed[1:], [None] * ctx.buffers, None
+    return needed[0], None, needed[1:], [None] * ctx.buffers, None, None
 
 
 for _name, _implementation, _fake in (

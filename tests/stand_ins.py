@@ -23,12 +23,14 @@ def _map(x: Tensor) -> Tensor:
 
 def pointwise_conv(x, weight, bias, prologue, epilogue, reduction):
     y, reduced = exact.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
-    return y if y is None else _map(y), reduced if reduced is None else reduced.unsqueeze(reduction == "pool")
+    return y if y is None else _map(y), reduced if reduced is None else reduced.unsqueeze(
+        1 if reduction == "pool" else 0
+    )
 
 
 def depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction):
     y, reduced = exact.depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction)
-    return _map(y), reduced if reduced is None else reduced.unsqueeze(reduction == "pool")
+    return _map(y), reduced if reduced is None else reduced.unsqueeze(1 if reduction == "pool" else 0)
 
 
 def pointwise_conv_backward_data(*arguments):
@@ -51,7 +53,7 @@ def fold_batch_norm(partials, weight, bias, running_mean, running_var, momentum,
     if running_mean is not None:
         running_mean.copy_(mean)
         running_var.copy_(var)
-    return folded
+    return torch.stack(folded)
 
 
 def fold_batch_norm_backward(sums, *arguments):

@@ -53,7 +53,9 @@ def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
     # The kernels have no float64; their stand-ins do.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_triton_obstacle", lambda call: call.unusual)
-        torch.testing.assert_close(train(model, run, x), expected, rtol=1e-9, atol=1e-9)
+        # Frozen statistics are folded in float32 whatever the maps are.
+        tolerance = 1e-9 if training else 1e-5
+        torch.testing.assert_close(train(model, run, x), expected, rtol=tolerance, atol=tolerance)
     assert_gradients_close(model, textbook)
     assert_buffers_close(model, textbook)
 
@@ -92,21 +94,23 @@ def test_operators_pass_torchs_own_checks(keep: Tensor | None) -> None:
     plan = mbconv_plan(training=True)
     flat = [t for own in plan.parameters for t in own]
     tensors = [t for t in flat if t is not None]
-    text = registration.encode(plan.chain, [t is not None for t in flat] + [False] * 2 * len(plan.chain.layers))
+    present = [t is not None for t in flat] + [False] * 2 * len(plan.chain.layers)
+    padding, text = registration.encode(plan.chain, present)
     operators = torch.ops.effnet_kernels
-    torch.library.opcheck(operators.chain_forward.default, (x, keep, tensors, [], text))
+    torch.library.opcheck(operators.chain_forward.default, (x, keep, tensors, [], padding, text))
     with torch.no_grad():
         out, stored = forward(plan.chain, x, keep, unflatten(flat), plan.buffers)
         inputs = [t.detach() for t in tensors]
         needs = [True] * (1 + len(tensors))
-        arguments = (torch.randn_like(out), x.detach(), keep, inputs, flatten_stored(stored), text, needs)
+        arguments = (torch.randn_like(out), x.detach(), keep, inputs, flatten_stored(stored), padding, text, needs)
         torch.library.opcheck(operators.chain_backward.default, arguments)
 
     plan = mbconv_plan(training=False)
     running = [t for norm in plan.buffers for t in norm[:2]]
-    text = registration.encode(plan.chain, [t is not None for own in plan.parameters for t in own] + [True] * len(running))
+    present = [t is not None for own in plan.parameters for t in own] + [True] * len(running)
+    padding, text = registration.encode(plan.chain, present)
     inputs = [t.detach() for own in plan.parameters for t in own if t is not None]
-    torch.library.opcheck(operators.chain_inference.default, (x.detach(), inputs, running, text))
+    torch.library.opcheck(operators.chain_inference.default, (x.detach(), inputs, running, padding, text))
 
 
 def test_a_bare_operator_has_the_functions_gradients() -> None:
@@ -122,13 +126,3 @@ def test_a_bare_operator_has_the_functions_gradients() -> None:
         results.append(torch.autograd.grad(out.square().sum(), (leaf, *parameters)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
-
-
-def test_autocast_casts_the_input_once_and_keeps_parameters() -> None:
-    model = network()
-    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_triton_obstacle", lambda call: call.unusual)
-        seen = model.features(torch.randn(2, 3, 33, 30))
-    assert seen.dtype == torch.bfloat16
-    seen.float().sum().backward()
-    assert {p.grad.dtype for p in model.features.parameters()} == {torch.float32}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from effnet_kernels.launch_config import Target
+from effnet_kernels.launch_config.table import Tile, remembered, tuned
 
 # Partials of a channel that statistics leave at most.
 MAX_STATISTICS = 256
@@ -22,6 +23,7 @@ class StripConfig(NamedTuple):
     num_stages: int = 1
 
 
+@remembered
 def forward(
     samples: int,
     channels: int,
@@ -30,27 +32,22 @@ def forward(
     kernel: int,
     stride: int,
     partials: int | None,
+    dtype: torch.dtype,
     target: Target,
 ) -> StripConfig:
     """For an output of ``height`` by ``width``: two channels a lane, seven columns.
 
-    The width of every map of an image of 224 is a multiple of seven. Strips are as high as leaves two programs a
-    multiprocessor, since each starts with rows that it shares with another.
+    The width of every map of an image of 224 is a multiple of seven. Strips are high, since each starts with rows that
+    it shares with another.
     """
-    strip_width = 7 if stride == 1 and kernel <= 5 else 4
-    blocks = -(-channels // 32)
-    columns = -(-width // strip_width)
-
-    def programs(rows: int) -> int:
-        return -(-samples * columns * -(-height // rows) // 8) * blocks
-
-    rows = height
-    while rows > 14 and programs(rows) < 2 * target.multiprocessors:
-        rows = -(-rows // 2)
-    count = programs(rows) // blocks
-    return StripConfig(strip_width, rows, 8, 32, count if partials is None else min(count, partials))
+    tile = {"width": 7 if stride == 1 and kernel <= 5 else 4, "strips": 8, "block_channels": 32, "num_warps": 4}
+    sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
+    tile = tuned("depthwise", dtype, target, sizes, tile)
+    rows, programs = _strip_rows(samples, channels, height, width, 1, tile, target)
+    return StripConfig(height=rows, programs=programs if partials is None else min(programs, partials), **tile)
 
 
+@remembered
 def backward(
     samples: int,
     channels: int,
@@ -67,16 +64,30 @@ def backward(
     large or the values are. Programs walk over several strips, because each leaves a partial weight gradient.
     """
     narrow = kernel == 7 or (stride == 2 and dtype == torch.float32)
-    strip_width = 2 if narrow else (7 if stride == 1 else 4)
-    strips = 8 if kernel == 3 and dtype != torch.float32 else 4
-    blocks = -(-channels // 32)
-    columns = -(-width // strip_width)
+    tile = {
+        "width": 2 if narrow else (7 if stride == 1 else 4),
+        "strips": 8 if kernel == 3 and dtype != torch.float32 else 4,
+        "block_channels": 32,
+        "num_warps": 4,
+    }
+    sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
+    tile = tuned("depthwise_backward", dtype, target, sizes, tile)
+    rows, programs = _strip_rows(samples, channels, height, width, stride, tile, target)
+    blocks = -(-channels // tile["block_channels"])
+    return StripConfig(height=rows, programs=min(programs, max(1, 2 * target.multiprocessors // blocks)), **tile)
+
+
+def _strip_rows(
+    samples: int, channels: int, height: int, width: int, multiple: int, tile: Tile, target: Target
+) -> tuple[int, int]:
+    """Rows of a strip, as many as leave two programs a multiprocessor, and the programs of a block of channels."""
+    blocks = -(-channels // tile["block_channels"])
+    columns = -(-width // tile["width"])
 
     def programs(rows: int) -> int:
-        return -(-samples * columns * -(-height // rows) // strips) * blocks
+        return -(-samples * columns * -(-height // rows) // tile["strips"])
 
-    rows = -(-height // stride) * stride
-    while rows > 14 and programs(rows) < 2 * target.multiprocessors:
-        rows = -(-rows // (2 * stride)) * stride
-    count = min(programs(rows) // blocks, max(1, 2 * target.multiprocessors // blocks))
-    return StripConfig(strip_width, rows, strips, 32, count)
+    rows = -(-height // multiple) * multiple
+    while rows > 14 and programs(rows) * blocks < 2 * target.multiprocessors:
+        rows = -(-rows // (2 * multiple)) * multiple
+    return rows, programs(rows)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from effnet_kernels.launch_config import Target
+from effnet_kernels.launch_config.table import remembered
 
 
 class StreamConfig(NamedTuple):
@@ -14,6 +15,7 @@ class StreamConfig(NamedTuple):
     num_warps: int = 4
 
 
+@remembered
 def stream(groups: int, rows: int, channels: int, target: Target, partials: int | None = None) -> StreamConfig:
     """For ``groups`` (samples, or 1) of ``rows`` pixels: about eight programs a multiprocessor.
 
@@ -41,6 +43,7 @@ class ExcitationConfig(NamedTuple):
     num_warps: int = 8
 
 
+@remembered
 def excitation(samples: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
     """The hidden layer in one block of 16, 64, 256 or 1024, and a program a multiprocessor where there are channels."""
     block_squeezed = next(size for size in (16, 64, 256, MAX_SQUEEZED) if squeezed <= size)

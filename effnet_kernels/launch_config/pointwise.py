@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from effnet_kernels.launch_config import Target
+from effnet_kernels.launch_config.table import remembered, tuned
 
 # Partials of a channel that statistics leave at most, and partial sums of an image.
 MAX_STATISTICS = 256
@@ -26,6 +27,7 @@ class GemmConfig(NamedTuple):
     num_stages: int
 
 
+@remembered
 def gemm(
     owners: int,
     groups: int,
@@ -60,23 +62,33 @@ def gemm(
     if columns <= 32:
         block_columns = 32
         warps = 4 if stores else warps
-    blocks = -(-columns // block_columns)
     # Small tiles are for small batches, so that training needs fewer binaries.
     smallest = 32 if owners * groups * rows <= 2048 else 64
+    blocks = -(-columns // block_columns)
     while block_rows > smallest and (
         block_rows >= 2 * rows or owners * groups * blocks * -(-rows // block_rows) < 2 * target.multiprocessors
     ):
         block_rows //= 2
     if block_rows == 32 and dtype != torch.float32:
         warps = 4  # so that a thread still loads 16 bytes
-    tiles = groups * -(-rows // block_rows)
+    tile = {
+        "block_rows": block_rows,
+        "block_columns": block_columns,
+        "block_inner": 32,
+        "num_warps": warps,
+        # There is nothing to prefetch in a loop of two trips.
+        "num_stages": 1 if inner <= 64 or stores else 2,
+    }
+    sizes = {"owners": owners, "rows": groups * rows, "columns": columns, "inner": inner}
+    sizes |= {"loads": loads, "stores": stores}
+    tile = tuned("gemm", dtype, target, sizes, tile)
+    blocks = -(-columns // tile["block_columns"])
+    tiles = groups * -(-rows // tile["block_rows"])
     # One tile a program, or as few as a grid's second dimension allows.
     chunks = -(-tiles // -(-tiles // MAX_CHUNKS))
     if partials is not None:
         chunks = min(tiles, partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
-    # There is nothing to prefetch in a loop of two trips.
-    stages = 1 if inner <= 64 or stores else 2
-    return GemmConfig(block_rows, block_columns, 32, chunks, warps, stages)
+    return GemmConfig(chunks=chunks, **tile)
 
 
 class WeightConfig(NamedTuple):
@@ -87,23 +99,30 @@ class WeightConfig(NamedTuple):
     block_rows: int
     splits: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int
 
 
 # Bytes of partials that a weight gradient may leave.
 _PARTIAL_BYTES = 5 << 20
 
 
+@remembered
 def weight_gradient(
     groups: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype, target: Target
 ) -> WeightConfig:
     """About two programs a multiprocessor, as far as the partials' bytes allow."""
     half = dtype != torch.float32
-    block_outputs = 64 if outputs > 32 else 32
     block_inputs = 128 if half and inputs > 64 and target.backend == "cuda" else 64
-    block_rows = 64 if half and block_inputs == 64 else 32
-    tiles = -(-outputs // block_outputs) * -(-inputs // block_inputs)
+    tile = {
+        "block_outputs": 64 if outputs > 32 else 32,
+        "block_inputs": block_inputs,
+        "block_rows": 64 if half and block_inputs == 64 else 32,
+        "num_warps": 4 if half or target.backend == "hip" else 8,
+        "num_stages": 2,
+    }
+    tile = tuned("weight_gradient", dtype, target, {"rows": groups * rows, "outputs": outputs, "inputs": inputs}, tile)
+    tiles = -(-outputs // tile["block_outputs"]) * -(-inputs // tile["block_inputs"])
     wanted = max(1, 2 * target.multiprocessors // tiles)
     affordable = max(1, _PARTIAL_BYTES // (4 * outputs * inputs))
-    splits = min(wanted, affordable, groups * -(-rows // block_rows))
-    return WeightConfig(block_outputs, block_inputs, block_rows, splits, 4 if half or target.backend == "hip" else 8)
+    splits = min(wanted, affordable, groups * -(-rows // tile["block_rows"]))
+    return WeightConfig(splits=splits, **tile)

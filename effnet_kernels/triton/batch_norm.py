@@ -135,8 +135,8 @@ def fold_batch_norm(
     momentum: float | Tensor,
     eps: float,
     skip_nonfinite: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """BatchNorm from partial statistics [P, 3, C]: scale, shift, mean and rstd, [C] fp32 each.
+) -> Tensor:
+    """BatchNorm from partial statistics [P, 3, C]: scale, shift, mean and rstd as rows of [4, C], fp32.
 
     The running statistics, if given, are moved by ``momentum`` in place (by 1 / count where it is the tensor
     ``num_batches_tracked``), ``running_var`` towards the unbiased variance. With ``skip_nonfinite`` those of a channel
@@ -163,8 +163,7 @@ def fold_batch_norm(
         BLOCK_C=_BLOCK_VECTOR,
         num_warps=4,
     )
-    scale, shift, mean, rstd = folded.unbind()
-    return scale, shift, mean, rstd
+    return folded
 
 
 def fold_batch_norm_backward(

@@ -33,7 +33,8 @@ def depthwise_conv(
         (width + left + right - kernel) // stride + 1,
     )
     limit = launch_config.MAX_STATISTICS if reduction == "statistics" else None
-    config = launch_config.forward(samples, channels, out_height, out_width, kernel, stride, limit, target_of(x))
+    sizes = (samples, channels, out_height, out_width, kernel, stride)
+    config = launch_config.forward(*sizes, limit, x.dtype, target_of(x))
     row_strips, column_strips = -(-out_height // config.height), -(-out_width // config.width)
     y = torch.empty(
         samples, channels, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last

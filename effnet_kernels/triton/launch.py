@@ -7,7 +7,7 @@ step can be counted or compiled on meta tensors, at full size, without a device.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 Argument = Tensor | int | float | bool | None
 Grid = tuple[int, int, int]
+Timer = Callable[[JITFunction, Callable[[], None]], None]
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
 
 _TRITONS_FILE = inspect.getfile(JITFunction)
 _recorders: list[list[Launch]] = []
+_timers: list[Timer] = []
 _handles: dict[tuple[Any, ...], Any] = {}
 
 
@@ -57,6 +59,20 @@ def launch(
         named = dict(zip(kernel.arg_names[: len(noted)], noted, strict=True))
         _recorders[-1].append(Launch(kernel, grid, named, constants, num_warps, num_stages))
         return
+    if _timers:
+        _timers[-1](kernel, lambda: _execute(kernel, grid, arguments, constants, num_warps, num_stages))
+    else:
+        _execute(kernel, grid, arguments, constants, num_warps, num_stages)
+
+
+def _execute(
+    kernel: JITFunction,
+    grid: Grid,
+    arguments: tuple[Argument, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> None:
     if simulated():
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
         return
@@ -112,6 +128,16 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorders.pop()
+
+
+@contextlib.contextmanager
+def timed_by(timer: Timer) -> Iterator[None]:
+    """Inside the ``with`` block ``timer`` gets each launch's kernel and the launch, which it makes."""
+    _timers.append(timer)
+    try:
+        yield
+    finally:
+        _timers.pop()
 
 
 def is_recording() -> bool:

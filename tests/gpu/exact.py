@@ -43,9 +43,15 @@ def by_channel(v: Tensor) -> Tensor:
 
 
 def derivative(z: Tensor, act: str) -> Tensor:
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(activate(z, act).sum(), z)[0] if act != "none" else torch.ones_like(z)
+    one, aten = torch.ones_like(z), torch.ops.aten
+    backward = {
+        "none": lambda: one,
+        "silu": lambda: aten.silu_backward(one, z),
+        "relu": lambda: aten.threshold_backward(one, z, 0),
+        "relu6": lambda: aten.hardtanh_backward(one, z, 0, 6),
+        "hardswish": lambda: aten.hardswish_backward(one, z),
+    }
+    return backward[act]()
 
 
 def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -112,11 +118,11 @@ def pointwise_conv_backward_weight(gradient, x, prologue):
 
 
 def depthwise_conv_backward(gradient, x, weight, stride, padding, prologue, mean, residual):
-    with torch.enable_grad():
-        z = affine(x, prologue.scale, prologue.shift).detach()
-        u, w = activate(z, prologue.act).detach().requires_grad_(), weight.detach().requires_grad_()
-        y = F.conv2d(F.pad(u, padding), w, None, stride, groups=x.shape[1])
-        du, dweight = torch.autograd.grad(y, (u, w), dy(gradient))
+    z = affine(x, prologue.scale, prologue.shift)
+    u = F.pad(activate(z, prologue.act), padding)
+    options = (None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], x.shape[1], [True, True, False])
+    du, dweight, _ = torch.ops.aten.convolution_backward(dy(gradient), u, weight, *options)
+    du = F.pad(du, [-p for p in padding])
     out, sums = du * derivative(z, prologue.act), None
     if mean is not None:
         sums = torch.stack([out.sum(dim=(0, 2, 3)), (out * (x - by_channel(mean))).sum(dim=(0, 2, 3))])

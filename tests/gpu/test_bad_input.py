@@ -6,7 +6,6 @@ from conftest import randomize
 from torch import nn
 
 from effnet_kernels import EfficientNet, dispatch, explain, ops
-from effnet_kernels.deferred import Prologue
 from effnet_kernels.launch_config import Target, use_target
 from effnet_kernels.modules import ConvBnAct, MBConvConfig
 from gpu.compare import assert_accurate, channels_last
@@ -25,7 +24,7 @@ def test_channels_that_do_not_match() -> None:
 
 
 def test_dtypes_that_are_no_maps() -> None:
-    with pytest.raises(TypeError, match="expected float32, float16, bfloat16 or float64, got torch.int64"):
+    with pytest.raises(TypeError, match=r"expected float32, float16, bfloat16 or float64, got torch\.int64"):
         ops.squeeze(torch.ones(1, 16, 7, 7, dtype=torch.int64, device="cuda"))
 
 
