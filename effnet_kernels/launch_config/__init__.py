@@ -17,6 +17,10 @@ class Target(NamedTuple):
     architecture: int | str  # 90 for compute capability 9.0; "gfx942"
     multiprocessors: int
 
+    def max_registers(self) -> int | None:
+        """As many registers a thread as there are, where the compiler can be told."""
+        return 255 if self.backend == "cuda" else None
+
 
 H100 = Target("cuda", 90, 132)
 _forced: ContextVar[Target | None] = ContextVar("effnet_kernels_target", default=None)
@@ -27,7 +31,12 @@ def target_of(x: Tensor) -> Target:
     forced = _forced.get()
     if forced is not None:
         return forced
-    return _target_of_device(x.get_device()) if x.is_cuda and not x.is_meta else H100
+    return device_target(x.device) if x.is_cuda and not x.is_meta else H100
+
+
+def device_target(device: torch.device) -> Target:
+    """The target of a GPU."""
+    return _target_of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ class StreamConfig(NamedTuple):
     block_rows: int
     block_channels: int
     chunks: int
+    max_registers: int | None
     num_warps: int = 4
 
 
@@ -27,7 +28,7 @@ def stream(groups: int, rows: int, channels: int, target: Target, partials: int 
     tiles = -(-rows // block_rows)
     wanted = max(1, 8 * target.multiprocessors // (groups * columns))
     chunks = min(tiles, wanted if partials is None else min(wanted, partials))
-    return StreamConfig(block_rows, block_channels, chunks)
+    return StreamConfig(block_rows, block_channels, chunks, target.max_registers())
 
 
 # Squeeze channels that a program holds at most; the family has 4 to 288.

@@ -25,6 +25,7 @@ class GemmConfig(NamedTuple):
     chunks: int
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
 
 @remembered
@@ -74,9 +75,9 @@ def gemm(
     tile = {
         "block_rows": block_rows,
         "block_columns": block_columns,
-        "block_inner": 32,
+        "block_inner": 16 if stores and block_rows == 64 and warps == 4 and columns > 32 else 32,
         "num_warps": warps,
-        # There is nothing to prefetch in a loop of two trips.
+        # There is nothing to prefetch in a loop of two trips, and no register for it beside many sums.
         "num_stages": 1 if inner <= 64 or stores else 2,
     }
     sizes = {"owners": owners, "rows": groups * rows, "columns": columns, "inner": inner}
@@ -88,7 +89,7 @@ def gemm(
     chunks = -(-tiles // -(-tiles // MAX_CHUNKS))
     if partials is not None:
         chunks = min(tiles, partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
-    return GemmConfig(chunks=chunks, **tile)
+    return GemmConfig(chunks=chunks, max_registers=target.max_registers(), **tile)
 
 
 class WeightConfig(NamedTuple):
@@ -100,6 +101,7 @@ class WeightConfig(NamedTuple):
     splits: int
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
 
 # Bytes of partials that a weight gradient may leave.
@@ -125,4 +127,4 @@ def weight_gradient(
     wanted = max(1, 2 * target.multiprocessors // tiles)
     affordable = max(1, _PARTIAL_BYTES // (4 * outputs * inputs))
     splits = min(wanted, affordable, groups * -(-rows // tile["block_rows"]))
-    return WeightConfig(splits=splits, **tile)
+    return WeightConfig(splits=splits, max_registers=target.max_registers(), **tile)

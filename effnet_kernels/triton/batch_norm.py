@@ -39,6 +39,7 @@ def channel_statistics(y: Tensor) -> Tensor:
         BLOCK_ROWS=config.block_rows,
         BLOCK_CHANNELS=config.block_channels,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return partials
 
@@ -71,6 +72,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         BLOCK_ROWS=config.block_rows,
         BLOCK_CHANNELS=config.block_channels,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return sums
 
@@ -104,6 +106,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         BLOCK_ROWS=config.block_rows,
         BLOCK_CHANNELS=config.block_channels,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return out
 

@@ -1,8 +1,10 @@
 """The binaries that recorded launches need, compiled ahead of time, for the GPU that is here or for one that is not."""
 
 import importlib
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -29,8 +31,7 @@ class Binary(NamedTuple):
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, int], ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
         kernel = self.kernel.fn
@@ -41,7 +42,8 @@ class Binary(NamedTuple):
         absent = " ".join(name.removesuffix("_ptr") for name, value in self.constants if value is None)
         dtypes = sorted({kind[1:] for _, kind in self.signature if kind.startswith("*")})
         without = f" without {absent}" if absent else ""
-        return f"{self.kernel.__name__} {'/'.join(dtypes)} {given}{without} warps={self.num_warps}"
+        options = " ".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.kernel.__name__} {'/'.join(dtypes)} {given}{without} {options}"
 
 
 def binary_of(launch: Launch) -> Binary:
@@ -65,8 +67,7 @@ def binary_of(launch: Launch) -> Binary:
         launch.kernel,
         tuple(sorted(signature, key=lambda entry: order[entry[0]])),
         tuple(sorted(constants, key=lambda entry: order[entry[0]])),
-        launch.num_warps,
-        launch.num_stages,
+        launch.options,
     )
 
 
@@ -92,19 +93,30 @@ def compile_for(binary: Binary, target: GPUTarget) -> Any:
         constexprs={(names.index(name),): value for name, value in binary.constants},
         attrs={(names.index(name),): aligned for name, kind in binary.signature if kind.startswith("*")},
     )
-    options = {"num_warps": binary.num_warps, "num_stages": binary.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=dict(binary.options))
 
 
 def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: int | None = None) -> None:
     """Fills Triton's cache with the binaries, so that a later launch finds them there."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(len(binaries), processes or os.cpu_count() or 1)) as pool:
-        pool.starmap(_compile, [(binary, target) for binary in binaries], chunksize=1)
+    count = min(len(binaries), processes or os.cpu_count() or 1)
+    # Interpreters of their own: multiprocessing would import the caller's script again.
+    command = [sys.executable, "-c", "from effnet_kernels.triton.compilation import work; work()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(count)]
+    for index, worker in enumerate(workers):
+        assert worker.stdin is not None
+        pickle.dump((binaries[index::count], tuple(target.__dict__.values())), worker.stdin)
+        worker.stdin.close()
+    failed = [worker.returncode for worker in workers if worker.wait() != 0]
+    if failed:
+        raise RuntimeError(f"expected the kernels to compile, but {len(failed)} of {count} compiling processes failed")
 
 
-def _compile(binary: Binary, target: GPUTarget) -> None:
-    compile_for(binary, target)
+def work() -> None:
+    """What a process of :func:`compile_in_parallel` does: compiles the binaries that it is sent."""
+    binaries, target = pickle.load(sys.stdin.buffer)
+    for binary in binaries:
+        compile_for(binary, GPUTarget(*target))
 
 
 def _restored(module: str, name: str, *fields: Any) -> Binary:

@@ -28,8 +28,11 @@ class Launch(NamedTuple):
     grid: Grid
     arguments: dict[str, Argument]  # by the kernel's parameters, in their order
     constants: dict[str, Any]  # the kernel's tl.constexpr parameters
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, int], ...]  # the compiler's: num_warps, num_stages, maxnreg
+
+    @property
+    def num_warps(self) -> int:
+        return dict(self.options)["num_warps"]
 
 
 _TRITONS_FILE = inspect.getfile(JITFunction)
@@ -39,12 +42,19 @@ _handles: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(
-    kernel: JITFunction, grid: Grid, *arguments: Argument, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: JITFunction,
+    grid: Grid,
+    *arguments: Argument,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    max_registers: int | None = None,
+    **constants: Any,
 ) -> None:
     """Launches ``kernel`` over ``grid`` on the device and current stream of its tensors.
 
     ``arguments`` are the kernel's parameters in order, ``constants`` its ``tl.constexpr`` parameters by name, which
-    come last. A tensor that is absent is None, which the kernel sees at compile time.
+    come last. A tensor that is absent is None, which the kernel sees at compile time. ``max_registers`` a thread keep
+    NVIDIA's assembler from spilling for the sake of occupancy.
 
     Raises:
         ValueError: a grid over the device's limits, or tensors on different devices.
@@ -53,16 +63,19 @@ def launch(
         raise ValueError(f"{kernel.__name__}: expected a grid within {_GRID_LIMITS}, got {grid}")
     if 0 in grid:
         return
+    options: tuple[tuple[str, int], ...] = (("num_warps", num_warps), ("num_stages", num_stages))
+    if max_registers is not None:
+        options += (("maxnreg", max_registers),)
     if _recorders:
         # Detached, so that the record does not make autograd copy gradients that somebody else seems to hold.
         noted = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
         named = dict(zip(kernel.arg_names[: len(noted)], noted, strict=True))
-        _recorders[-1].append(Launch(kernel, grid, named, constants, num_warps, num_stages))
+        _recorders[-1].append(Launch(kernel, grid, named, constants, options))
         return
     if _timers:
-        _timers[-1](kernel, lambda: _execute(kernel, grid, arguments, constants, num_warps, num_stages))
+        _timers[-1](kernel, lambda: _execute(kernel, grid, arguments, constants, options))
     else:
-        _execute(kernel, grid, arguments, constants, num_warps, num_stages)
+        _execute(kernel, grid, arguments, constants, options)
 
 
 def _execute(
@@ -70,14 +83,13 @@ def _execute(
     grid: Grid,
     arguments: tuple[Argument, ...],
     constants: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
+    options: tuple[tuple[str, int], ...],
 ) -> None:
     if simulated():
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*arguments, **constants, **dict(options))
         return
     device = -1
-    key: list[Any] = [kernel, num_warps, num_stages, *constants.values()]
+    key: list[Any] = [kernel, options, *constants.values()]
     for argument in arguments:
         if isinstance(argument, Tensor):
             index = argument.get_device()
@@ -93,9 +105,9 @@ def _execute(
     key.append(device)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(tuple(key), kernel, grid, arguments, constants, num_warps, num_stages, device)
+            _run(tuple(key), kernel, grid, arguments, constants, options, device)
     else:
-        _run(tuple(key), kernel, grid, arguments, constants, num_warps, num_stages, device)
+        _run(tuple(key), kernel, grid, arguments, constants, options, device)
 
 
 def _run(
@@ -104,13 +116,12 @@ def _run(
     grid: Grid,
     arguments: tuple[Argument, ...],
     constants: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
+    options: tuple[tuple[str, int], ...],
     device: int,
 ) -> None:
     handle = _handles.get(key)
     if handle is None:
-        compiled = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        compiled = kernel[grid](*arguments, **constants, **dict(options))
         ordered = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         _handles[key] = (compiled.run, compiled.function, compiled.packed_metadata, ordered)
         return

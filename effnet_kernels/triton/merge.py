@@ -39,5 +39,6 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
         BLOCK_ROWS=config.block_rows,
         BLOCK_CHANNELS=config.block_channels,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return out

@@ -73,6 +73,7 @@ def pointwise_conv(
         BLOCK_K=config.block_inner,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=config.max_registers,
     )
     return y, partials
 
@@ -133,6 +134,7 @@ def pointwise_conv_backward_data(
         BLOCK_K=config.block_inner,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=config.max_registers,
     )
     return dx, sums
 
@@ -169,6 +171,7 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
         BLOCK_M=config.block_rows,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=config.max_registers,
     )
     return sum_partials(partials)
 

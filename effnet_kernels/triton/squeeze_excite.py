@@ -46,6 +46,7 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         BLOCK_ROWS=config.block_rows,
         BLOCK_CHANNELS=config.block_channels,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return sums
 

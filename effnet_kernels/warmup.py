@@ -1,0 +1,95 @@
+"""Compiling a network's kernels before its first step."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels import dispatch
+
+if TYPE_CHECKING:
+    from effnet_kernels.triton.launch import Launch
+
+
+def warmup(
+    model: nn.Module,
+    shape: Sequence[int],
+    train: bool = True,
+    dtype: torch.dtype | None = None,
+    processes: int | None = None,
+) -> int:
+    """Compiles the Triton kernels of a step of ``model``, in parallel processes, into Triton's cache on disk.
+
+    A first step compiles them one by one, which takes minutes; after this it finds them. Nothing is executed and
+    nothing of the model changes: the step is recorded on a copy without data.
+
+    Args:
+        model: a network on the GPU that it will run on.
+        shape: the input's, [N, 3, H, W].
+        train: forward and backward in train mode; otherwise inference in eval mode.
+        dtype: what autocast will compute in (``torch.float16``, ``torch.bfloat16``); None for no autocast.
+        processes: as many as there are processors, unless said.
+
+    Returns:
+        The number of kernels compiled or found in the cache.
+
+    Raises:
+        BackendError: the kernels cannot run here.
+        ValueError: the model is not on a GPU, or a shape that is not [N, C, H, W].
+    """
+    with dispatch.use_backend("triton"):
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise ValueError(f"expected a model on a GPU, got one on {device}")
+        from effnet_kernels.launch_config import device_target, use_target
+        from effnet_kernels.triton.compilation import compile_in_parallel, distinct, gpu_target
+
+        target = device_target(device)
+        with use_target(target):
+            binaries = distinct(launches_of_step(model, shape, train, dtype))
+        compile_in_parallel(binaries, gpu_target(target.architecture), processes)
+    return len(binaries)
+
+
+def launches_of_step(
+    model: nn.Module, shape: Sequence[int], train: bool, dtype: torch.dtype | None = None
+) -> "list[Launch]":
+    """The launches that a step of ``model`` makes, in order, recorded on a copy of it without data.
+
+    Raises ValueError for a shape that is not [N, C, H, W].
+    """
+    from effnet_kernels.triton.launch import recording
+
+    if len(shape) != 4:
+        raise ValueError(f"shape: expected [N, C, H, W], got {tuple(shape)}")
+    hollow = without_data(model).train(train)
+    own = next(p.dtype for p in hollow.parameters() if p.is_floating_point())
+    x = torch.empty(*shape, dtype=own, device="meta").contiguous(memory_format=torch.channels_last)
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if dtype is not None:
+        autocast = torch.autocast("cuda", dtype)
+        # Autocast does not know the meta device: what it would cast is of its dtype here.
+        for module in hollow.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+    with recording() as launches, torch.set_grad_enabled(train):
+        with autocast:
+            y = hollow(x)
+        if train:
+            outputs = [y] if isinstance(y, Tensor) else list(y)
+            torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+    return launches
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, made without copying the parameters first."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): _hollow(t) for t in tensors})
+
+
+def _hollow(t: Tensor) -> Tensor:
+    hollow = torch.empty_like(t, device="meta")
+    return nn.Parameter(hollow, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else hollow
