@@ -14,6 +14,7 @@ from effnet_kernels.modules import (
     SqueezeExcitation,
     StochasticDepth,
 )
+from effnet_kernels.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -29,5 +30,6 @@ __all__ = [
     "StochasticDepth",
     "explain",
     "use_backend",
+    "warmup",
 ]
 __all__ += _models

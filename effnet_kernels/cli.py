@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 # Imports of torch and of the package's parts are inside the functions: ``effnet --help`` has nothing to wait for.
@@ -90,7 +91,9 @@ def run_scale(arguments: argparse.Namespace) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """Prints versions, devices, and what each backend can do here. Status 0."""
+    """Prints versions, devices, and what each backend can do here; or the kernels of a network's step. Status 0."""
+    if arguments.kernels:
+        return _list_kernels(arguments)
     facts = _facts()
     if arguments.json:
         print(json.dumps(facts, indent=2, default=str))
@@ -101,6 +104,37 @@ def run_info(arguments: argparse.Namespace) -> int:
         for name, value in values.items():
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             print(f"  {name:<{width}}  {shown}".replace("\n", "\n" + " " * (width + 4)))
+    return EXIT_OK
+
+
+def _list_kernels(arguments: argparse.Namespace) -> int:
+    """The distinct binaries of a training step and of inference, without a GPU: the step is recorded, not run."""
+    import torch
+
+    from effnet_kernels import create_model, triton
+
+    reason = triton.unavailable_reason()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return EXIT_USAGE
+    from effnet_kernels.triton.compilation import distinct
+    from effnet_kernels.warmup import launches_of_step
+
+    model = create_model(arguments.model)
+    shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
+    found = {
+        name: list(map(str, distinct(launches_of_step(model, shape, train, torch.float16))))
+        for name, train in (("training step", True), ("inference", False))
+    }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return EXIT_OK
+    for name, binaries in found.items():
+        print(
+            f"{name} of {arguments.model} in float16, {'x'.join(map(str, shape))}: {len(binaries)} kernels to compile"
+        )
+        for binary in binaries:
+            print(f"  {binary}")
     return EXIT_OK
 
 
@@ -150,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_scale(commands)
     _add_info(commands)
+    _add_selftest(commands)
     return parser
 
 
@@ -199,8 +234,40 @@ def _add_scale(commands: Any) -> None:
 
 def _add_info(commands: Any) -> None:
     command = commands.add_parser("info", help="print versions, devices and what each backend can do here")
+    command.add_argument("--kernels", action="store_true", help="list the GPU kernels that a network needs instead")
+    command.add_argument("--model", default="efficientnet_b0", help="the network, for --kernels")
+    command.add_argument("--batch", type=_positive, default=64, help="its batch, for --kernels")
+    command.add_argument("--resolution", type=_positive, default=224, help="its images' size, for --kernels")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=run_info)
+
+
+def run_selftest(arguments: argparse.Namespace) -> int:
+    """Compares the fused network with eager PyTorch on this machine's GPU. Status 0, or 1 where a check failed."""
+    from effnet_kernels import BackendError, create_model
+    from effnet_kernels.selftest import selftest
+
+    try:
+        report = selftest(
+            lambda: create_model(arguments.model), arguments.resolution, arguments.batch, arguments.rounds
+        )
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    print(report)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.as_json(), indent=2))
+    return EXIT_OK if report.passed else EXIT_SOME_FAILED
+
+
+def _add_selftest(commands: Any) -> None:
+    command = commands.add_parser("selftest", help="compare the GPU kernels with eager PyTorch on this machine")
+    command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
+    command.add_argument("--batch", type=_positive, default=64, help="images of a timed step (64)")
+    command.add_argument("--resolution", type=_positive, default=224, help="the images' size (224)")
+    command.add_argument("--rounds", type=_positive, default=10, help="timed steps of each contender (10)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
+    command.set_defaults(run=run_selftest)
 
 
 class _Version(argparse.Action):

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,20 +68,31 @@ def launches_of_step(
     hollow = without_data(model).train(train)
     own = next(p.dtype for p in hollow.parameters() if p.is_floating_point())
     x = torch.empty(*shape, dtype=own, device="meta").contiguous(memory_format=torch.channels_last)
-    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
     if dtype is not None:
-        autocast = torch.autocast("cuda", dtype)
         # Autocast does not know the meta device: what it would cast is of its dtype here.
         for module in hollow.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
     with recording() as launches, torch.set_grad_enabled(train):
-        with autocast:
+        with _autocast(dtype):
             y = hollow(x)
         if train:
             outputs = [y] if isinstance(y, Tensor) else list(y)
             torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
     return launches
+
+
+@contextlib.contextmanager
+def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast for GPUs, whether there is one or not; ``torch.autocast`` does nothing where there is none."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before[1])
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def without_data(model: nn.Module) -> nn.Module:

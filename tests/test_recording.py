@@ -95,31 +95,42 @@ def test_the_head_stores_no_map_at_inference() -> None:
     assert head_map not in shapes
 
 
-def test_a_training_step_needs_few_binaries() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_training_step_needs_few_binaries(dtype: torch.dtype) -> None:
     from effnet_kernels.triton.compilation import distinct
+    from effnet_kernels.warmup import launches_of_step
 
-    model = ek.efficientnet_b0().to("meta")
-    model.classifier.half()  # autocast does not know the meta device
-    with torch.autocast("cuda", torch.float16):
-        forward, _, backward, _ = step(model, meta_map(64, 3, 224, 224), training=True)
-    assert len(distinct([*forward, *backward])) <= 60
+    launches = launches_of_step(ek.efficientnet_b0(), (64, 3, 224, 224), True, dtype)
+    largest = max((t for t in launches[0].arguments.values() if isinstance(t, Tensor)), key=Tensor.numel)
+    assert largest.dtype == dtype
+    assert len(distinct(launches)) <= 60
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_variant_of_block_records(dtype: torch.dtype) -> None:
+    from effnet_kernels.warmup import launches_of_step
+
     settings = [
         FusedMBConvConfig(1, 3, 1, 24, 24, 1),
         FusedMBConvConfig(4, 3, 2, 24, 48, 2),
         MBConvConfig(4, 3, 2, 48, 64, 2, padding="same"),
         MBConvConfig(6, 7, 1, 64, 64, 1, squeeze_ratio=None, activation="relu6"),
     ]
-    model = ek.EfficientNet(settings, 0.2).to("meta")
-    model.classifier.to(dtype)  # autocast does not know the meta device
-    x = meta_map(2, 3, 95, 97, dtype=torch.float32)
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        forward, _, backward, _ = step(model, x, training=True)
-    assert len(forward) > 20
-    assert len(backward) > 30
+    model = ek.EfficientNet(settings, 0.2)
+    before = [p.data_ptr() for p in model.parameters()]
+    launches = launches_of_step(model, (2, 3, 95, 97), True, dtype)
+    assert len(launches) > 50
+    assert {t.device.type for launch in launches for t in launch.arguments.values() if isinstance(t, Tensor)} == {
+        "meta"
+    }
+    assert [p.data_ptr() for p in model.parameters()] == before
+
+
+def test_a_step_of_a_shape_that_is_none() -> None:
+    from effnet_kernels.warmup import launches_of_step
+
+    with pytest.raises(ValueError, match=r"shape: expected \[N, C, H, W\], got \(3, 224, 224\)"):
+        launches_of_step(ek.efficientnet_b0(), (3, 224, 224), True)
 
 
 def test_no_launch_waits_for_the_host(mbconv: nn.Module) -> None:

@@ -71,7 +71,7 @@ def gemm(
     ):
         block_rows //= 2
     if block_rows == 32 and dtype != torch.float32:
-        warps = 4  # so that a thread still loads 16 bytes
+        warps = 4 if target.backend == "cuda" else 2  # so that a thread still loads 16 bytes
     tile = {
         "block_rows": block_rows,
         "block_columns": block_columns,

@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from effnet_kernels.triton.launch import Launch
@@ -83,17 +82,34 @@ def gpu_target(architecture: int | str) -> GPUTarget:
     return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
 
 
+class _TargetDriver:
+    """As much of a driver as Triton asks when it compiles: for which GPU. It need not be there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # Triton keeps what it has compiled by device, which may be anything.
+        return str(self.target)
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
 def compile_for(binary: Binary, target: GPUTarget) -> Any:
-    """Triton's compiled kernel for a target that need not be here."""
-    names = [name for name, _ in binary.signature]
-    aligned = [["tt.divisibility", 16]]
-    source = ASTSource(
-        binary.kernel,
-        signature=dict(binary.signature),
-        constexprs={(names.index(name),): value for name, value in binary.constants},
-        attrs={(names.index(name),): aligned for name, kind in binary.signature if kind.startswith("*")},
-    )
-    return triton.compile(source, target=target, options=dict(binary.options))
+    """Triton's compiled kernel for a target, from its cache if it is there, by the way that a launch takes."""
+    constants = dict(binary.constants)
+    examples: dict[str, Any] = {"i32": 2, "i64": 2**40, "fp32": 0.5, **{name: dtype for dtype, name in _TYPES.items()}}
+    arguments = [constants[name] if kind == "constexpr" else examples[kind] for name, kind in binary.signature]
+    config = triton.runtime.driver
+    active, config._active = config._active, _TargetDriver(target)
+    try:
+        return binary.kernel.warmup(*arguments, grid=(1,), **dict(binary.options))
+    finally:
+        config._active = active
 
 
 def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: int | None = None) -> None:

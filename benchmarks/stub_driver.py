@@ -1,0 +1,54 @@
+"""A driver for Triton that compiles for an H100 and launches nothing: what a launch costs the host, without a GPU."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+
+class StubDriver:
+    """What Triton asks of a driver when it compiles and launches a kernel."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []  # the arguments of each launch
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, source: object, metadata: object) -> Any:
+        return lambda *arguments: self.launched.append(arguments)
+
+
+@contextlib.contextmanager
+def stub_driver() -> Iterator[StubDriver]:
+    """Inside the ``with`` block launches go to the stub. CPU tensors stand for a GPU's."""
+    from effnet_kernels.triton import launch
+
+    driver = StubDriver()
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(torch.cuda, "current_device", return_value=-1),  # where CPU tensors are
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True),
+        mock.patch.dict(launch._handles, clear=True),
+    ):
+        yield driver

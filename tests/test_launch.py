@@ -1,0 +1,101 @@
+"""The launch seam, with a driver that compiles and launches nothing."""
+
+import pytest
+import torch
+
+from effnet_kernels import triton
+
+pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
+
+
+def merge(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    from effnet_kernels.deferred import Prologue
+    from effnet_kernels.launch_config import H100, use_target
+    from effnet_kernels.triton.merge import merge
+
+    with use_target(H100):
+        return merge(x, Prologue(scale), None, None)
+
+
+def test_a_second_launch_is_the_first_one_again() -> None:
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton import launch as seam
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    with stub_driver() as driver:
+        for _ in range(3):
+            merge(x)
+        first, second, third = driver.launched
+        assert len(seam._handles) == 1
+    assert len(first) == len(second) == len(third)
+    # Between the stream's and the kernel's arguments are what profilers are told, which a cached launch leaves out.
+    for one, other in zip(first[:6] + first[9:], second[:6] + second[9:], strict=True):
+        same = one is other or one == other if not isinstance(one, torch.Tensor) else one.shape == other.shape
+        assert same, (one, other)
+
+
+def test_what_needs_another_binary_gets_one() -> None:
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton import launch as seam
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    unaligned = torch.randn(2 * 16 * 7 * 9 + 1)[1:].view(2, 7, 9, 16).permute(0, 3, 1, 2)
+    with stub_driver():
+        for given in (x, x.half(), unaligned):
+            merge(given)
+        merge(x, torch.randn(16))
+        assert len(seam._handles) == 4
+        merge(torch.randn(3, 24, 5, 5).contiguous(memory_format=torch.channels_last))
+        assert len(seam._handles) == 4, "other sizes need no other binary"
+
+
+def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton.compilation import binary_of, compile_for, gpu_target
+    from effnet_kernels.triton.launch import recording
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    with recording() as launches:
+        merge(x, torch.randn(16))
+    (launch,) = launches
+    with stub_driver():
+        arguments = {**launch.arguments, **launch.constants}
+        compiled = launch.kernel[launch.grid](**arguments, **dict(launch.options))
+    assert compile_for(binary_of(launch), gpu_target(90)).hash == compiled.hash
+
+
+def test_kernels_compile_in_processes_of_their_own() -> None:
+    from effnet_kernels.triton.compilation import compile_in_parallel, distinct, gpu_target
+    from effnet_kernels.triton.launch import recording
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    with recording() as launches:
+        merge(x)
+        merge(x.half())
+    compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
+    with pytest.raises(RuntimeError, match="1 of 1 compiling processes failed"):
+        compile_in_parallel(distinct(launches)[:1], gpu_target(1), processes=1)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    index = 0
+
+    def get_device(self) -> int:
+        return self.index
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton.kernels.merge import merge_kernel
+    from effnet_kernels.triton.launch import launch
+
+    one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
+    other.index = 1
+    with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got cuda:0, cuda:1"):
+        launch(merge_kernel, (1, 1, 1), one, other)
