@@ -39,6 +39,14 @@ class StubDriver:
         return lambda *arguments: self.launched.append(arguments)
 
 
+def _current_device() -> int:
+    return -1  # where CPU tensors are
+
+
+def _current_stream(device: int) -> int:
+    return 0
+
+
 @contextlib.contextmanager
 def stub_driver() -> Iterator[StubDriver]:
     """Inside the ``with`` block launches go to the stub. CPU tensors stand for a GPU's."""
@@ -47,8 +55,8 @@ def stub_driver() -> Iterator[StubDriver]:
     driver = StubDriver()
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),
-        mock.patch.object(torch.cuda, "current_device", return_value=-1),  # where CPU tensors are
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True),
+        mock.patch.object(torch.cuda, "current_device", _current_device),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _current_stream, create=True),
         mock.patch.dict(launch._handles, clear=True),
     ):
         yield driver

@@ -74,7 +74,7 @@ def launches_of_step(
             if isinstance(module, nn.Linear):
                 module.to(dtype)
     with recording() as launches, torch.set_grad_enabled(train):
-        with _autocast(dtype):
+        with gpu_autocast(dtype):
             y = hollow(x)
         if train:
             outputs = [y] if isinstance(y, Tensor) else list(y)
@@ -83,7 +83,7 @@ def launches_of_step(
 
 
 @contextlib.contextmanager
-def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
+def gpu_autocast(dtype: torch.dtype | None) -> Iterator[None]:
     """Autocast for GPUs, whether there is one or not; ``torch.autocast`` does nothing where there is none."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype is not None)

@@ -96,6 +96,6 @@ def test_tensors_on_two_devices_are_refused() -> None:
     from effnet_kernels.triton.launch import launch
 
     one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
-    other.index = 1
-    with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got cuda:0, cuda:1"):
+    one.index, other.index = 1, -1
+    with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got the CPU, cuda:1"):
         launch(merge_kernel, (1, 1, 1), one, other)

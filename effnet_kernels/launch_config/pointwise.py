@@ -75,7 +75,7 @@ def gemm(
     tile = {
         "block_rows": block_rows,
         "block_columns": block_columns,
-        "block_inner": 16 if stores and block_rows == 64 and warps == 4 and columns > 32 else 32,
+        "block_inner": 16 if stores and block_rows == 64 and block_columns == 64 and target.architecture == 90 else 32,
         "num_warps": warps,
         # There is nothing to prefetch in a loop of two trips, and no register for it beside many sums.
         "num_stages": 1 if inner <= 64 or stores else 2,

@@ -59,9 +59,10 @@ def launch(
     Raises:
         ValueError: a grid over the device's limits, or tensors on different devices.
     """
-    if any(size > limit for size, limit in zip(grid, _GRID_LIMITS, strict=True)):
+    x, y, z = grid
+    if y > _GRID_LIMITS[1] or z > _GRID_LIMITS[2] or x > _GRID_LIMITS[0]:
         raise ValueError(f"{kernel.__name__}: expected a grid within {_GRID_LIMITS}, got {grid}")
-    if 0 in grid:
+    if x == 0 or y == 0 or z == 0:
         return
     options: tuple[tuple[str, int], ...] = (("num_warps", num_warps), ("num_stages", num_stages))
     if max_registers is not None:
@@ -88,21 +89,19 @@ def _execute(
     if simulated():
         kernel[grid](*arguments, **constants, **dict(options))
         return
-    device = -1
+    # What tells two binaries apart. Integers are declared do_not_specialize, so that only their width does.
     key: list[Any] = [kernel, options, *constants.values()]
+    device = -1
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            index = argument.get_device()
-            if device not in (-1, index):
-                raise ValueError(f"{kernel.__name__}: expected tensors on one device, got cuda:{device}, cuda:{index}")
-            device = index
-            key += (argument.dtype, argument.data_ptr() % 16 == 0)
-        elif isinstance(argument, int):
-            # Integers are declared do_not_specialize: only their width tells two binaries apart.
-            key.append(-(2**31) <= argument < 2**31)
+        if argument is None:
+            key.append(None)
+        elif type(argument) is int:
+            key.append(argument.bit_length() < 32)
+        elif isinstance(argument, Tensor):
+            device = argument.get_device()
+            key += (device, argument.dtype, argument.data_ptr() & 15 == 0)
         else:
-            key.append(argument is None)
-    key.append(device)
+            key.append(float)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             _run(tuple(key), kernel, grid, arguments, constants, options, device)
@@ -121,6 +120,10 @@ def _run(
 ) -> None:
     handle = _handles.get(key)
     if handle is None:
+        devices = sorted({argument.get_device() for argument in arguments if isinstance(argument, Tensor)})
+        if len(devices) > 1:
+            names = ", ".join(f"cuda:{index}" if index >= 0 else "the CPU" for index in devices)
+            raise ValueError(f"{kernel.__name__}: expected tensors on one device, got {names}")
         compiled = kernel[grid](*arguments, **constants, **dict(options))
         ordered = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         _handles[key] = (compiled.run, compiled.function, compiled.packed_metadata, ordered)

@@ -7,6 +7,7 @@ python -m ttsem.sanitize pytest tests/gpu     # on any other (Python >= 3.12, Tr
 from collections.abc import Iterator
 
 import pytest
+import simulator
 import torch
 
 from effnet_kernels.launch_config import Target, use_target
@@ -23,19 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _teach_the_simulator() -> None:
-    """The two libdevice functions of ours that ttsem 0.1 does not know."""
-    import numpy as np
-    from ttsem import ops
-
-    ops._EXTERN.setdefault("__nv_fast_fdividef", (2, np.divide))
-    ops._EXTERN.setdefault("__nv_fast_expf", (1, np.exp))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _device() -> Iterator[None]:
     if triton_launch.simulated():
-        _teach_the_simulator()
+        simulator.teach()
         torch.set_num_threads(1)
     # Fills torch.empty with NaN, so that an output that nobody wrote is noticed.
     torch.use_deterministic_algorithms(True, warn_only=True)

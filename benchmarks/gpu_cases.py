@@ -1,0 +1,245 @@
+"""What is timed on a GPU: each case is a computation, and contenders that compute it.
+
+Where launches are simulated the same code runs on toy sizes, so that it has been executed before it meets a GPU; such
+times mean nothing.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from recorded import launched
+from torch import Tensor, nn
+
+import effnet_kernels as ek
+from effnet_kernels import dispatch, ops
+from effnet_kernels.modules import MBConvConfig
+from effnet_kernels.triton.launch import recording, simulated
+
+Call = Callable[[], object]
+Contenders = dict[str, Callable[[], Call]]
+"""By name, what builds the call that is timed."""
+
+# Depthwise layers of B0: channels, map, kernel, stride.
+LAYERS = [(32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 5, 2), (480, 14, 5, 1), (1152, 7, 5, 1)]
+# Blocks of B0: expand ratio, kernel, channels, map.
+BLOCKS = [(6, 3, 24, 56), (6, 5, 40, 28), (6, 5, 112, 14), (6, 5, 192, 7)]
+PEERS: dict[str, Callable[[str], nn.Module]] = {
+    "torchvision": lambda name: getattr(torchvision.models, name)().cuda(),
+    "torchvision channels-last": lambda name: _channels_last(getattr(torchvision.models, name)()),
+    "timm channels-last": lambda name: _channels_last(timm.create_model(name)),
+}
+
+
+class Case(NamedTuple):
+    """A computation on ``images`` images; ``build`` makes its inputs and its contenders."""
+
+    name: str
+    images: int
+    names: list[str]
+    build: Callable[[], Contenders]
+
+
+def cases(toy: bool) -> list[Case]:
+    found = []
+    for name, size, batch in (
+        [("efficientnet_b0", 32, 2)] if toy else [("efficientnet_b0", 224, 256), ("efficientnet_b4", 380, 64)]
+    ):
+        found += [training(name, size, batch, dtype, toy) for dtype in (torch.float16, torch.bfloat16)]
+        found += [inference(name, size, count, toy) for count in ((1,) if toy else (1, 64, 256))]
+    batch = 1 if toy else 64
+    for channels, size, kernel, stride in [(16, 9, 3, 1)] if toy else LAYERS:
+        found.append(depthwise(batch, channels, size, kernel, stride, toy))
+        found.append(squeeze_excite(batch, channels, size, toy))
+    found += [block(batch, *row, toy) for row in ([(2, 3, 8, 9)] if toy else BLOCKS)]
+    return found
+
+
+def training(name: str, size: int, batch: int, dtype: torch.dtype, toy: bool) -> Case:
+    """Forward and backward under autocast, without the optimizer, whose time is the same for all."""
+
+    def build() -> Contenders:
+        x, labels = image(batch, 3, size), torch.randint(0, 10, (batch,), device="cuda")
+
+        def prepare(model: nn.Module, x: Tensor) -> Call:
+            model.train()
+
+            def step() -> None:
+                model.zero_grad(set_to_none=True)
+                with autocast(dtype):
+                    loss = F.cross_entropy(model(x), labels)
+                loss.backward()
+
+            return step
+
+        return _networks(name, toy, x, prepare)
+
+    title = f"{name} training {str(dtype).removeprefix('torch.')} batch {batch}"
+    return Case(title, batch, network_contenders(toy), build)
+
+
+def inference(name: str, size: int, batch: int, toy: bool) -> Case:
+    def build() -> Contenders:
+        def prepare(model: nn.Module, x: Tensor) -> Call:
+            model = model.eval().half()
+            return torch.no_grad()(lambda: model(x))
+
+        return _networks(name, toy, image(batch, 3, size, torch.float16), prepare)
+
+    return Case(f"{name} inference float16 batch {batch}", batch, network_contenders(toy), build)
+
+
+def network_contenders(toy: bool) -> list[str]:
+    graphs = [f"{base}, CUDA graph" for base in ("ours", "torchvision channels-last")]
+    compiled = [f"torch.compile {mode}" for mode in ("default", "max-autotune")]
+    return ["ours", *PEERS, *([] if toy else graphs + compiled)]
+
+
+def _networks(name: str, toy: bool, x: Tensor, prepare: Callable[[nn.Module, Tensor], Call]) -> Contenders:
+    def peer(which: str) -> Call:
+        return prepare(PEERS[which](name), x if "channels-last" in which else x.contiguous())
+
+    def compiled(mode: str) -> Call:
+        return prepare(torch.compile(PEERS["torchvision channels-last"](name), mode=mode), x)
+
+    contenders: Contenders = {"ours": lambda: prepare(network(name, toy), x)}
+    contenders |= {which: lambda which=which: peer(which) for which in PEERS}
+    contenders |= {f"{base}, CUDA graph": lambda base=base: graphed(contenders[base]()) for base in list(contenders)}
+    contenders |= {f"torch.compile {mode}": lambda mode=mode: compiled(mode) for mode in ("default", "max-autotune")}
+    return {which: contenders[which] for which in network_contenders(toy)}
+
+
+def network(name: str, toy: bool) -> nn.Module:
+    """Ours. A toy has two of its blocks, because a simulated kernel takes seconds."""
+    if not toy:
+        return ek.create_model(name).cuda()
+    settings = [MBConvConfig(1, 3, 2, 8, 8, 1), MBConvConfig(2, 5, 1, 8, 16, 1)]
+    return ek.EfficientNet(settings, 0.0, num_classes=10).cuda()
+
+
+def depthwise(batch: int, channels: int, size: int, kernel: int, stride: int, toy: bool) -> Case:
+    """The public function, beside conv2d, batch_norm and silu."""
+
+    def build() -> Contenders:
+        x = image(batch, channels, size, torch.float16).requires_grad_()
+        weight = torch.randn(channels, 1, kernel, kernel, device="cuda", dtype=x.dtype).requires_grad_()
+        gamma = torch.ones(channels, device="cuda").requires_grad_()
+        beta = torch.zeros(channels, device="cuda").requires_grad_()
+
+        def ours() -> Tensor:
+            return ops.depthwise_conv_bn_silu(x, weight, gamma, beta, None, None, stride, kernel // 2, training=True)
+
+        def eager() -> Tensor:
+            y = F.conv2d(x, weight, None, stride, kernel // 2, groups=channels)
+            return F.silu(F.batch_norm(y, None, None, gamma, beta, training=True))
+
+        return _operator(ours, eager, (x, weight, gamma, beta), toy)
+
+    return Case(
+        f"depthwise_conv_bn_silu c{channels} {size} k{kernel} s{stride}", batch, operator_contenders(toy), build
+    )
+
+
+def squeeze_excite(batch: int, channels: int, size: int, toy: bool) -> Case:
+    def build() -> Contenders:
+        x = image(batch, channels, size, torch.float16).requires_grad_()
+        squeezed = max(4, channels // 24)
+        w1 = torch.randn(squeezed, channels, device="cuda").requires_grad_()
+        w2 = torch.randn(channels, squeezed, device="cuda").requires_grad_()
+
+        def ours() -> Tensor:
+            return ops.squeeze_excite(x, w1, None, w2, None)
+
+        def eager() -> Tensor:
+            gate = torch.sigmoid(F.silu(x.mean(dim=(2, 3)) @ w1.T.to(x.dtype)) @ w2.T.to(x.dtype))
+            return x * gate[:, :, None, None]
+
+        return _operator(ours, eager, (x, w1, w2), toy)
+
+    return Case(f"squeeze_excite c{channels} {size}", batch, operator_contenders(toy), build)
+
+
+def block(batch: int, ratio: int, kernel: int, channels: int, size: int, toy: bool) -> Case:
+    def build() -> Contenders:
+        config = MBConvConfig(ratio, kernel, 1, channels, channels, 1)
+        module = config.block(config, 0.0, nn.BatchNorm2d).cuda().to(memory_format=torch.channels_last)
+        x = image(batch, channels, size, torch.float16).requires_grad_()
+
+        def run(backend: dispatch.Backend) -> Tensor:
+            with dispatch.use_backend(backend), autocast(torch.float16):
+                return module(x)
+
+        return _operator(lambda: run("triton"), lambda: run("torch"), (x, *module.parameters()), toy)
+
+    return Case(f"MBConv{ratio} k{kernel} c{channels} {size}", batch, operator_contenders(toy), build)
+
+
+def operator_contenders(toy: bool) -> list[str]:
+    graphs = [f"{base}, CUDA graph" for base in ("ours", "eager channels-last")]
+    return ["ours", "eager channels-last", *([] if toy else ["torch.compile", *graphs])]
+
+
+def _operator(
+    ours: Callable[[], Tensor], eager: Callable[[], Tensor], inputs: tuple[Tensor, ...], toy: bool
+) -> Contenders:
+    """Forward and backward in the inputs."""
+
+    def both(function: Callable[[], Tensor]) -> Call:
+        grad = torch.randn_like(function().detach())
+        return lambda: torch.autograd.grad(function(), inputs, grad)
+
+    contenders: Contenders = {"ours": lambda: both(ours), "eager channels-last": lambda: both(eager)}
+    contenders |= {f"{base}, CUDA graph": lambda base=base: graphed(contenders[base]()) for base in list(contenders)}
+    contenders["torch.compile"] = lambda: both(torch.compile(eager))
+    return {name: contenders[name] for name in operator_contenders(toy)}
+
+
+def graphed(call: Call) -> Call:
+    """The call as a CUDA graph; its gradients and outputs are where the capture left them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Without the cache, which a CUDA graph cannot capture. Simulated tensors are the CPU's."""
+    on_host = torch.autocast("cpu", dtype) if simulated() else contextlib.nullcontext()
+    with torch.autocast("cuda", dtype, cache_enabled=False), on_host:
+        yield
+
+
+def image(batch: int, channels: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(batch, channels, size, size, device="cuda", dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return model.cuda().to(memory_format=torch.channels_last)
+
+
+def bytes_of(call: Call) -> int:
+    """What the launches of a call read and write, each tensor once a launch; they are recorded and do not run."""
+    with recording() as launches:
+        call()
+    return sum(map(launched, launches))
+
+
+def release() -> None:
+    """Between cases, so that none finds the memory that another has taken."""
+    gc.collect()
+    torch._dynamo.reset()
+    if not simulated():
+        torch.cuda.empty_cache()

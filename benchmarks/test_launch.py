@@ -1,0 +1,67 @@
+"""What a launch costs the host: the seam with its cached handle, and Triton's own way, on a driver that does nothing.
+
+``pytest benchmarks/ --benchmark-only``; on a GPU the driver's own launch comes on top of both.
+"""
+
+import pytest
+import torch
+
+from effnet_kernels import triton
+
+pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
+
+
+@pytest.fixture
+def arguments() -> tuple:
+    """Those of B0's first expand convolution in training."""
+    from effnet_kernels.deferred import Epilogue, Prologue
+    from effnet_kernels.launch_config import H100, use_target
+    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.pointwise import pointwise_conv
+
+    x = torch.randn(1, 16, 16, 16).half().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(96, 16, 1, 1)
+    with recording() as launches, use_target(H100):
+        pointwise_conv(x, weight, None, Prologue(), Epilogue(), "statistics")
+    (launch,) = launches
+    return launch.kernel, launch.grid, tuple(launch.arguments.values()), launch.constants, dict(launch.options)
+
+
+def test_seam(benchmark, arguments) -> None:
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton.launch import launch
+
+    kernel, grid, given, constants, options = arguments
+    options["max_registers"] = options.pop("maxnreg", None)
+    with stub_driver():
+        launch(kernel, grid, *given, **options, **constants)
+        benchmark(launch, kernel, grid, *given, **options, **constants)
+
+
+def test_triton(benchmark, arguments) -> None:
+    from stub_driver import stub_driver
+
+    kernel, grid, given, constants, options = arguments
+    with stub_driver():
+        kernel[grid](*given, **constants, **options)
+        benchmark(lambda: kernel[grid](*given, **constants, **options))
+
+
+def test_block_forward(benchmark) -> None:
+    """A training block's forward as the host sees it: nine launches, their configurations and allocations."""
+    from stub_driver import stub_driver
+    from torch import nn
+
+    from effnet_kernels import block
+    from effnet_kernels.launch_config import H100, use_target
+    from effnet_kernels.modules import MBConvConfig
+    from effnet_kernels.modules.conv_bn_act import ConvBnAct, plan_chain
+
+    config = MBConvConfig(6, 3, 1, 16, 16, 1)
+    module = config.block(config, 0.0, nn.BatchNorm2d)
+    layers = [m for m in module.modules() if isinstance(m, ConvBnAct)]
+    plan = plan_chain(layers, (14, 14), next(m for m in module.modules() if hasattr(m, "fc1")), residual=True)
+    x = torch.randn(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
+    with stub_driver(), use_target(H100), torch.no_grad():
+        benchmark(block.forward, plan.chain, x, None, plan.parameters, plan.buffers)
