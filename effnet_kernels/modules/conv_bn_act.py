@@ -47,6 +47,11 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         activation: its name; with ``"none"`` there is no child 2.
         padding: ``"symmetric"`` or ``"same"``.
 
+    Attributes:
+        skip_nonfinite_statistics: on the GPU kernels, a batch whose mean or variance of a channel is not finite (an
+            overflow in float16 that a gradient scaler will skip) does not move that channel's running statistics. False
+            writes them as torch does.
+
     Shapes: [N, in_channels, H, W] to [N, out_channels, H', W'], in the input's memory format.
     """
 
@@ -82,6 +87,7 @@ class ConvBnAct(OperatorModule, nn.Sequential):
             layers.append(make_activation(activation))
         super().__init__(*layers)
         self.out_channels = out_channels
+        self.skip_nonfinite_statistics = True
 
     def forward_modules(self, input: Tensor) -> Tensor:
         for module in self:
@@ -140,7 +146,7 @@ class ConvBnAct(OperatorModule, nn.Sequential):
             norm.eps,
             norm.momentum,
             batch_statistics,
-            True,
+            self.skip_nonfinite_statistics,
             None if excitation is None else ACTIVATION_NAMES[type(excitation.activation)],
         )
         parameters = block.Parameters(conv.weight, conv.bias, norm.weight, norm.bias)

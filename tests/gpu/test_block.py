@@ -157,6 +157,9 @@ def test_nonfinite_batches_leave_the_running_statistics() -> None:
     assert torch.equal(block.norm.running_mean, before[0])
     assert torch.equal(block.norm.running_var, before[1])
     assert block.norm.num_batches_tracked == 1
+    block.skip_nonfinite_statistics = False
+    run(block, x, None, "triton")
+    assert not torch.isfinite(block.norm.running_mean).all()
 
 
 def test_contiguous_input_gives_contiguous_output() -> None:
