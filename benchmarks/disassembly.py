@@ -73,20 +73,19 @@ def _map_access(ttgir: str, dtype: str) -> tuple[int, int]:
     A map's tile has two dimensions and the maps' dtype; weights, whose tiles can be smaller than a warp's widest
     access, are known by their name in the kernels.
     """
-    layouts = {
-        name: ([int(size) for size in sizes.split(", ")], [int(t) for t in threads.split(", ")])
-        for name, sizes, threads in re.findall(
-            r"^(#blocked\d*) = #ttg.blocked<{sizePerThread = \[([\d, ]+)\], threadsPerWarp = \[([\d, ]+)\]", ttgir, re.M
-        )
+    layout = r"#ttg.blocked<{sizePerThread = \[([\d, ]+)\], threadsPerWarp = \[([\d, ]+)\]"
+    aliases = {
+        name: (sizes, threads) for name, sizes, threads in re.findall(rf"^(#blocked\d*) = {layout}", ttgir, re.M)
     }
     found = []
     for line in ttgir.splitlines():
-        match = re.search(rf"tensor<\d+x(\d+)x!tt\.ptr<{dtype}>, (#blocked\d*)>", line)
+        # The layout has a name, or stands there itself in the compiler's other way to print.
+        match = re.search(rf"tensor<\d+x(\d+)x!tt\.ptr<{dtype}>, (?:(#blocked\d*)>|{layout})", line)
         if match and re.search(r"tt\.load|tt\.store|async_copy_global_to_local", line) and "%weight_" not in line:
-            sizes, threads = layouts[match[2]]
+            columns, alias, *inline = match.groups()
+            sizes, threads = (int(text.split(", ")[1]) for text in (aliases[alias] if alias else inline))
             element = 4 if dtype == "f32" else 2
-            row = min(int(match[1]), sizes[1] * threads[1])
-            found.append((sizes[1] * element, row * element))
+            found.append((sizes * element, min(int(columns), sizes * threads) * element))
     return min(found, default=(0, 0))
 
 

@@ -23,7 +23,7 @@ def stream(groups: int, rows: int, channels: int, target: Target, partials: int 
     ``partials`` bounds the chunks of a group, each of which writes a partial result.
     """
     block_channels = 64 if channels > 32 else 32
-    block_rows = 32
+    block_rows = 4096 // block_channels
     columns = -(-channels // block_channels)
     tiles = -(-rows // block_rows)
     wanted = max(1, 8 * target.multiprocessors // (groups * columns))
