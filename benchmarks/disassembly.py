@@ -80,8 +80,12 @@ def _map_access(ttgir: str, dtype: str) -> tuple[int, int]:
     found = []
     for line in ttgir.splitlines():
         # The layout has a name, or stands there itself in the compiler's other way to print.
-        match = re.search(rf"tensor<\d+x(\d+)x!tt\.ptr<{dtype}>, (?:(#blocked\d*)>|{layout})", line)
-        if match and re.search(r"tt\.load|tt\.store|async_copy_global_to_local", line) and "%weight_" not in line:
+        match = re.search(rf"tensor<\d+x(\d+)x(?:!tt\.ptr<{dtype}>|{dtype}), (?:(#blocked\d*)>|{layout})", line)
+        if (
+            match
+            and re.search(r"tt\.load|tt\.store|async_copy_global_to_local|buffer_(load|store)", line)
+            and "%weight_" not in line
+        ):
             columns, alias, *inline = match.groups()
             sizes, threads = (int(text.split(", ")[1]) for text in (aliases[alias] if alias else inline))
             element = 4 if dtype == "f32" else 2

@@ -21,6 +21,8 @@ Backend = Literal["torch", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
 
 _override: ContextVar[Backend | None] = ContextVar("effnet_kernels_backend", default=None)
+# The same for a tracer, which older versions of torch.compile want without context variables.
+_traced_override: Backend | None = None
 
 
 class Decision(NamedTuple):
@@ -66,18 +68,22 @@ def _triton_unavailable() -> str | None:
 
 def forced() -> Backend | None:
     """The backend that :func:`use_backend` or ``EFFNET_KERNELS_BACKEND`` forces, or None."""
-    name = _override.get() or os.environ.get("EFFNET_KERNELS_BACKEND")
+    override = _traced_override if torch.compiler.is_compiling() else _override.get()
+    name = override or os.environ.get("EFFNET_KERNELS_BACKEND")
     return _checked(name) if name else None
 
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
     """Forces a backend for the calls inside the ``with`` block; raises BackendError where it cannot run at all."""
-    token = _override.set(_checked(name))
+    global _traced_override
+    token, traced = _override.set(_checked(name)), _traced_override
+    _traced_override = name
     try:
         yield
     finally:
         _override.reset(token)
+        _traced_override = traced
 
 
 def _checked(name: str) -> Backend:
@@ -131,6 +137,7 @@ def interception(x: object) -> str | None:
 
 def registered(x: Tensor) -> bool:
     """Whether what torch.compile traces for ``x`` are the registered operators; an export has torch's own alone."""
+    # torch 2.9 compiles this to True in any case, and so it compiles the textbook path, which its tracer can follow.
     if torch.compiler.is_exporting():
         return False
     return forced() == "triton" or (forced() is None and x.device.type == "cuda")
