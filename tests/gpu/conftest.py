@@ -24,6 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run in which the simulator found a launch too large to be checked for races; its summary counts them."""
+    for plugin in session.config.pluginmanager.get_plugins():
+        if getattr(getattr(plugin, "state", None), "races_unchecked", 0):
+            session.exitstatus = 1
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _device() -> Iterator[None]:
     if triton_launch.simulated():
