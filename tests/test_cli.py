@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import run_python
 
+from effnet_kernels import triton
 from effnet_kernels.cli import main
 from effnet_kernels.models.configs import VARIANTS
 from effnet_kernels.models.convert import convert_state_dict
@@ -227,3 +228,25 @@ def test_output_into_a_closed_pipe(folder: Path, checkpoint: Path) -> None:
     process.wait()
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
+
+
+needs_triton = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
+
+
+@needs_triton
+def test_info_lists_the_kernels_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["info", "--kernels", "--model", "efficientnet_lite0", "--batch", "2", "--resolution", "32"]
+    assert main([*arguments, "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)
+    assert set(kernels) == {"training step", "inference"}
+    assert 20 < len(kernels["training step"]) <= 60
+    assert any("ACT=relu6" in name for name in kernels["inference"])
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in kernels["inference"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs: tests/gpu/test_tools.py")
+def test_selftest_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest"]) == 2
+    assert "cannot run" in capsys.readouterr().err
