@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import run_python
 
 from effnet_kernels import triton
 
@@ -99,3 +100,19 @@ def test_tensors_on_two_devices_are_refused() -> None:
     one.index, other.index = 1, -1
     with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got the CPU, cuda:1"):
         launch(merge_kernel, (1, 1, 1), one, other)
+
+
+def test_tf32_follows_either_of_torchs_settings() -> None:
+    result = run_python("""
+import torch
+from effnet_kernels.triton.launch import dot_precision
+seen = [dot_precision(torch.float32), dot_precision(torch.float16)]
+torch.backends.cudnn.allow_tf32 = False
+seen.append(dot_precision(torch.float32))
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+seen.append(dot_precision(torch.float32))
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+seen.append(dot_precision(torch.float32))
+print(*seen)
+""")
+    assert result.stdout.split() == ["tf32", "ieee", "ieee", "tf32", "ieee"], result.stderr

@@ -165,7 +165,11 @@ def simulated() -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` for inputs of ``dtype``: torch's TF32 setting for convolutions, for fp32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    # The newer of torch's two settings follows the older; the older is an error to ask for once the newer was set.
+    if dtype != torch.float32:
+        return "ieee"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
 def channel_unit(channels: int) -> int:
