@@ -189,8 +189,9 @@ def _operator(
 ) -> Contenders:
     """Forward and backward in the inputs."""
 
+    grad = torch.randn_like(eager().detach())
+
     def both(function: Callable[[], Tensor]) -> Call:
-        grad = torch.randn_like(function().detach())
         return lambda: torch.autograd.grad(function(), inputs, grad)
 
     contenders: Contenders = {"ours": lambda: both(ours), "eager channels-last": lambda: both(eager)}
