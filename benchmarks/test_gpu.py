@@ -13,21 +13,18 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-import gpu_cases
 import pytest
 import torch
 
-from effnet_kernels import triton
+pytest.importorskip("triton.language", reason="Triton is not installed")
 
-if triton.unavailable_reason() is None:
-    from effnet_kernels import timing
-    from effnet_kernels.triton.launch import simulated
+import gpu_cases
 
-    TOY = simulated()
-    SKIP = None if TOY or torch.cuda.is_available() else "torch finds no GPU"
-else:
-    TOY, SKIP = True, triton.unavailable_reason()
+from effnet_kernels import timing
+from effnet_kernels.triton.launch import simulated
 
+TOY = simulated()
+SKIP = None if TOY or torch.cuda.is_available() else "torch finds no GPU"
 pytestmark = pytest.mark.skipif(SKIP is not None, reason=f"{SKIP}")
 ROUNDS, WARM = (1, 0) if TOY else (20, 5)
 RESULTS = Path(__file__).parents[1] / ".benchmarks"
