@@ -11,7 +11,7 @@ import simulator
 import torch
 
 from effnet_kernels import triton
-from effnet_kernels.launch_config import Target, use_target
+from effnet_kernels.launch_config import Target, device_target, use_target
 
 REASON = triton.unavailable_reason()
 # Without Triton there is nothing to import in these files; the header of the run says so.
@@ -61,5 +61,8 @@ def _device() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _small_device() -> Iterator[None]:
     """Configurations as for a GPU of four multiprocessors, so that programs of small tests walk over several tiles."""
-    with use_target(Target("cuda", 90, 4)):
+    target = Target("cuda", 90, 4)
+    if not simulated():
+        target = device_target(torch.device("cuda"))._replace(multiprocessors=4)
+    with use_target(target):
         yield
