@@ -1,6 +1,7 @@
 """The table that overrides the rules of launch configurations."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_entries_override_the_rule_for_their_bucket(path):
     assert gemm(1, 1, 12544, 480, 1280, None, False, False, torch.float16, H100) == other
     # A neighbour in the same bucket of sizes follows too.
     assert gemm(1, 1, 12000, 500, 79, None, False, False, torch.float16, H100).block_rows == 32
+
+
+def test_lookups_of_other_threads_are_watched(path):
+    """Autograd calls the backward kernels of a GPU from a thread of its own."""
+    seen = []
+    with table.watching(lambda key, tile: seen.append(key) or tile):
+        thread = threading.Thread(target=a_gemm)
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
 
 
 def test_writing_keeps_what_is_there(path):

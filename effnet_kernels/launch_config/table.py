@@ -9,7 +9,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,17 +21,18 @@ Lookup = Callable[[str, Tile], Tile]
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
-_watcher: ContextVar[Lookup | None] = ContextVar("effnet_kernels_table_watcher", default=None)
+# Of the whole process: on a GPU, autograd runs backward in a thread of its own, which has no context variables of ours.
+_watchers: list[Lookup] = []
 
 
 def tuned(kernel: str, dtype: torch.dtype, target: Target, sizes: Mapping[str, int | bool], tile: Tile) -> Tile:
     """``tile``, which the rule has chosen, with the table's fields in it."""
-    watcher, table = _watcher.get(), _table()
-    if watcher is None and not table:
+    table = _table()
+    if not _watchers and not table:
         return tile
     key = key_of(kernel, dtype, target, sizes)
     tile = {**tile, **table.get(key, {})}
-    return tile if watcher is None else watcher(key, tile)
+    return _watchers[-1](key, tile) if _watchers else tile
 
 
 def remembered(rule: Rule) -> Rule:
@@ -42,7 +42,7 @@ def remembered(rule: Rule) -> Rule:
 
     @functools.wraps(rule)
     def answer(*arguments: Any) -> Any:
-        return memory(*arguments) if _watcher.get() is None else rule(*arguments)
+        return rule(*arguments) if _watchers else memory(*arguments)
 
     return cast(Rule, answer)
 
@@ -65,11 +65,11 @@ def key_of(kernel: str, dtype: torch.dtype, target: Target, sizes: Mapping[str, 
 @contextlib.contextmanager
 def watching(watcher: Lookup) -> Iterator[None]:
     """Inside the ``with`` block every lookup goes through ``watcher``, which may choose another tile."""
-    token = _watcher.set(watcher)
+    _watchers.append(watcher)
     try:
         yield
     finally:
-        _watcher.reset(token)
+        _watchers.pop()
 
 
 def default_path() -> Path:
