@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "kernels.h"
+#include "layer.h"
 
 namespace effnet {
 
@@ -17,7 +17,8 @@ struct DepthwiseCall {
   float* pooled;        // [N, C], means of y over its pixels; or null
   std::int64_t batch, height, width, channels;
   std::int64_t out_height, out_width;
-  std::int64_t stride, pad_left, pad_top;
+  std::int64_t stride;
+  Padding padding;
   std::int32_t kernel;
   Activation act;
 };

@@ -84,21 +84,21 @@ std::string joined(const std::vector<std::string>& names) {
 
 }  // namespace
 
-const std::vector<KernelRow>& kernel_table() {
-  static const std::vector<KernelRow> table = {
-      {"depthwise_conv", "scalar", 1, false, &depthwise_conv_f32_act_sum_1x4_scalar},
+const std::vector<const Kernels*>& kernel_table() {
+  static const std::vector<const Kernels*> table = {
+      &scalar_kernels,
 #if defined(EFFNET_HAVE_EMULATED)
-      {"depthwise_conv", "emulated4", 4, true, &depthwise_conv_f32_act_sum_1x4_emulated4},
-      {"depthwise_conv", "emulated16", 16, true, &depthwise_conv_f32_act_sum_1x4_emulated16},
+      &emulated4_kernels,
+      &emulated16_kernels,
 #endif
 #if defined(EFFNET_HAVE_NEON)
-      {"depthwise_conv", "neon", 4, false, &depthwise_conv_f32_act_sum_1x8_neon},
+      &neon_kernels,
 #endif
 #if defined(EFFNET_HAVE_AVX2)
-      {"depthwise_conv", "avx2", 8, false, &depthwise_conv_f32_act_sum_1x8_avx2},
+      &avx2_kernels,
 #endif
 #if defined(EFFNET_HAVE_AVX512)
-      {"depthwise_conv", "avx512", 16, false, &depthwise_conv_f32_act_sum_1x8_avx512},
+      &avx512_kernels,
 #endif
   };
   return table;
@@ -114,13 +114,17 @@ bool isa_supported(const std::string& isa) {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const KernelRow& row : kernel_table()) {
-    if (row.emulated || !isa_supported(row.isa)) continue;
-    bool seen = false;
-    for (const std::string& name : names) seen = seen || name == row.isa;
-    if (!seen) names.push_back(row.isa);
+  for (const Kernels* kernels : kernel_table()) {
+    if (!kernels->emulated && isa_supported(kernels->isa)) names.push_back(kernels->isa);
   }
   return names;
+}
+
+const Kernels& kernels_of(const std::string& isa) {
+  for (const Kernels* kernels : kernel_table()) {
+    if (isa == kernels->isa && isa_supported(isa)) return *kernels;
+  }
+  throw std::invalid_argument("expected an instruction set out of " + joined(supported_isas()) + ", got '" + isa + "'");
 }
 
 const std::string& selected_isa() {

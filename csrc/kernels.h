@@ -1,50 +1,77 @@
 // What every kernel takes: plain structs over raw pointers, so that a kernel knows neither Python nor torch.
+//
+// Activations are fp32, channels last. Weights are packed in panels of 16 output channels whatever the number of lanes,
+// the last panel filled up with zeros, so that packed weights do not depend on the machine.
 #pragma once
 
 #include <cstdint>
 
 namespace effnet {
 
+constexpr std::int64_t panel_columns = 16;
+
 enum class Activation : std::int32_t { none, silu, relu, relu6, hardswish };
 
-// y = act(depthwise(x) + shift), fp32, channels last, with the scale already inside the packed weights.
+// How a gate is made of a number: squeeze-and-excitation's last step.
+enum class Gate : std::int32_t { sigmoid, hardsigmoid };
+
+// y = act(a @ b + bias) + residual for one panel of columns: a matrix product whose rows are pixels.
 //
-// Channels are cut in slots of `lanes`. The last slot ends with the last channel, so it overlaps the slot before it
-// when lanes does not divide the channels: no kernel needs a mask, none reads past a pixel, and channels >= lanes
-// always.
-struct DepthwiseConv {
-  const float* x;       // [N, H, W, C]
-  const float* packed;  // [slots, 1 + kernel * kernel, lanes]: the shift, then the taps in row order
-  float* y;             // [N, out_height, out_width, C]
-  float* row_sums;      // [N, out_height, slots, lanes], sums of y over a row; may be null
-  std::int64_t height, width, channels;
-  std::int64_t out_height, out_width;
-  std::int64_t slots;
-  std::int64_t stride, pad_left, pad_top;
+// A row of `a` is made of segments, so that a k x k convolution of padded rows is k segments of k * channels floats. The
+// rows of `y` are pixels of a map `width` wide whose lines are `gap` floats further apart than the pixels fill.
+struct Gemm {
+  const float* a;
+  std::int64_t a_row;                     // floats from a row to the next
+  std::int64_t a_segment;                 // floats from a segment to the next
+  std::int64_t segments, segment_length;  // the inner dimension is their product
+  const float* b;                         // [segments * segment_length, 16], packed
+  const float* bias;                      // [16]
+  const float* residual;                  // as y; may be null
+  float* y;                               // [rows, columns]; may be null, where only the sums are wanted
+  std::int64_t y_row;                     // floats from a row to the next, within a line
+  std::int64_t width, gap;
+  std::int64_t rows;
+  std::int64_t columns;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
+  float* sums;           // [16], the columns' sums of y are added to it; may be null
+  Activation act;
+};
+
+// One row of y = act(depthwise(x) + bias), one panel of channels wide, out of rows of x that are padded left and right.
+struct DepthwiseRow {
+  const float* const* x;               // [kernel] rows of [width, 16]; only those from tap_begin to tap_end are read
+  std::int64_t tap_begin, tap_end;     // kernel rows that lie inside the image
+  const float* packed;                 // [1 + kernel * kernel, 16]: the bias, then the taps in row order
+  float* y;                            // [width, channels]
+  std::int64_t y_pixel;                // floats from a pixel to the next
+  std::int64_t width;
+  std::int64_t channels;               // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
+  float* sums;                         // [16], the sums of y over the row are added to it; may be null
+  std::int64_t stride;
   std::int32_t kernel;  // 3, 5 or 7
   Activation act;
 };
 
-// The part of the output that one call computes.
-struct DepthwiseBand {
-  std::int64_t image;
-  std::int64_t row_begin, row_end;
-  std::int64_t slot_begin, slot_end;
+// The kernels of one instruction set. A name spells dtype, operator, what is fused, and the tile: rows x vectors.
+struct Kernels {
+  const char* isa;
+  int lanes;
+  bool emulated;  // never chosen: there so that tests reach its logic on machines without its instruction set
+  void (*gemm_f32_bias_act_residual_sum)(const Gemm&);
+  void (*depthwise_row_f32_bias_act_sum)(const DepthwiseRow&);
+  // values[i] = gate(values[i])
+  void (*gate_f32)(float* values, std::int64_t count, Gate gate);
+  // y[row * y_row + i] = x[row * x_row + i] * factors[i]
+  void (*scale_rows_f32)(const float* x, std::int64_t x_row, const float* factors, float* y, std::int64_t y_row,
+                         std::int64_t rows, std::int64_t count);
+  // y[row * columns + i] = x[row * columns + i] * factors[row], columns a multiple of 16
+  void (*scale_panel_f32)(const float* x, const float* factors, float* y, std::int64_t rows, std::int64_t columns);
 };
 
-using DepthwiseConvKernel = void (*)(const DepthwiseConv&, const DepthwiseBand&);
-
-// First channel of a slot. Static, because files compiled for different instruction sets include it.
-static inline std::int64_t slot_channel(std::int64_t slot, std::int64_t lanes, std::int64_t channels) {
-  const std::int64_t first = slot * lanes;
-  return first + lanes <= channels ? first : channels - lanes;
-}
-
-void depthwise_conv_f32_act_sum_1x4_scalar(const DepthwiseConv&, const DepthwiseBand&);
-void depthwise_conv_f32_act_sum_1x8_neon(const DepthwiseConv&, const DepthwiseBand&);
-void depthwise_conv_f32_act_sum_1x8_avx2(const DepthwiseConv&, const DepthwiseBand&);
-void depthwise_conv_f32_act_sum_1x8_avx512(const DepthwiseConv&, const DepthwiseBand&);
-void depthwise_conv_f32_act_sum_1x4_emulated4(const DepthwiseConv&, const DepthwiseBand&);
-void depthwise_conv_f32_act_sum_1x4_emulated16(const DepthwiseConv&, const DepthwiseBand&);
+extern const Kernels scalar_kernels;
+extern const Kernels emulated4_kernels;
+extern const Kernels emulated16_kernels;
+extern const Kernels neon_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
 
 }  // namespace effnet

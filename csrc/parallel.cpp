@@ -3,13 +3,17 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
 
-#include <atomic>
 #include <cstring>
 #endif
 
@@ -114,18 +118,75 @@ void run_part(void* data) {
   if (begin < end) region.function(region.context, begin, end);
 }
 
+struct TeamRegion {
+  const OpenMP* openmp;
+  TeamFunction function;
+  void* context;
+  std::atomic<std::int64_t> arrivals{0};
+};
+
+void run_member(void* data) {
+  TeamRegion& region = *static_cast<TeamRegion*>(data);
+  Team team(region.openmp->thread_num(), region.openmp->num_threads(), &region.arrivals);
+  region.function(region.context, team);
+}
+
+// The runtime to start threads with, or null where the calling thread has to do it alone: no runtime, a forked child, or
+// a nested region, which would start threads beside the ones that already fill the cores.
+const OpenMP* usable_openmp() {
+  if (forked_child) return nullptr;
+  const OpenMP* openmp = openmp_runtime();
+  return openmp != nullptr && !openmp->in_parallel() ? openmp : nullptr;
+}
+
 #endif
 
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
 }  // namespace
+
+void Team::barrier() {
+  if (count_ == 1) return;
+  const std::int64_t all = ++passed_ * count_;
+  arrivals_->fetch_add(1, std::memory_order_acq_rel);
+  for (int spins = 0; arrivals_->load(std::memory_order_acquire) < all; ++spins) {
+    if (spins < 4096) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void run_team(int threads, TeamFunction function, void* context) {
+#if defined(__linux__)
+  if (threads > 1) {
+    if (const OpenMP* openmp = usable_openmp()) {
+      TeamRegion region;
+      region.openmp = openmp;
+      region.function = function;
+      region.context = context;
+      openmp->parallel(run_member, &region, static_cast<unsigned>(threads), 0);
+      return;
+    }
+  }
+#else
+  (void)threads;
+#endif
+  Team alone(0, 1, nullptr);
+  function(context, alone);
+}
 
 void parallel_ranges(std::int64_t n, std::int64_t grain, int threads, RangeFunction function, void* context) {
   if (n <= 0) return;
 #if defined(__linux__)
   const std::int64_t parts = std::min<std::int64_t>(threads, n / std::max<std::int64_t>(grain, 1));
-  if (parts > 1 && !forked_child) {
-    const OpenMP* openmp = openmp_runtime();
-    // A nested region would start threads beside the ones that already fill the cores.
-    if (openmp != nullptr && !openmp->in_parallel()) {
+  if (parts > 1) {
+    if (const OpenMP* openmp = usable_openmp()) {
       Region region{openmp, n, function, context};
       openmp->parallel(run_part, &region, static_cast<unsigned>(parts), 0);
       return;

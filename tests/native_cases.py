@@ -1,6 +1,8 @@
 """What the tests of the native kernels share: the rows of the kernel table, an exact reference, a raw call."""
 
+import ctypes
 import math
+import mmap
 import sys
 
 import pytest
@@ -17,11 +19,11 @@ needs_native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks or maps guard pages: Linux only")
 
 
-def kernel_isas(op: str) -> list[str]:
-    """Every row of the table that this machine can run, those that only tests reach included."""
+def kernel_isas() -> list[str]:
+    """Every instruction set of the table that this machine can run, those that only tests reach included."""
     if cpu.unavailable_reason() is not None:
         return []
-    return [row["isa"] for row in extension().kernels() if row["op"] == op and row["supported"]]
+    return [row["isa"] for row in extension().kernels() if row["supported"]]
 
 
 ACTIVATIONS = {
@@ -85,8 +87,7 @@ def raw_depthwise(
         wo,
         k,
         stride,
-        left,
-        top,
+        padding,
         ACTIVATION_INDEX[epilogue.act],
         threads,
         isa,
@@ -96,3 +97,20 @@ def raw_depthwise(
 
 def make_epilogue(channels: int, act: Activation) -> Epilogue:
     return Epilogue(torch.rand(channels) + 0.5, torch.randn(channels), act)
+
+
+def guarded(numel: int, at_end: bool) -> Tensor:
+    """A vector that touches a page that nobody may touch, at its end or at its beginning. Its memory is never freed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = mmap.PAGESIZE
+    size = -(-numel * 4 // page) * page
+    base = libc.mmap(
+        None, size + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )
+    for forbidden in (base, base + page + size):
+        assert libc.mprotect(forbidden, page, 0) == 0
+    address = base + page + (size - numel * 4 if at_end else 0)
+    return torch.frombuffer((ctypes.c_float * numel).from_address(address), dtype=torch.float32)

@@ -25,7 +25,7 @@ y, pooled = cpu.depthwise_conv(x, torch.randn(64, 1, 3, 3), 1, (1, 1, 1, 1), Non
 
 @needs_native
 def test_supported_isas_are_rows_of_the_table():
-    assert set(cpu.supported_isas()) <= set(kernel_isas("depthwise_conv"))
+    assert set(cpu.supported_isas()) <= set(kernel_isas())
     assert "scalar" in cpu.supported_isas()
     assert cpu.isa() in cpu.supported_isas()
     for row in extension().kernels():
@@ -59,7 +59,7 @@ for name in ("sse9", "emulated16"):
 @needs_native
 def test_isa_that_the_call_names_must_exist():
     with pytest.raises(ValueError, match="'sse9'"):
-        extension().depthwise_conv(*([0] * 6), 1, 8, 4, 4, 4, 4, 3, 1, 1, 1, 0, 1, "sse9")
+        extension().depthwise_conv(*([0] * 6), 1, 8, 4, 4, 4, 4, 3, 1, (1, 1, 1, 1), 0, 1, "sse9")
 
 
 @needs_native

@@ -23,7 +23,7 @@ from effnet_kernels.deferred import Epilogue
 pytestmark = needs_native
 
 TOLERANCE = 1e-5
-ISAS = kernel_isas("depthwise_conv")
+ISAS = kernel_isas()
 # Below, at and above the 1, 4, 8 and 16 lanes of the kernels, and several vectors with a remainder.
 CHANNELS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 96)
 SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
@@ -146,29 +146,15 @@ def test_threads_change_no_bit(isa):
 
 
 GUARDED = """
-import ctypes, mmap
 import torch
 from native_cases import *
 
 torch.set_num_threads(1)
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-PAGE = mmap.PAGESIZE
-
-def guarded(numel, at_end):
-    # A tensor that touches a page that nobody may touch, at its end or at its beginning.
-    pages = -(-numel * 4 // PAGE)
-    base = libc.mmap(None, (pages + 2) * PAGE, 3, 0x22, -1, 0)
-    assert libc.mprotect(base, PAGE, 0) == 0 and libc.mprotect(base + (pages + 1) * PAGE, PAGE, 0) == 0
-    address = base + (pages + 1) * PAGE - numel * 4 if at_end else base + PAGE
-    return torch.frombuffer((ctypes.c_float * numel).from_address(address), dtype=torch.float32)
 
 def nhwc(n, c, h, w, at_end):
     return guarded(n * c * h * w, at_end).view(n, h, w, c).permute(0, 3, 1, 2)
 
-for isa in kernel_isas("depthwise_conv"):
+for isa in kernel_isas():
     for at_end in (True, False):
         sizes = ((1, 1), (5, 9), (8, 23))
         for c, (h, w), k, stride in itertools.product((1, 3, 8, 9, 17, 40), sizes, (3, 5, 7), (1, 2)):

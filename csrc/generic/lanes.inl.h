@@ -55,11 +55,17 @@ EFFNET_INLINE void store(float* to, F<L> value) {
   memcpy(to, &value, sizeof value);
 }
 
+// The same number in every lane. x - 0 is x whatever x is, where 0 + x is not for -0: only this costs no addition.
+template <int L>
+EFFNET_INLINE F<L> broadcast(float value) {
+  return value - F<L>{};
+}
+
 // value < bound ? bound : value, so that a NaN stays. The x86 instruction returns its second operand for a NaN, but the
 // compiler does not make it of a comparison and a selection of vectors.
 template <int L>
 EFFNET_INLINE F<L> at_least(F<L> value, float bound) {
-  const F<L> bounds = F<L>{} + bound;
+  const F<L> bounds = broadcast<L>(bound);
 #if defined(__AVX512F__)
   if constexpr (L == 16) return (F<L>)_mm512_max_ps((__m512)bounds, (__m512)value);
 #endif
@@ -71,7 +77,7 @@ EFFNET_INLINE F<L> at_least(F<L> value, float bound) {
 
 template <int L>
 EFFNET_INLINE F<L> at_most(F<L> value, float bound) {
-  const F<L> bounds = F<L>{} + bound;
+  const F<L> bounds = broadcast<L>(bound);
 #if defined(__AVX512F__)
   if constexpr (L == 16) return (F<L>)_mm512_min_ps((__m512)bounds, (__m512)value);
 #endif

@@ -106,8 +106,7 @@ def depthwise_conv(
         out_width,
         kernel,
         stride,
-        left,
-        top,
+        padding,
         act,
         torch.get_num_threads(),
     )

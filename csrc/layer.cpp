@@ -1,0 +1,102 @@
+#include "layer.h"
+
+namespace effnet {
+namespace {
+
+// The inner dimension is (channel, tap row, tap column) outside and (tap row, tap column, channel) inside, where a row of
+// taps is a segment.
+template <class Visit>
+void for_each_element(std::int64_t out, std::int64_t channels, std::int64_t kernel, const Visit& visit) {
+  const std::int64_t taps = kernel * kernel, inner = taps * channels;
+  for (std::int64_t row = 0; row < out; ++row) {
+    const std::int64_t panel = row / panel_columns * inner * panel_columns + row % panel_columns;
+    for (std::int64_t tap = 0; tap < taps; ++tap) {
+      for (std::int64_t channel = 0; channel < channels; ++channel) {
+        visit(panel + (tap * channels + channel) * panel_columns, (row * channels + channel) * taps + tap);
+      }
+    }
+  }
+}
+
+PackedMatrix pack_matrix(const float* weight, const float* bias, std::int64_t out, std::int64_t channels,
+                         std::int64_t kernel) {
+  PackedMatrix matrix;
+  matrix.out = out;
+  matrix.inner = channels * kernel * kernel;
+  const std::int64_t columns = matrix.panel_count() * panel_columns;
+  matrix.panels = allocate_zeros(columns * matrix.inner);
+  matrix.bias = allocate_zeros(columns);
+  float* packed = matrix.panels.get();
+  for_each_element(out, channels, kernel, [&](std::int64_t to, std::int64_t from) { packed[to] = weight[from]; });
+  std::memcpy(matrix.bias.get(), bias, static_cast<std::size_t>(out) * sizeof(float));
+  return matrix;
+}
+
+void unpack_matrix(const PackedMatrix& matrix, std::int64_t kernel, float* weight, float* bias) {
+  const float* packed = matrix.panels.get();
+  for_each_element(matrix.out, matrix.inner / (kernel * kernel), kernel,
+                   [&](std::int64_t from, std::int64_t to) { weight[to] = packed[from]; });
+  std::memcpy(bias, matrix.bias.get(), static_cast<std::size_t>(matrix.out) * sizeof(float));
+}
+
+// [channels, kernel, kernel], a scale and a shift (either may be null) to [panels, 1 + kernel * kernel, 16].
+Buffer pack_taps(const float* weight, const float* scale, const float* shift, std::int64_t channels,
+                 std::int64_t kernel) {
+  const std::int64_t taps = kernel * kernel;
+  Buffer packed = allocate_zeros(round_up(channels, panel_columns) * (1 + taps));
+  for (std::int64_t channel = 0; channel < channels; ++channel) {
+    float* to = packed.get() + channel / panel_columns * (1 + taps) * panel_columns + channel % panel_columns;
+    const float factor = scale != nullptr ? scale[channel] : 1.0f;
+    to[0] = shift != nullptr ? shift[channel] : 0.0f;
+    for (std::int64_t tap = 0; tap < taps; ++tap) to[(1 + tap) * panel_columns] = weight[channel * taps + tap] * factor;
+  }
+  return packed;
+}
+
+LayerSpec without_weights(LayerSpec spec) {
+  spec.weight = spec.bias = nullptr;
+  spec.excitation.w1 = spec.excitation.b1 = spec.excitation.w2 = spec.excitation.b2 = nullptr;
+  return spec;
+}
+
+}  // namespace
+
+Layer depthwise_layer(const LayerSpec& spec, const float* weight, const float* scale, const float* shift) {
+  Layer layer(without_weights(spec));
+  layer.taps = pack_taps(weight, scale, shift, spec.out_channels, spec.kernel);
+  return layer;
+}
+
+Layer pack(const LayerSpec& spec) {
+  Layer layer(without_weights(spec));
+  if (spec.kind == LayerKind::conv) {
+    layer.matrix = pack_matrix(spec.weight, spec.bias, spec.out_channels, spec.in_channels, spec.kernel);
+  } else {
+    layer.taps = pack_taps(spec.weight, nullptr, spec.bias, spec.out_channels, spec.kernel);
+  }
+  const Excitation& excitation = spec.excitation;
+  if (excitation.squeeze > 0) {
+    layer.reduce = pack_matrix(excitation.w1, excitation.b1, excitation.squeeze, spec.out_channels, 1);
+    layer.expand = pack_matrix(excitation.w2, excitation.b2, spec.out_channels, excitation.squeeze, 1);
+  }
+  return layer;
+}
+
+void Layer::unpack(float* weight, float* bias, float* w1, float* b1, float* w2, float* b2) const {
+  if (spec.kind == LayerKind::conv) {
+    unpack_matrix(matrix, spec.kernel, weight, bias);
+  } else {
+    const std::int64_t count = spec.kernel * spec.kernel;
+    for (std::int64_t channel = 0; channel < spec.out_channels; ++channel) {
+      const float* from = panel_taps(channel / panel_columns) + channel % panel_columns;
+      bias[channel] = from[0];
+      for (std::int64_t tap = 0; tap < count; ++tap) weight[channel * count + tap] = from[(1 + tap) * panel_columns];
+    }
+  }
+  if (spec.excitation.squeeze > 0) {
+    unpack_matrix(reduce, 1, w1, b1);
+    unpack_matrix(expand, 1, w2, b2);
+  }
+}
+
+}  // namespace effnet

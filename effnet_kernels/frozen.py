@@ -1,0 +1,205 @@
+"""freeze(): a trained network as an engine for inference."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels import cpu
+from effnet_kernels.cpu.network import Excitation, Layer, Network, StepProfile
+from effnet_kernels.dispatch import BackendError
+from effnet_kernels.models.efficientnet import EfficientNet
+from effnet_kernels.modules.conv_bn_act import Conv2dSame, ConvBnAct
+from effnet_kernels.modules.fused_mbconv import FusedMBConv
+from effnet_kernels.modules.inverted_residual import InvertedResidual
+from effnet_kernels.modules.mbconv import MBConv
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, memory_format
+from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
+
+
+def freeze(model: nn.Module) -> "FrozenEfficientNet":
+    """The network as an engine for inference on the CPU: one native call, BatchNorm folded, weights packed.
+
+    The engine has the model's weights of this moment; the model is left as it is. Whether it is in train or eval mode
+    does not matter: the engine computes what it computes in eval mode. Dropout and stochastic depth are gone.
+
+    Args:
+        model: an :class:`EfficientNet` on the CPU, in float32. A classifier that is not a linear layer stays a module.
+
+    Returns a module of images [N, C, H, W], float32, of any batch size, resolution and strides, to what the model
+    returns. It has no parameters and no gradients, is pickled with its weights, and may be called by several threads.
+
+    Raises:
+        TypeError: for another model.
+        ValueError: for a part that the engine does not know, or weights that are not float32 on the CPU.
+        BackendError: where the native extension is missing.
+    """
+    if not isinstance(model, EfficientNet):
+        raise TypeError(f"expected an effnet_kernels.EfficientNet, got {type(model).__module__}.{type(model).__name__}")
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        raise BackendError(f"freeze() needs the native extension: {reason}")
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise ValueError(f"{name}: expected float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    layers: list[Layer] = []
+    ends = [_append(layers, f"features.{name}", layer) for name, layer in model.features.named_children()]
+    if model.features_only:
+        return FrozenEfficientNet(Network(layers, [ends[i] for i in model.feature_layers]), None, True)
+    if layers[-1].weight.shape[-1] != 1:
+        raise ValueError(f"features.{len(ends) - 1}: expected a 1x1 convolution as head, got {model.features[-1]}")
+    layers[-1] = layers[-1]._replace(pool=True)
+    classifier: nn.Module | None = model.classifier
+    linear = _linear(model.classifier)
+    if linear is not None:
+        classifier = None
+        if isinstance(linear, nn.Linear):
+            bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+            layers.append(Layer(linear.weight[:, :, None, None], bias))
+    return FrozenEfficientNet(Network(layers, [len(layers)]), copy.deepcopy(classifier))
+
+
+class ProfileRow(NamedTuple):
+    """One step of a frozen engine.
+
+    Attributes:
+        name: the layers that the step computes.
+        milliseconds: of all images together, the median over the repetitions.
+        gflops: 2e-9 times the multiply-adds a second.
+        share: of the whole time.
+    """
+
+    name: str
+    milliseconds: float
+    gflops: float
+    share: float
+
+
+class Profile(list[ProfileRow]):
+    """The steps of a frozen engine in order; printed, it is a table."""
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self)
+        lines = [f"{'step':{width}}  {'ms':>8}  {'GFLOP/s':>8}  {'share':>6}"]
+        for row in self:
+            lines.append(f"{row.name:{width}}  {row.milliseconds:8.3f}  {row.gflops:8.1f}  {row.share:6.1%}")
+        lines.append(f"{'all':{width}}  {sum(row.milliseconds for row in self):8.3f}")
+        return "\n".join(lines)
+
+
+class FrozenEfficientNet(nn.Module):
+    """What :func:`freeze` returns.
+
+    Args:
+        network: the layers.
+        classifier: what torch computes of the pooled features, or None.
+        features_only: whether the outputs are maps.
+
+    Shapes: images [N, C, H, W], float32, in any strides, to logits [N, num_classes], pooled features [N, num_features]
+    or a list of feature maps in the image's memory format.
+    Raises ValueError for other images, RuntimeError for images that require gradients.
+    """
+
+    def __init__(self, network: Network, classifier: nn.Module | None, features_only: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.classifier = None if classifier is None else classifier.eval()
+        self.features_only = features_only
+
+    def forward(self, x: Tensor) -> Any:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("expected an image without gradients: a frozen network only infers")
+        if self.features_only:
+            return self.network.run(x, memory_format(x))
+        y = self.network.run(x)[0].flatten(1)
+        return y if self.classifier is None else self.classifier(y)
+
+    def train(self, mode: bool = True) -> "FrozenEfficientNet":
+        """Nothing: a frozen network is always in eval mode."""
+        return super().train(False)
+
+    def profile(self, x: Tensor, repeat: int = 20) -> Profile:
+        """What each step takes for images ``x``, the median of ``repeat`` calls after a few that are not counted."""
+        for _ in range(3):
+            self.network.run(x)
+        calls = [self.network.profile(x) for _ in range(repeat)]
+        steps = [_median(list(step)) for step in zip(*calls, strict=True)]
+        total = sum(step.seconds for step in steps)
+        return Profile(
+            ProfileRow(step.name, 1e3 * step.seconds, 2e-9 * step.multiply_adds / step.seconds, step.seconds / total)
+            for step in steps
+        )
+
+
+def _median(steps: Sequence[StepProfile]) -> StepProfile:
+    return sorted(steps, key=lambda step: step.seconds)[len(steps) // 2]
+
+
+def _append(layers: list[Layer], name: str, module: nn.Module) -> int:
+    """Appends the layers of a part of the network and returns the tensor that it ends with."""
+    if type(module) is nn.Sequential:
+        for inner, child in module.named_children():
+            _append(layers, f"{name}.{inner}", child)
+        return len(layers)
+    if not isinstance(module, ConvBnAct | MBConv | FusedMBConv):
+        raise ValueError(f"{name}: expected ConvBnAct, MBConv or FusedMBConv, got {type(module).__name__}")
+    obstacle = module.find_obstacle()
+    if obstacle is not None:
+        raise ValueError(f"{name}: {obstacle}")
+    if isinstance(module, ConvBnAct):
+        layers.append(_layer(name, module))
+        return len(layers)
+    before = len(layers)
+    for inner, child in module.block.named_children():
+        if isinstance(child, SqueezeExcitation):
+            layers[-1] = layers[-1]._replace(excitation=_excitation(child))
+        else:
+            layers.append(_layer(f"{name}.block.{inner}", cast(ConvBnAct, child)))
+    if cast(InvertedResidual, module).use_res_connect:
+        layers[-1] = layers[-1]._replace(residual=before)
+    return len(layers)
+
+
+def _layer(name: str, module: ConvBnAct) -> Layer:
+    """The convolution with its BatchNorm folded in, in float64."""
+    conv, norm = module.conv, module.norm
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"{name}: expected a BatchNorm with running statistics, got {norm}")
+    depthwise = module.is_depthwise()
+    if not depthwise and conv.groups != 1:
+        raise ValueError(f"{name}: expected a dense or a depthwise convolution, got {conv}")
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    pad = int(conv.padding[0])
+    act = ACTIVATION_NAMES[type(module._modules["2"])] if len(module) == 3 else "none"
+    return Layer(
+        (conv.weight.double() * scale[:, None, None, None]).detach().float(),
+        shift.detach().float(),
+        depthwise,
+        conv.stride[0],
+        "same" if isinstance(conv, Conv2dSame) else (pad, pad, pad, pad),
+        act,
+    )
+
+
+def _excitation(module: SqueezeExcitation) -> Excitation:
+    fc1, fc2 = module.fc1, module.fc2
+    biases = [torch.zeros(fc.out_channels) if fc.bias is None else fc.bias for fc in (fc1, fc2)]
+    act = ACTIVATION_NAMES[type(module.activation)]
+    return Excitation(fc1.weight.flatten(1), biases[0], fc2.weight.flatten(1), biases[1], act)
+
+
+def _linear(classifier: nn.Module) -> nn.Module | None:
+    """The layer behind the dropout, where that is all there is."""
+    if type(classifier) is nn.Sequential and len(classifier) == 2 and type(classifier[0]) is nn.Dropout:
+        layer = classifier[1]
+        return layer if type(layer) in (nn.Linear, nn.Identity) else None
+    return None

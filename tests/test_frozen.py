@@ -1,0 +1,240 @@
+"""freeze(): every variant against the model it came from, and what users do with an engine."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from conftest import randomize, relative_rms, run_python
+from native_cases import needs_linux, needs_native
+from test_features import small
+from torch import nn
+
+import effnet_kernels as ek
+from effnet_kernels import cpu
+
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
+
+TOLERANCE = 1e-4
+
+
+def eager(model, x):
+    with torch.inference_mode(), ek.use_backend("torch"):
+        return model.eval()(x)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ek.VARIANTS if not name.endswith(("_b6", "_b7", "_b8", "_l", "_l2"))]
+)
+def test_variants(name):
+    model = randomize(getattr(ek, name)(num_classes=10))
+    x = torch.randn(1, 3, 65, 72)
+    assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (33, 31), (40, 97)])
+def test_sizes_and_batches(padding, size):
+    model = small(padding=padding)
+    engine = ek.freeze(model)
+    for batch in (1, 2, 4, 5, 9):
+        x = torch.randn(batch, 3, *size)
+        y = engine(x)
+        assert y.is_contiguous()
+        assert relative_rms(y, eager(model, x)) < TOLERANCE
+        assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), y)
+    assert engine(torch.empty(0, 3, *size)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_feature_maps(memory_format):
+    model = small(features_only=True)
+    x = torch.randn(2, 3, 48, 64).contiguous(memory_format=memory_format)
+    maps, expected = ek.freeze(model)(x), eager(model, x)
+    assert len(maps) == len(expected)
+    for ours, theirs in zip(maps, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.is_contiguous(memory_format=memory_format)
+        assert relative_rms(ours, theirs) < TOLERANCE
+
+
+def test_many_sizes_are_forgotten_and_right():
+    model = small()
+    engine = ek.freeze(model)
+    for _ in range(2):
+        for size in range(16, 28):
+            x = torch.randn(1, 3, size, size)
+            assert relative_rms(engine(x), eager(model, x)) < TOLERANCE
+
+
+def test_classifiers():
+    x = torch.randn(3, 3, 32, 32)
+    for classes in (1, 17):
+        model = small(num_classes=classes)
+        assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+    model.classifier = nn.Identity()
+    pooled = ek.freeze(model)(x)
+    assert pooled.shape == (3, 64)
+    assert relative_rms(pooled, eager(model, x)) < TOLERANCE
+    model.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    model.train()
+    engine = ek.freeze(model)
+    assert relative_rms(engine(x), eager(model, x)) < TOLERANCE
+    assert torch.equal(engine.train()(x), engine(x))
+    assert not engine.training
+
+
+def test_the_engine_keeps_the_weights_of_its_moment():
+    model = small().train()
+    x = torch.randn(2, 3, 32, 32)
+    engine = ek.freeze(model)
+    assert model.training
+    before = engine(x)
+    expected = eager(model, x)
+    for p in model.parameters():
+        p.data.mul_(1.5)
+    assert torch.equal(engine(x), before)
+    assert relative_rms(before, expected) < TOLERANCE
+    assert list(engine.parameters()) == []
+
+
+def test_weights_as_odd_as_users_have_them():
+    model = small()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    model.features[1][0].block[0].norm.weight = None
+    model.features[1][0].block[0].norm.bias = None
+    x = torch.randn(2, 3, 32, 32)
+    assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+
+
+def test_copies():
+    model = small()
+    x = torch.randn(1, 3, 40, 40)
+    engine = ek.freeze(model)
+    expected = engine(x)
+    file = io.BytesIO()
+    torch.save(engine, file)
+    file.seek(0)
+    for again in (
+        copy.deepcopy(engine),
+        pickle.loads(pickle.dumps(engine)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(again(x), expected)
+
+
+def test_several_threads_at_once():
+    model = small()
+    engine = ek.freeze(model)
+    images = [torch.randn(2, 3, size, size) for size in (32, 32, 40, 48)]
+    expected = [engine(x) for x in images]
+    wrong = []
+
+    def work(index):
+        torch.set_num_threads(1 + index % 2)
+        for _ in range(20):
+            if not torch.equal(engine(images[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+FORKED = """
+import os, signal
+import torch
+import effnet_kernels as ek
+from test_features import small
+torch.set_num_threads(1)  # torch's own operators stay in this thread, where a forked child's would hang
+x = torch.randn(1, 3, 64, 64)
+engine = ek.freeze(small())
+torch.set_num_threads(2)
+y = engine(x)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)
+    os._exit(0 if torch.equal(engine(x), y) else 3)
+_, status = os.waitpid(pid, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@needs_linux
+def test_forked_child():
+    done = run_python(FORKED, timeout=60)
+    assert done.stdout.strip() == "0", done.stderr
+
+
+@needs_linux
+def test_memory_does_not_grow_with_calls():
+    code = """
+import torch
+import effnet_kernels as ek
+from test_features import small
+engine, x = ek.freeze(small()), torch.randn(2, 3, 96, 96)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+for _ in range(10): engine(x)
+before = resident()
+for _ in range(300): engine(x)
+print(resident() - before)
+"""
+    done = run_python(code)
+    # Pages. An arena a call would be thousands.
+    assert int(done.stdout) < 100, done.stderr
+
+
+def test_profile():
+    engine = ek.freeze(small())
+    profile = engine.profile(torch.randn(2, 3, 64, 64), repeat=3)
+    names = [row.name for row in profile]
+    assert any("depthwise 3x3" in name for name in names)
+    assert any(name.startswith("dense 3x3") for name in names)
+    assert sum(row.share for row in profile) == pytest.approx(1)
+    assert all(row.milliseconds > 0 and row.gflops >= 0 for row in profile)
+    table = str(profile).splitlines()
+    assert len(table) == len(profile) + 2
+    assert table[0].split() == ["step", "ms", "GFLOP/s", "share"]
+
+
+def test_images_that_it_refuses():
+    engine = ek.freeze(small())
+    with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\], got shape \(1, 1, 32, 32\)"):
+        engine(torch.randn(1, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"expected a float32 tensor on the CPU, got torch\.float16"):
+        engine(torch.randn(1, 3, 32, 32).half())
+    with pytest.raises(RuntimeError, match="a frozen network only infers"):
+        engine(torch.randn(1, 3, 32, 32, requires_grad=True))
+    x = torch.randn(1, 3, 32, 32, requires_grad=True)
+    with torch.no_grad():
+        assert not engine(x).requires_grad
+
+
+def test_models_that_it_refuses(monkeypatch):
+    with pytest.raises(TypeError, match=r"expected an effnet_kernels\.EfficientNet, got torch\.nn.*Linear"):
+        ek.freeze(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"features\.0\.0\.weight: expected float32 on the CPU, got torch\.float64"):
+        ek.freeze(small().double())
+    with torch.device("meta"):
+        model = ek.efficientnet_b0()
+    with pytest.raises(ValueError, match=r"expected float32 on the CPU, got torch\.float32 on meta"):
+        ek.freeze(model)
+    model = small()
+    model.features[2][0] = nn.Conv2d(8, 16, 3)
+    with pytest.raises(ValueError, match=r"features\.2\.0: expected ConvBnAct, MBConv or FusedMBConv, got Conv2d"):
+        ek.freeze(model)
+    model = small()
+    model.features[3][0].block[0][2] = nn.GELU()
+    with pytest.raises(ValueError, match=r"features\.3\.0: .*GELU"):
+        ek.freeze(model)
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler")
+    with pytest.raises(ek.BackendError, match=r"freeze\(\) needs the native extension: no compiler"):
+        ek.freeze(small())

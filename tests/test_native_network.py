@@ -1,0 +1,291 @@
+"""Networks of one to three layers on every instruction set, against torch in float64."""
+
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_python
+from native_cases import ACTIVATIONS, kernel_isas, needs_linux, needs_native, relative_rms
+from torch import Tensor
+
+from effnet_kernels.cpu.network import Excitation, Layer, Network
+
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
+
+TOLERANCE = 1e-5
+ISAS = kernel_isas()
+GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+
+
+def dense(inputs, outputs, kernel=1, **options):
+    weight = torch.randn(outputs, inputs, kernel, kernel) / math.sqrt(inputs * kernel**2)
+    padding = (kernel // 2,) * 4
+    return Layer(weight, torch.randn(outputs), **{"padding": padding, **options})
+
+
+def depthwise(channels, kernel=3, squeeze=0, gate="sigmoid", **options):
+    excitation = None
+    if squeeze:
+        w1, w2 = torch.randn(squeeze, channels) / math.sqrt(channels), torch.randn(channels, squeeze)
+        excitation = Excitation(w1, torch.randn(squeeze), w2, torch.randn(channels), "silu", gate)
+    weight, padding = torch.randn(channels, 1, kernel, kernel) / kernel, (kernel // 2,) * 4
+    return Layer(weight, torch.randn(channels), True, excitation=excitation, **{"padding": padding, **options})
+
+
+def same_padding(size, kernel, stride):
+    total = max(0, (-(-size // stride) - 1) * stride + kernel - size)
+    return total // 2, total - total // 2
+
+
+def expected(layers: list[Layer], x: Tensor) -> list[Tensor]:
+    """Every tensor, the image first."""
+    tensors = [x.double()]
+    for layer in layers:
+        x, kernel = tensors[-1], layer.weight.shape[-1]
+        padding = layer.padding
+        if padding == "same":
+            padding = tuple(p for size in (x.shape[3], x.shape[2]) for p in same_padding(size, kernel, layer.stride))
+        groups = x.shape[1] if layer.depthwise else 1
+        y = F.conv2d(F.pad(x, padding), layer.weight.double(), layer.bias.double(), layer.stride, groups=groups)
+        y = ACTIVATIONS[layer.act](y)
+        if layer.residual >= 0:
+            y = y + tensors[layer.residual]
+        if layer.excitation is not None:
+            w1, b1, w2, b2 = (t.double() for t in layer.excitation[:4])
+            hidden = ACTIVATIONS[layer.excitation.act](y.mean((2, 3)) @ w1.T + b1)
+            y = y * GATES[layer.excitation.gate](hidden @ w2.T + b2)[:, :, None, None]
+        tensors.append(y.mean((2, 3), keepdim=True) if layer.pool else y)
+    return tensors
+
+
+def check(layers: list[Layer], x: Tensor, isa: str | None, threads: int = 1, outputs: list[int] | None = None) -> None:
+    outputs = [len(layers)] if outputs is None else outputs
+    reference = expected(layers, x)
+    network = Network(layers, outputs)
+    torch.set_num_threads(threads)
+    actual = network.run(x, isa=isa)
+    torch.set_num_threads(1)
+    for index, y in zip(outputs, actual, strict=True):
+        assert y.shape == reference[index].shape
+        assert relative_rms(y, reference[index]) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("channels", [1, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33])
+def test_pointwise_channels(isa, channels):
+    for others, size in itertools.product((1, 5, 8, 16, 27), (1, 5)):
+        check([dense(3, others, act="relu"), dense(others, channels, act="silu")], torch.randn(2, 3, size, size), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pointwise_rows(isa):
+    # Every height of a register tile, several tiles with and without a remainder, and more than one block of rows.
+    layers = [dense(4, 8), dense(8, 19, act="silu"), dense(19, 19, residual=2)]
+    for size in (*range(1, 32), 42, 43, 83, 512):
+        check(layers, torch.randn(3, 4, 1, size), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_dense(isa, kernel, stride):
+    padding = (kernel // 2, (kernel - 1) // 2, kernel // 2, (kernel - 1) // 2)
+    for channels, size, outputs in itertools.product((1, 3, 16), ((7, 9), (8, 33)), (5, 16, 40)):
+        x = torch.randn(2, channels, *size)
+        for given in (padding, "same", (0, 1, 2, 0)):
+            check([dense(channels, outputs, kernel, stride=stride, padding=given, act="silu")], x, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_dense_with_residual(isa):
+    layers = [dense(3, 24), dense(24, 40, 3, act="silu"), dense(40, 24, 3, residual=1), dense(24, 24, act="silu")]
+    check(layers, torch.randn(2, 3, 8, 8), isa, outputs=[3, 4])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_expand_and_depthwise(isa, kernel, stride):
+    for channels, size, padding in itertools.product(
+        (8, 17, 40), ((1, 1), (6, 11), (29, 31)), ((kernel // 2,) * 4, "same", (0, 3, 2, 1))
+    ):
+        if padding == (0, 3, 2, 1) and size[1] < kernel:
+            continue
+        options = {"stride": stride, "padding": padding, "act": "silu"}
+        x = torch.randn(2, 3, *size)
+        # Behind a 1x1 convolution, behind the stem, and behind a map that something else reads.
+        expand = [dense(3, 9), dense(9, channels, act="silu")]
+        check([*expand, depthwise(channels, kernel, squeeze=5, **options), dense(channels, 12)], x, isa)
+        check([dense(3, channels, 3, act="silu"), depthwise(channels, kernel, **options)], x, isa)
+        check([*expand, depthwise(channels, kernel, **options), dense(channels, 12)], x, isa, outputs=[2, 4])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_squeeze_and_excitation(isa, gate, size):
+    for channels, squeeze, outputs in ((8, 1, 4), (20, 6, 40), (33, 17, 9)):
+        layers = [
+            dense(3, channels, 3, act="silu"),
+            depthwise(channels, 3, squeeze, gate, act="silu"),
+            dense(channels, outputs),
+        ]
+        x = torch.randn(3, 3, size, size)
+        check(layers, x, isa)
+        check(layers, x, isa, outputs=[2, 3])
+        check(layers[:2], x, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_pool_and_classifier(isa, act):
+    for channels, outputs, size in ((5, 3, 1), (16, 33, 7), (100, 1000, 12)):
+        layers = [dense(3, 8), dense(8, channels, act=act, pool=True), dense(channels, outputs)]
+        check(layers, torch.randn(5, 3, size, size), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_images_go_together_in_any_number(isa):
+    layers = [dense(3, 8, 3, stride=2, act="silu"), depthwise(8, squeeze=2), dense(8, 8), dense(8, 8, residual=3)]
+    for batch in (1, 2, 3, 4, 5, 8, 9, 13):
+        check(layers, torch.randn(batch, 3, 9, 9), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_change_no_bit(isa):
+    layers = [
+        dense(3, 24, 3, stride=2, act="silu"),
+        depthwise(24, squeeze=6, act="silu"),
+        dense(24, 16),
+        dense(16, 96, act="silu"),
+        depthwise(96, 5, squeeze=4, act="silu"),
+        dense(96, 16, residual=3),
+        dense(16, 33, act="silu", pool=True),
+        dense(33, 10),
+    ]
+    network = Network(layers, [8])
+    for batch, size in ((1, 32), (3, 57)):
+        x = torch.randn(batch, 3, size, size)
+        once = network.run(x, isa=isa)[0]
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(network.run(x, isa=isa)[0], once)
+        torch.set_num_threads(1)
+    check(layers, x, isa, threads=2)
+
+
+def test_strides_of_the_image_change_no_bit():
+    network = Network([dense(3, 8, 3, act="silu"), depthwise(8)], [2])
+    x = torch.randn(2, 3, 9, 10)
+    once = network.run(x)[0]
+    wide = torch.zeros(2, 3, 18, 30)
+    wide[:, :, ::2, ::3] = x
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        wide[:, :, ::2, ::3],
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        assert torch.equal(network.run(other)[0], once)
+    ours = network.run(x, torch.channels_last)[0]
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ours, once)
+    one = torch.randn(1, 3, 9, 10)
+    assert torch.equal(network.run(one.expand(3, -1, -1, -1))[0], network.run(one.repeat(3, 1, 1, 1))[0])
+
+
+def test_pickled_weights_are_canonical():
+    layers = [
+        dense(3, 20, 3, act="silu"),
+        depthwise(20, 5, squeeze=3, padding="same"),
+        dense(20, 7, act="relu6", pool=True),
+    ]
+    network = Network(layers, [2, 3])
+    copy = pickle.loads(pickle.dumps(network))
+    for restored, layer in zip(copy.layers(), layers, strict=True):
+        for ours, theirs in zip(restored.tensors(), layer.tensors(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert restored._replace(weight=None, bias=None, excitation=None) == layer._replace(
+            weight=None, bias=None, excitation=None
+        )
+    x = torch.randn(1, 3, 12, 12)
+    for ours, theirs in zip(copy.run(x), network.run(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+GUARDED = """
+import torch
+from effnet_kernels.cpu.network import Network
+from native_cases import guarded, kernel_isas, relative_rms
+from test_native_network import dense, depthwise, expected
+
+torch.set_num_threads(1)
+for isa in kernel_isas():
+    for channels in (8, 9, 24):
+        layers = [dense(3, channels, 3, stride=2, act="silu"), depthwise(channels, squeeze=3), dense(channels, 5)]
+        for at_end, last in ((True, False), (True, True), (False, True)):
+            x = guarded(2 * 3 * 9 * 13, at_end).view(2, 3, 9, 13)
+            if last:
+                x = x.view(2, 9, 13, 3).permute(0, 3, 1, 2)
+            x.normal_()
+            y = Network(layers, [3]).run(x, isa=isa)[0]
+            assert relative_rms(y, expected(layers, x)[3]) < 1e-5
+print("done")
+"""
+
+
+@needs_linux
+def test_reads_nothing_outside_the_image():
+    done = run_python(GUARDED)
+    assert done.stdout.strip() == "done", done.stderr or f"died with status {done.returncode}"
+
+
+@pytest.mark.parametrize(
+    ("layers", "outputs", "message"),
+    [
+        ([], [1], "expected at least one layer"),
+        ([depthwise(3)], [1], "layer 0: expected a depthwise kernel of 3, 5 or 7 behind another layer"),
+        ([dense(3, 8), depthwise(8, 9)], [2], "layer 1: expected a depthwise kernel of 3, 5 or 7.*got 9"),
+        ([dense(3, 8, 3, pool=True)], [1], "layer 0: expected a 1x1 convolution without a residual to pool"),
+        ([dense(3, 8), dense(8, 8, residual=1, pool=True)], [1], "layer 1: expected a 1x1 convolution without a resid"),
+        ([dense(3, 8, residual=1)], [1], "layer 0: expected a residual out of tensors 1 to 0.*got 1"),
+        ([dense(3, 8), depthwise(8, residual=1)], [2], "layer 1: expected a residual"),
+        ([dense(3, 8)], [2], "expected outputs out of 1 to 1, got 2"),
+        ([dense(3, 8), dense(9, 4)], [2], "layer 1: expected 8 input channels, as layer 0 has outputs, got 9"),
+        (
+            [dense(3, 8), dense(8, 4), dense(4, 4, residual=1)],
+            [3],
+            "layer 2: expected a residual of 4 channels, got tensor 1 of 8",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit(layers, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        Network(layers, outputs)
+
+
+def test_residual_of_another_size():
+    network = Network([dense(3, 8), dense(8, 8, 3, stride=2), dense(8, 8, residual=1)], [3])
+    with pytest.raises(ValueError, match="layer 2: expected a residual of 8 x 3 x 3, got 8 x 5 x 5"):
+        network.run(torch.randn(1, 3, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(1, 3, 8, 8).double(), "expected a float32.*float64"),
+        (torch.randn(1, 3, 8, 8, device="meta"), "expected a float32 tensor on the CPU, got .*meta"),
+        (torch.randn(1, 4, 8, 8), r"expected images \[N, 3, H, W\], got shape \(1, 4, 8, 8\)"),
+        (torch.randn(3, 8, 8), r"expected images \[N, 3, H, W\], got shape \(3, 8, 8\)"),
+        (torch.randn(1, 3, 1, 8), "expected a larger image, got 1 x 8"),
+    ],
+)
+def test_wrong_images(x, message):
+    with pytest.raises(ValueError, match=message):
+        Network([dense(3, 8, 3, padding=(0, 0, 0, 0))], [1]).run(x)
+
+
+def test_no_images():
+    assert Network([dense(3, 8)], [1]).run(torch.randn(0, 3, 8, 8))[0].shape == (0, 8, 8, 8)
