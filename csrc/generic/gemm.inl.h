@@ -28,12 +28,15 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   constexpr int Pointers = (Rows + 2) / 3;
   const std::int64_t stride = gemm.a_row;
   const float* b = gemm.b + column;
+  // The next panel's line comes while this one's is used: weights are read once for a few rows, from far away.
+  const std::int64_t next_panel = gemm.segments * gemm.segment_length * effnet::panel_columns;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
     const float* a[Pointers];
     unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA {
       a[p.value] = place.a + segment * gemm.a_segment + 3 * p.value * stride;
     });
     for (std::int64_t k = 0; k < gemm.segment_length; ++k) {
+      prefetch(b + next_panel);
       F<L> panel[V];
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { panel[v.value] = load<L>(b + v.value * L); });
       unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {

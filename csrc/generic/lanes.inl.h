@@ -55,6 +55,15 @@ EFFNET_INLINE void store(float* to, F<L> value) {
   memcpy(to, &value, sizeof value);
 }
 
+// Asks for the cache line to come to the second-level cache; any address will do.
+EFFNET_INLINE void prefetch(const float* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#else
+  (void)address;
+#endif
+}
+
 // The same number in every lane. x - 0 is x whatever x is, where 0 + x is not for -0: only this costs no addition.
 template <int L>
 EFFNET_INLINE F<L> broadcast(float value) {
