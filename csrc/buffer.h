@@ -6,18 +6,31 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace effnet {
 
+constexpr std::size_t cache_line = 64;
+constexpr std::size_t huge_page = std::size_t(1) << 21;
+
 struct FreeBuffer {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  std::size_t alignment = cache_line;
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(alignment)); }
 };
 
 using Buffer = std::unique_ptr<float[], FreeBuffer>;
 
-// Not initialised.
+// Not initialised. Large ones in huge pages where the system has them: a panel of a map touches a line in every page.
 inline Buffer allocate(std::int64_t count) {
   const std::size_t bytes = static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(float);
-  return Buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
+  const std::size_t alignment = bytes < huge_page ? cache_line : huge_page;
+  void* memory = ::operator new[](bytes, std::align_val_t(alignment));
+#if defined(__linux__)
+  if (bytes >= huge_page) madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
+#endif
+  return Buffer(static_cast<float*>(memory), FreeBuffer{alignment});
 }
 
 inline Buffer allocate_zeros(std::int64_t count) {

@@ -30,6 +30,8 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   const float* b = gemm.b + column;
   // The next panel's line comes while this one's is used: weights are read once for a few rows, from far away.
   const std::int64_t next_panel = gemm.segments * gemm.segment_length * effnet::panel_columns;
+  // As do the next tile's rows, where they follow each other.
+  const float* next_rows = place.a + Rows * stride;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
     const float* a[Pointers];
     unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA {
@@ -37,6 +39,8 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
     });
     for (std::int64_t k = 0; k < gemm.segment_length; ++k) {
       prefetch(b + next_panel);
+      prefetch(next_rows);
+      next_rows += Rows;
       F<L> panel[V];
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { panel[v.value] = load<L>(b + v.value * L); });
       unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
