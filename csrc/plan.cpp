@@ -161,7 +161,8 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
       if (layer.spec.excitation.squeeze > 0) {
         const bool gates_map = layout.gates_map(static_cast<std::int64_t>(i));
         steps_.push_back(squeeze_step(layer, y, layout.sums[i], layout.hidden[i], images));
-        steps_.push_back(excite_step(layer, y, layout.hidden[i], layout.gate[i], gates_map));
+        steps_.push_back(excite_step(layer, y, layout.hidden[i], layout.gate[i]));
+        if (gates_map) steps_.push_back(scale_step(y, layout.gate[i]));
         gate = gates_map ? absent : layout.gate[i];
       }
       continue;

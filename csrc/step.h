@@ -76,8 +76,10 @@ std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, 
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
                                    std::int64_t images);
 
-// The second: the gate [images, pitch]. It scales the map itself where gates_map, or else is left for the weights.
-std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate,
-                                  bool gates_map);
+// The second: the gate, [images, pitch].
+std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate);
+
+// The map times the gate, in place.
+std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate);
 
 }  // namespace effnet

@@ -229,8 +229,8 @@ class SqueezeStep final : public Step {
 
 class ExciteStep final : public Step {
  public:
-  ExciteStep(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate, bool gates_map)
-      : Step("excite"), layer_(layer), map_(map), hidden_(hidden), gate_(gate), gates_map_(gates_map) {}
+  ExciteStep(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate)
+      : Step("excite"), layer_(layer), map_(map), hidden_(hidden), gate_(gate) {}
 
   // Several panels a unit: one alone is over in a fraction of a microsecond.
   std::int64_t units(const Run&) const override { return ceil_div(layer_.expand.panel_count(), panels_per_unit); }
@@ -255,11 +255,7 @@ class ExciteStep final : public Step {
       gemm.y = run.at(gate_) + column;
       run.kernels.gemm_f32_bias_act_residual_sum(gemm);
       for (std::int64_t image = 0; image < run.images; ++image) {
-        float* gate = run.at(gate_) + image * pitch + column;
-        run.kernels.gate_f32(gate, gemm.columns, layer_.spec.excitation.gate);
-        if (!gates_map_) continue;
-        float* map = run.at(map_) + image * map_.floats() + column;
-        run.kernels.scale_rows_f32(map, pitch, gate, map, pitch, map_.pixels(), gemm.columns);
+        run.kernels.gate_f32(run.at(gate_) + image * pitch + column, gemm.columns, layer_.spec.excitation.gate);
       }
     }
   }
@@ -270,7 +266,23 @@ class ExciteStep final : public Step {
   const Layer& layer_;
   const Place map_;
   const std::int64_t hidden_, gate_;
-  const bool gates_map_;
+};
+
+class ScaleStep final : public Step {
+ public:
+  ScaleStep(const Place& map, std::int64_t gate) : Step("scale"), map_(map), gate_(gate) {}
+
+  std::int64_t units(const Run& run) const override { return run.images * map_.height; }
+
+  void run_unit(const Run& run, std::int64_t unit, float*) const override {
+    float* row = run.at(map_) + unit * map_.width * map_.pitch();
+    const float* gate = run.at(gate_) + unit / map_.height * map_.pitch();
+    run.kernels.scale_rows_f32(row, map_.pitch(), gate, row, map_.pitch(), map_.width, map_.channels);
+  }
+
+ private:
+  const Place map_;
+  const std::int64_t gate_;
 };
 
 }  // namespace
@@ -289,9 +301,10 @@ std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::in
   return std::make_unique<SqueezeStep>(layer, map, sums, hidden, images);
 }
 
-std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate,
-                                  bool gates_map) {
-  return std::make_unique<ExciteStep>(layer, map, hidden, gate, gates_map);
+std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate) {
+  return std::make_unique<ExciteStep>(layer, map, hidden, gate);
 }
+
+std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) { return std::make_unique<ScaleStep>(map, gate); }
 
 }  // namespace effnet
