@@ -23,6 +23,9 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
     const F<L> bias = load<L>(gemm.bias + column + v.value * L);
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { sums[r.value * V + v.value] = bias; });
   });
+  // A small tile would wait for each sum before it can add to it: every other inner step adds to sums of its own.
+  constexpr int Chains = Rows * V >= 8 ? 1 : Rows * V >= 4 ? 2 : 4;
+  F<L> more[Chains][Rows * V] = {};
   // Three rows share a pointer: with the stride times 0, 1 and 2 that is all an address can express, and a pointer a row
   // would not fit in the general registers.
   constexpr int Pointers = (Rows + 2) / 3;
@@ -37,7 +40,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
     unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA {
       a[p.value] = place.a + segment * gemm.a_segment + 3 * p.value * stride;
     });
-    for (std::int64_t k = 0; k < gemm.segment_length; ++k) {
+    const auto multiply = [&](F<L>(&to)[Rows * V]) EFFNET_INLINE_LAMBDA {
       prefetch(b + next_panel);
       prefetch(next_rows);
       next_rows += Rows;
@@ -45,12 +48,23 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { panel[v.value] = load<L>(b + v.value * L); });
       unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
         const F<L> value = broadcast<L>(a[r.value / 3][r.value % 3 * stride]);
-        unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { sums[r.value * V + v.value] += value * panel[v.value]; });
+        unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { to[r.value * V + v.value] += value * panel[v.value]; });
       });
       b += effnet::panel_columns;
       unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA { ++a[p.value]; });
+    };
+    std::int64_t k = gemm.segment_length;
+    for (; k >= Chains; k -= Chains) {
+      multiply(sums);
+      unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA { multiply(more[chain.value]); });
+    }
+    if constexpr (Chains > 1) {
+      for (; k > 0; --k) multiply(sums);
     }
   }
+  unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA {
+    unrolled<0, Rows * V>([&](auto i) EFFNET_INLINE_LAMBDA { sums[i.value] += more[chain.value][i.value]; });
+  });
   activate<L, Rows * V>(sums, gemm.act);
   float* y = gemm.y + place.offset + column;
   const float* residual = gemm.residual + place.offset + column;
