@@ -31,6 +31,7 @@ struct Gemm {
   std::int64_t y_row;                     // floats from a row to the next, within a line
   std::int64_t width, gap;
   std::int64_t rows;
+  bool rows_apart;       // each row by itself: for few of them, and sums that do not depend on how many
   std::int64_t columns;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
   float* sums;           // [16], the columns' sums of y are added to it; may be null
   Activation act;

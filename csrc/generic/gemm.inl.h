@@ -16,15 +16,14 @@ struct GemmPlace {
   std::int64_t x;       // its pixel within the line
 };
 
-template <int L, int Rows, int V>
+template <int L, int Rows, int V, int Chains = 1>
 EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, GemmPlace& place) {
   F<L> sums[Rows * V];
   unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
     const F<L> bias = load<L>(gemm.bias + column + v.value * L);
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { sums[r.value * V + v.value] = bias; });
   });
-  // A small tile would wait for each sum before it can add to it: every other inner step adds to sums of its own.
-  constexpr int Chains = Rows * V >= 8 ? 1 : Rows * V >= 4 ? 2 : 4;
+  // Inner steps take turns with this many sums. Before it can add, a small tile would wait for the addition before.
   F<L> more[Chains][Rows * V] = {};
   // Three rows share a pointer: with the stride times 0, 1 and 2 that is all an address can express, and a pointer a row
   // would not fit in the general registers.
@@ -107,6 +106,10 @@ template <int L, int V, int... Rows>
 void gemm_columns(const effnet::Gemm& gemm, std::int64_t column) {
   constexpr std::int64_t Most = sizeof...(Rows);
   GemmPlace place{gemm.a, 0, 0};
+  if (gemm.rows_apart) {
+    for (std::int64_t row = 0; row < gemm.rows; ++row) gemm_tile<L, 1, V, 8 / V>(gemm, column, place);
+    return;
+  }
   const std::int64_t tiles = (gemm.rows + Most - 1) / Most;
   std::int64_t left = gemm.rows;
   for (std::int64_t tile = tiles; tile > 0; --tile) {
