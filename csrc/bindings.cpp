@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "network.h"
 #include "parallel.h"
+#include "peak.h"
 
 namespace py = pybind11;
 
@@ -132,6 +133,12 @@ void unpack_layer(const effnet::Network& network, std::size_t index, std::uintpt
                                     pointer<float>(b1), pointer<float>(w2), pointer<float>(b2));
 }
 
+double fma_peak(int threads, const char* isa) {
+  const std::string name = isa_or_selected(isa);
+  py::gil_scoped_release unlocked;
+  return effnet::fma_peak(name, threads);
+}
+
 py::list kernels() {
   py::list rows;
   for (const effnet::Kernels* kernels : effnet::kernel_table()) {
@@ -159,6 +166,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
            py::arg("outputs"), py::arg("threads"), py::arg("profiled") = false, py::arg("isa") = py::none())
       .def("output_sizes", &output_sizes, py::arg("height"), py::arg("width"))
       .def("unpack_layer", &unpack_layer, "Writes a layer's weights back to memory of the shapes they came in.");
+  m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("isa") = py::none(),
+        "Measured floating-point operations a second of multiply-adds in registers.");
   m.def("kernels", &kernels, "The instruction sets of the table of kernels.");
   m.def("supported_isas", &effnet::supported_isas);
   m.def("selected_isa", &effnet::selected_isa);

@@ -66,6 +66,9 @@ struct Kernels {
                          std::int64_t rows, std::int64_t count);
   // y[row * columns + i] = x[row * columns + i] * factors[row], columns a multiple of 16
   void (*scale_panel_f32)(const float* x, const float* factors, float* y, std::int64_t rows, std::int64_t columns);
+  // rounds * chains * lanes multiply-adds in registers: the peak that kernels are measured by
+  float (*multiply_add_f32)(std::int64_t rounds);
+  int chains;
 };
 
 extern const Kernels scalar_kernels;

@@ -68,12 +68,14 @@ class ProfileRow(NamedTuple):
         name: the layers that the step computes.
         milliseconds: of all images together, the median over the repetitions.
         gflops: 2e-9 times the multiply-adds a second.
+        of_peak: gflops over what as many threads reach that multiply and add in registers, measured by the same call.
         share: of the whole time.
     """
 
     name: str
     milliseconds: float
     gflops: float
+    of_peak: float
     share: float
 
 
@@ -82,10 +84,15 @@ class Profile(list[ProfileRow]):
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self)
-        lines = [f"{'step':{width}}  {'ms':>8}  {'GFLOP/s':>8}  {'share':>6}"]
+        lines = [f"{'step':{width}}  {'ms':>8}  {'GFLOP/s':>8}  {'of peak':>8}  {'of time':>8}"]
         for row in self:
-            lines.append(f"{row.name:{width}}  {row.milliseconds:8.3f}  {row.gflops:8.1f}  {row.share:6.1%}")
-        lines.append(f"{'all':{width}}  {sum(row.milliseconds for row in self):8.3f}")
+            lines.append(
+                f"{row.name:{width}}  {row.milliseconds:8.3f}  {row.gflops:8.1f}  {row.of_peak:8.1%}  {row.share:8.1%}"
+            )
+        lines.append(
+            f"{'all':{width}}  {sum(row.milliseconds for row in self):8.3f}  "
+            f"{sum(row.gflops * row.share for row in self):8.1f}  {sum(row.of_peak * row.share for row in self):8.1%}"
+        )
         return "\n".join(lines)
 
 
@@ -127,10 +134,12 @@ class FrozenEfficientNet(nn.Module):
         calls = [self.network.profile(x) for _ in range(repeat)]
         steps = [_median(list(step)) for step in zip(*calls, strict=True)]
         total = sum(step.seconds for step in steps)
-        return Profile(
-            ProfileRow(step.name, 1e3 * step.seconds, 2e-9 * step.multiply_adds / step.seconds, step.seconds / total)
-            for step in steps
-        )
+        peak = cpu.fma_peak()
+        rows = Profile()
+        for name, multiply_adds, seconds in steps:
+            rate = 2 * multiply_adds / seconds
+            rows.append(ProfileRow(name, 1e3 * seconds, 1e-9 * rate, rate / peak, seconds / total))
+        return rows
 
 
 def _median(steps: Sequence[StepProfile]) -> StepProfile:

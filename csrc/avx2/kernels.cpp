@@ -1,6 +1,7 @@
 #include "../generic/depthwise_row.inl.h"
 #include "../generic/elementwise.inl.h"
 #include "../generic/gemm.inl.h"
+#include "../generic/peak.inl.h"
 
 namespace {
 
@@ -15,5 +16,5 @@ void gemm_f32_6x2(const effnet::Gemm& gemm) {
 }  // namespace
 
 const effnet::Kernels effnet::avx2_kernels = {
-    "avx2", 8, false, gemm_f32_6x2, depthwise_row<8>, gate<8>, scale_rows<8>, scale_panel<8>,
+    "avx2", 8, false, gemm_f32_6x2, depthwise_row<8>, gate<8>, scale_rows<8>, scale_panel<8>, multiply_add<8>, peak_chains,
 };

@@ -1,6 +1,7 @@
 #include "../generic/depthwise_row.inl.h"
 #include "../generic/elementwise.inl.h"
 #include "../generic/gemm.inl.h"
+#include "../generic/peak.inl.h"
 
 namespace {
 
@@ -24,5 +25,5 @@ void depthwise_row_f32_1x8(const effnet::DepthwiseRow& row) {
 }  // namespace
 
 const effnet::Kernels effnet::avx512_kernels = {
-    "avx512", 16, false, gemm_f32_14x1, depthwise_row_f32_1x8, gate<16>, scale_rows<16>, scale_panel<16>,
+    "avx512", 16, false, gemm_f32_14x1, depthwise_row_f32_1x8, gate<16>, scale_rows<16>, scale_panel<16>, multiply_add<16>, peak_chains,
 };

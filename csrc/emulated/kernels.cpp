@@ -2,6 +2,7 @@
 #include "../generic/depthwise_row.inl.h"
 #include "../generic/elementwise.inl.h"
 #include "../generic/gemm.inl.h"
+#include "../generic/peak.inl.h"
 
 namespace {
 
@@ -32,9 +33,9 @@ void depthwise_row_f32_1x8(const effnet::DepthwiseRow& row) {
 }  // namespace
 
 const effnet::Kernels effnet::emulated4_kernels = {
-    "emulated4", 4, true, gemm_f32_3x4, depthwise_row<4>, gate<4>, scale_rows<4>, scale_panel<4>,
+    "emulated4", 4, true, gemm_f32_3x4, depthwise_row<4>, gate<4>, scale_rows<4>, scale_panel<4>, multiply_add<4>, peak_chains,
 };
 
 const effnet::Kernels effnet::emulated16_kernels = {
-    "emulated16", 16, true, gemm_f32_4x1, depthwise_row_f32_1x8, gate<16>, scale_rows<16>, scale_panel<16>,
+    "emulated16", 16, true, gemm_f32_4x1, depthwise_row_f32_1x8, gate<16>, scale_rows<16>, scale_panel<16>, multiply_add<16>, peak_chains,
 };

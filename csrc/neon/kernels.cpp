@@ -1,6 +1,7 @@
 #include "../generic/depthwise_row.inl.h"
 #include "../generic/elementwise.inl.h"
 #include "../generic/gemm.inl.h"
+#include "../generic/peak.inl.h"
 
 namespace {
 
@@ -15,5 +16,5 @@ void gemm_f32_5x4(const effnet::Gemm& gemm) {
 }  // namespace
 
 const effnet::Kernels effnet::neon_kernels = {
-    "neon", 4, false, gemm_f32_5x4, depthwise_row<4>, gate<4>, scale_rows<4>, scale_panel<4>,
+    "neon", 4, false, gemm_f32_5x4, depthwise_row<4>, gate<4>, scale_rows<4>, scale_panel<4>, multiply_add<4>, peak_chains,
 };

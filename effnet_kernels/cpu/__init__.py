@@ -7,6 +7,7 @@ from effnet_kernels.cpu.depthwise import KERNEL_SIZES, depthwise_conv
 from effnet_kernels.cpu.extension import (
     NativeExtensionWarning,
     describe,
+    fma_peak,
     isa,
     supported_isas,
     unavailable_reason,
@@ -19,6 +20,7 @@ __all__ = [
     "NativeExtensionWarning",
     "depthwise_conv",
     "describe",
+    "fma_peak",
     "isa",
     "pointwise_conv",
     "supported_isas",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # The extension shares torch's threads, so torch has to be in the process first.
-import torch  # noqa: F401
+import torch
 
 FAILURE_FILE = Path(__file__).parents[1] / "_native_build_failure.txt"
 
@@ -54,6 +54,11 @@ def warn_if_unavailable() -> None:
             NativeExtensionWarning,
             stacklevel=2,
         )
+
+
+def fma_peak() -> float:
+    """Floating-point operations a second of multiply-adds in registers, by torch's number of threads; measured now."""
+    return float(extension().fma_peak(torch.get_num_threads()))
 
 
 def isa() -> str:
