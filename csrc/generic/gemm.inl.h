@@ -68,18 +68,32 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   float* y = gemm.y + place.offset + column;
   const float* residual = gemm.residual + place.offset + column;
   std::int64_t step = 0, x = place.x;
-  unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
-    unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
-      F<L>& value = sums[r.value * V + v.value];
-      if (gemm.residual != nullptr) value += load<L>(residual + step + v.value * L);
-      if (gemm.y != nullptr) store<L>(y + step + v.value * L, value);
+  if (gemm.residual == nullptr && gemm.y != nullptr && (gemm.gap == 0 || x + Rows <= gemm.width)) {
+    // All rows in one line and nothing to add, as most are.
+    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
+      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + v.value * L, sums[r.value * V + v.value]); });
+      y += gemm.y_row;
     });
-    step += gemm.y_row;
-    if (++x == gemm.width) {
+    step = Rows * gemm.y_row;
+    x += Rows;
+    if (x == gemm.width) {
       x = 0;
       step += gemm.gap;
     }
-  });
+  } else {
+    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
+      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+        F<L>& value = sums[r.value * V + v.value];
+        if (gemm.residual != nullptr) value += load<L>(residual + step + v.value * L);
+        if (gemm.y != nullptr) store<L>(y + step + v.value * L, value);
+      });
+      step += gemm.y_row;
+      if (++x == gemm.width) {
+        x = 0;
+        step += gemm.gap;
+      }
+    });
+  }
   if (gemm.sums != nullptr) {
     unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
       float* to = gemm.sums + column + v.value * L;
