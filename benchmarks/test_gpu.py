@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("triton.language", reason="Triton is not installed")
 
 import gpu_cases
+from playback import play_back
 
 from effnet_kernels import timing
 from effnet_kernels.triton.launch import simulated
@@ -116,12 +117,7 @@ def test_gpu(benchmark, measured: Measured, case: str, contender: str) -> None:
     if "error" in row:
         pytest.skip(f"{contender} does not run here: {row['error']}")
     benchmark.group = case
-    seconds = [1e-3 * t for t in row["ms"]]
-    # The times have been taken; the benchmark's clock only plays them back, one a round.
-    ticks = iter([tick for t in seconds for tick in (0.0, t)])
-    benchmark._timer = lambda: next(ticks)
-    benchmark._calibrate_timer = lambda *arguments, **options: None
-    benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
+    play_back(benchmark, row["ms"])
     benchmark.extra_info.update({key: round(value, 3) for key, value in row.items() if key != "ms"})
 
 

@@ -214,8 +214,10 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool) -
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
             module.train()
+    # Of maps large enough that a variance is no accident.
+    size = max(resolution, 128)
     with torch.no_grad():
-        model(torch.randn(2, 3, resolution, resolution, generator=generator))
+        model(torch.randn(4, 3, size, size, generator=generator))
     model.eval()
     torch.save(model.state_dict(), folder / "model.pt")
     torch.save(freeze(from_peer(model)), folder / "engine.pt")

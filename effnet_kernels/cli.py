@@ -185,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scale(commands)
     _add_info(commands)
     _add_selftest(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -268,6 +269,48 @@ def _add_selftest(commands: Any) -> None:
     command.add_argument("--rounds", type=_positive, default=10, help="timed steps of each contender (10)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     command.set_defaults(run=run_selftest)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Compares CPU inference with the installed peers. Status 0; 1 where outputs disagree, and then without a speed."""
+    from effnet_kernels import bench
+
+    if arguments.plot:
+        # Before the minutes that the comparison takes.
+        import matplotlib  # noqa: F401
+    try:
+        comparison = bench.compare(
+            arguments.model,
+            arguments.batch,
+            arguments.resolution,
+            arguments.threads,
+            arguments.engines,
+            arguments.rounds,
+        )
+    except bench.Disagreement as error:
+        print(f"effnet: {error}", file=sys.stderr)
+        return EXIT_SOME_FAILED
+    if arguments.json:
+        facts = comparison._asdict() | {"rows": [row._asdict() for row in comparison.rows]}
+        print(json.dumps(facts, indent=2))
+    else:
+        print(comparison)
+    if arguments.plot:
+        bench.plot(comparison, arguments.plot)
+    return EXIT_OK
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser("bench", help="compare CPU inference with torchvision, ONNX Runtime, OpenVINO")
+    command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
+    command.add_argument("--batch", type=_positive, default=1, help="images of a call (1)")
+    command.add_argument("--resolution", type=_positive, help="the images' size (the network's own)")
+    command.add_argument("--threads", type=_positive, help="of each engine (as many as torch takes)")
+    command.add_argument("--engines", type=lambda text: text.split(","), help="some of them, by commas (all installed)")
+    command.add_argument("--rounds", type=_positive, default=8, help="turns of each engine, of a tenth of a second (8)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw images a second (needs matplotlib)")
+    command.set_defaults(run=run_bench)
 
 
 class _Version(argparse.Action):
