@@ -7,6 +7,7 @@ import gc
 import importlib
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -251,6 +252,8 @@ class _Worker:
         self.outputs = f"{engine.replace(' ', '-')}.npy"
         self.error = 0.0
         self.seconds: list[float] = []
+        # The worker imports the package that runs here, whatever the current folder holds.
+        path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -264,6 +267,8 @@ class _Worker:
                 self.outputs,
                 str(threads),
             ],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

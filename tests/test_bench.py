@@ -38,6 +38,13 @@ def test_rows(monkeypatch):
     assert [line.split()[0] for line in table[2:]] == [bench.OURS, "torchvision", "openvino"]
 
 
+def test_workers_import_the_package_that_runs(monkeypatch, tmp_path):
+    (tmp_path / "effnet_kernels.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    (row,) = bench.compare("efficientnet_b0", 1, 32, 1, [bench.OURS], rounds=1).rows
+    assert row.error <= bench.TOLERANCE
+
+
 def test_timm_where_torchvision_has_no_such_network():
     pytest.importorskip("timm", reason="compares with timm, the extra 'peers'")
     assert bench.engines_of("efficientnet_lite0")[1] == "timm channels-last"
