@@ -4,11 +4,12 @@
 
 #include <tuple>
 
-#include "depthwise_conv.h"
 #include "dispatch.h"
 #include "network.h"
+#include "operators.h"
 #include "parallel.h"
 #include "peak.h"
+#include "pool.h"
 
 namespace py = pybind11;
 
@@ -28,32 +29,199 @@ effnet::Padding padding_of(const Sides& sides) {
   return {false, left, right, top, bottom};
 }
 
-// Addresses are tensors' data_ptr(), 0 for one that is absent.
-void depthwise_conv(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t scale, std::uintptr_t shift,
-                    std::uintptr_t y, std::uintptr_t pooled, std::int64_t batch, std::int64_t channels,
-                    std::int64_t height, std::int64_t width, std::int64_t out_height, std::int64_t out_width,
-                    int kernel, std::int64_t stride, const Sides& padding, int act, int threads, const char* isa) {
-  effnet::DepthwiseCall call;
-  call.x = pointer<const float>(x);
-  call.weight = pointer<const float>(weight);
-  call.scale = pointer<const float>(scale);
-  call.shift = pointer<const float>(shift);
-  call.y = pointer<float>(y);
-  call.pooled = pointer<float>(pooled);
-  call.batch = batch;
-  call.channels = channels;
-  call.height = height;
-  call.width = width;
-  call.out_height = out_height;
-  call.out_width = out_width;
-  call.kernel = kernel;
-  call.stride = stride;
-  call.padding = padding_of(padding);
-  call.act = static_cast<effnet::Activation>(act);
-  const std::string name = isa_or_selected(isa);
-  py::gil_scoped_release unlocked;
-  effnet::depthwise_conv(call, name, threads);
+effnet::Execution execution(int threads, const char* isa) {
+  return {effnet::kernels_of(isa_or_selected(isa)), threads};
 }
+
+// Structs of operators.h as tuples; addresses are tensors' data_ptr(), 0 for one that is absent.
+using PixelsTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+using PrologueTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
+using EpilogueTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
+using GradientTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                                 std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
+
+effnet::Pixels pixels_of(const PixelsTuple& given) {
+  const auto [images, pixels, groups, parts] = given;
+  return {images, pixels, groups, parts};
+}
+
+effnet::Prologue prologue_of(const PrologueTuple& given) {
+  const auto [scale, shift, gate, act] = given;
+  return {pointer<const float>(scale), pointer<const float>(shift), pointer<const float>(gate),
+          static_cast<effnet::Activation>(act)};
+}
+
+effnet::Epilogue epilogue_of(const EpilogueTuple& given) {
+  const auto [scale, shift, residual, act] = given;
+  return {pointer<const float>(scale), pointer<const float>(shift), pointer<const float>(residual),
+          static_cast<effnet::Activation>(act)};
+}
+
+effnet::OutputGradient gradient_of(const GradientTuple& given) {
+  const auto [grad, y, coefficients, gate, keep, offset, scale, shift, act] = given;
+  return {pointer<const float>(grad),  pointer<const float>(y),      pointer<const float>(coefficients),
+          pointer<const float>(gate),  pointer<const float>(keep),   pointer<const float>(offset),
+          pointer<const float>(scale), pointer<const float>(shift), static_cast<effnet::Activation>(act)};
+}
+
+PixelsTuple cut_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
+  const effnet::Pixels cut = effnet::cut_pixels(images, pixels, by_image);
+  return {cut.images, cut.pixels, cut.groups, cut.parts};
+}
+
+void pointwise_forward(const PixelsTuple& pixels, std::int64_t channels, std::int64_t outputs, std::uintptr_t x,
+                       std::uintptr_t weight, std::uintptr_t bias, const PrologueTuple& prologue,
+                       const EpilogueTuple& epilogue, int reduction, std::uintptr_t y, std::uintptr_t partials,
+                       int threads, const char* isa) {
+  const effnet::PointwiseForward call{pixels_of(pixels),
+                                      channels,
+                                      outputs,
+                                      pointer<const float>(x),
+                                      pointer<const float>(weight),
+                                      pointer<const float>(bias),
+                                      prologue_of(prologue),
+                                      epilogue_of(epilogue),
+                                      static_cast<effnet::Reduction>(reduction),
+                                      pointer<float>(y),
+                                      pointer<float>(partials)};
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::pointwise_forward(call, how);
+}
+
+void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::int64_t outputs,
+                        const GradientTuple& gradient, std::uintptr_t weight, std::uintptr_t x,
+                        const PrologueTuple& prologue, std::uintptr_t mean, std::uintptr_t residual, bool through,
+                        std::uintptr_t dx, std::uintptr_t sums, std::uintptr_t dweight, int threads, const char* isa) {
+  const effnet::PointwiseBackward call{pixels_of(pixels),
+                                       channels,
+                                       outputs,
+                                       gradient_of(gradient),
+                                       pointer<const float>(weight),
+                                       pointer<const float>(x),
+                                       prologue_of(prologue),
+                                       pointer<const float>(mean),
+                                       pointer<const float>(residual),
+                                       through,
+                                       pointer<float>(dx),
+                                       pointer<float>(sums),
+                                       pointer<float>(dweight)};
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::pointwise_backward(call, how);
+}
+
+// images, channels, height, width, out_height, out_width, kernel, stride, left, top
+using ShapeTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                              std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+effnet::DepthwiseShape shape_of(const ShapeTuple& given) {
+  const auto [images, channels, height, width, out_height, out_width, kernel, stride, left, top] = given;
+  return {images, channels, height, width, out_height, out_width, kernel, stride, left, top};
+}
+
+void depthwise_forward(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t weight, const PrologueTuple& prologue,
+                       const EpilogueTuple& epilogue, int reduction, std::uintptr_t y, std::uintptr_t partials,
+                       int threads, const char* isa) {
+  const effnet::DepthwiseForward call{shape_of(shape),
+                                      pointer<const float>(x),
+                                      pointer<const float>(weight),
+                                      prologue_of(prologue),
+                                      epilogue_of(epilogue),
+                                      static_cast<effnet::Reduction>(reduction),
+                                      pointer<float>(y),
+                                      pointer<float>(partials)};
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::depthwise_forward(call, how);
+}
+
+void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, std::uintptr_t x, std::uintptr_t weight,
+                        const PrologueTuple& prologue, std::uintptr_t mean, std::uintptr_t residual, std::uintptr_t dz,
+                        std::uintptr_t sums, std::uintptr_t dweight, int threads, const char* isa) {
+  const effnet::DepthwiseBackward call{shape_of(shape),
+                                       gradient_of(gradient),
+                                       pointer<const float>(x),
+                                       pointer<const float>(weight),
+                                       prologue_of(prologue),
+                                       pointer<const float>(mean),
+                                       pointer<const float>(residual),
+                                       pointer<float>(dz),
+                                       pointer<float>(sums),
+                                       pointer<float>(dweight)};
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::depthwise_backward(call, how);
+}
+
+void merge(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
+           std::uintptr_t keep, std::uintptr_t residual, std::uintptr_t to, int threads, const char* isa) {
+  const effnet::Prologue owed = prologue_of(prologue);
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::merge(pixels_of(pixels), channels, pointer<const float>(x), owed, pointer<const float>(keep),
+                pointer<const float>(residual), pointer<float>(to), how);
+}
+
+void squeeze(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
+             std::uintptr_t factor, std::uintptr_t sums, int threads, const char* isa) {
+  const effnet::Prologue owed = prologue_of(prologue);
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::squeeze(pixels_of(pixels), channels, pointer<const float>(x), owed, pointer<const float>(factor),
+                  pointer<float>(sums), how);
+}
+
+void channel_statistics(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t y, std::uintptr_t partials,
+                        int threads, const char* isa) {
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::channel_statistics(pixels_of(pixels), channels, pointer<const float>(y), pointer<float>(partials), how);
+}
+
+void gradient_sums(const PixelsTuple& pixels, std::int64_t channels, const GradientTuple& gradient, std::uintptr_t mean,
+                   std::uintptr_t sums, int threads, const char* isa) {
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::gradient_sums(pixels_of(pixels), channels, gradient_of(gradient), pointer<const float>(mean),
+                        pointer<float>(sums), how);
+}
+
+void apply_gradient(const PixelsTuple& pixels, std::int64_t channels, const GradientTuple& gradient,
+                    std::uintptr_t residual, std::uintptr_t to, int threads, const char* isa) {
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::apply_gradient(pixels_of(pixels), channels, gradient_of(gradient), pointer<const float>(residual),
+                         pointer<float>(to), how);
+}
+
+void merge_statistics(std::uintptr_t partials, std::int64_t count, std::int64_t channels, std::uintptr_t stats) {
+  effnet::merge_statistics(pointer<const float>(partials), count, channels, pointer<float>(stats));
+}
+
+void fold_batch_norm(std::uintptr_t partials, std::int64_t count, std::int64_t channels, std::uintptr_t weight,
+                     std::uintptr_t bias, std::uintptr_t running_mean, std::uintptr_t running_var, float momentum,
+                     float eps, bool skip_nonfinite, std::uintptr_t folded) {
+  effnet::fold_batch_norm({pointer<const float>(partials), count, channels, pointer<const float>(weight),
+                           pointer<const float>(bias), pointer<float>(running_mean), pointer<float>(running_var),
+                           momentum, eps, skip_nonfinite, pointer<float>(folded)});
+}
+
+void fold_batch_norm_backward(std::uintptr_t sums, std::int64_t count, std::int64_t partial_stride,
+                              std::int64_t kind_stride, std::int64_t channels, std::int64_t pixels,
+                              std::uintptr_t weight, std::uintptr_t mean, std::uintptr_t rstd, bool batch_statistics,
+                              std::uintptr_t coefficients, std::uintptr_t dweight, std::uintptr_t dbias) {
+  effnet::fold_batch_norm_backward({pointer<const float>(sums), count, partial_stride, kind_stride, channels,
+                                    1.0f / static_cast<float>(pixels), pointer<const float>(weight),
+                                    pointer<const float>(mean), pointer<const float>(rstd), batch_statistics,
+                                    pointer<float>(coefficients), pointer<float>(dweight), pointer<float>(dbias)});
+}
+
+// Memory of the pool for Python's buffer protocol.
+struct PooledBytes {
+  effnet::Block block;
+  std::size_t bytes;
+};
 
 effnet::LayerSpec layer_spec(const py::dict& given) {
   const auto number = [&](const char* key) { return given[key].cast<std::int64_t>(); };
@@ -156,10 +324,27 @@ py::list kernels() {
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels; effnet_kernels.cpu checks the arguments.";
-  m.def("depthwise_conv", &depthwise_conv, py::arg("x"), py::arg("weight"), py::arg("scale"), py::arg("shift"),
-        py::arg("y"), py::arg("pooled"), py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
-        py::arg("out_height"), py::arg("out_width"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-        py::arg("act"), py::arg("threads"), py::arg("isa") = py::none());
+  m.def("cut_pixels", &cut_pixels, "The pixels that calls take: (images, pixels, groups, parts a group).");
+  m.def("depthwise_slots", &effnet::depthwise_slots);
+  m.def("pointwise_forward", &pointwise_forward);
+  m.def("pointwise_backward", &pointwise_backward);
+  m.def("depthwise_forward", &depthwise_forward);
+  m.def("depthwise_backward", &depthwise_backward);
+  m.def("merge", &merge);
+  m.def("squeeze", &squeeze);
+  m.def("channel_statistics", &channel_statistics);
+  m.def("gradient_sums", &gradient_sums);
+  m.def("apply_gradient", &apply_gradient);
+  m.def("merge_statistics", &merge_statistics);
+  m.def("fold_batch_norm", &fold_batch_norm);
+  m.def("fold_batch_norm_backward", &fold_batch_norm_backward);
+  py::class_<PooledBytes>(m, "PooledBytes", py::buffer_protocol())
+      .def(py::init([](std::size_t bytes) { return PooledBytes{effnet::acquire(bytes), bytes}; }))
+      .def_buffer([](PooledBytes& pooled) {
+        return py::buffer_info(pooled.block.get(), 1, py::format_descriptor<unsigned char>::format(), 1,
+                               {static_cast<py::ssize_t>(pooled.bytes)}, {1});
+      });
+  m.def("release_memory", &effnet::release_memory);
   py::class_<effnet::Network>(m, "Network")
       .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"))
       .def("run", &run_network, py::arg("image"), py::arg("batch"), py::arg("height"), py::arg("width"),

@@ -23,8 +23,9 @@ struct Gemm {
   const float* a;
   std::int64_t a_row;                     // floats from a row to the next
   std::int64_t a_segment;                 // floats from a segment to the next
-  std::int64_t segments, segment_length;  // the inner dimension is their product
-  const float* b;                         // [segments * segment_length, 16], packed
+  std::int64_t segments, segment_length;  // the inner dimension is their product, less what the last one lacks
+  std::int64_t lacking;                   // of the last segment
+  const float* b;                         // [inner dimension, 16], packed
   const float* bias;                      // [16]
   const float* residual;                  // as y; may be null
   float* y;                               // [rows, columns]; may be null, where only the sums are wanted
@@ -52,6 +53,89 @@ struct DepthwiseRow {
   Activation act;
 };
 
+// Rows of a map, or rows in panels: channel c of row r is at data[r * row + c / 16 * panel + c % 16]. A map has a panel of
+// 16; panels of their own are padded to 16 columns.
+struct Rows {
+  float* data;
+  std::int64_t row, panel;
+};
+
+// to = act(scale * x + shift) * factor + residual: pays what is owed to a map.
+struct ActivateRows {
+  Rows x;
+  const float* scale;    // [channels], with shift; null for none
+  const float* shift;    // [channels]
+  const float* factor;   // [channels] or null
+  Rows residual;         // data may be null
+  Rows to;
+  std::int64_t rows, channels;
+  bool fill;  // whether the last panel of `to` is filled up with zeros
+  Activation act;
+};
+
+// dz = (grad * factor + offset) * act'(scale * y + shift), to = alpha * dz + beta * y + gamma + residual: the gradient of
+// a convolution's raw output.
+struct GradientRows {
+  Rows grad;  // data may be null, for zeros
+  Rows y;     // data may be null where neither act nor beta needs it
+  const float *factor, *offset;       // [channels] or null
+  const float *scale, *shift;         // [channels], both or neither
+  const float *alpha, *beta, *gamma;  // [channels], all or none
+  Rows residual;                      // data may be null
+  Rows to;
+  std::int64_t rows, channels;
+  bool fill;  // as above
+  Activation act;
+};
+
+// One panel of the gradient dq of act(scale * x + shift) * gate, back through the activation: with s the activation's
+// derivative and u its value, stores gate * dq * s + residual, or dq itself, and adds up what BatchNorm and
+// squeeze-and-excitation need.
+struct ThroughPanel {
+  const float* dq;              // [rows, 16]
+  Rows x, residual, to;         // from this panel's first column on; the residual's data may be null
+  const float *scale, *shift;   // [columns], both or neither
+  const float *mean, *gate;     // [columns] or null
+  std::int64_t rows, columns;   // columns of this panel, 1 to 16
+  bool through;                 // whether gate * dq * s is stored, and not dq
+  float* sums;                  // [sums_kept, 16], added to; may be null
+  int sums_kept;                // 5: dq * u, dq * s, s, dq * s * (x - mean), s * (x - mean); 2: the second and fourth
+  Activation act;
+};
+
+// Mean and sum of squared deviations of `count` values a column, to which the rows of a panel are added.
+struct PanelStatistics {
+  const float* panel;  // [rows, 16]
+  std::int64_t rows, count;
+  float *mean, *m2;  // [16]
+};
+
+// sums += d, products += d * (x - mean) for one panel.
+struct PanelSums {
+  const float* d;  // [rows, 16]
+  Rows x;          // from this panel's first column on
+  const float* mean;              // [columns] or null
+  std::int64_t rows, columns;
+  float *sums, *products;  // [16]; products may be null, and x then absent
+};
+
+// to[k, c] += sum over rows of g[row, k] * a[row, c], one panel by one panel.
+struct WeightGradient {
+  const float *g, *a;       // [rows, 16]
+  std::int64_t rows, outputs, inputs;  // of the panels, 1 to 16; 8 are computed where 8 are enough, else 16
+  float* to;                // [16, 16]
+};
+
+// to[i, j] += sum over columns of g[column] * x[i][column * stride + j], one panel of channels.
+struct DepthwiseWeightGradient {
+  const float* const* x;            // [kernel] padded rows of [*, 16]; only those from tap_begin to tap_end are read
+  std::int64_t tap_begin, tap_end;
+  const float* g;                   // [width, 16]
+  std::int64_t width, stride;
+  std::int32_t kernel;  // 3, 5 or 7
+  float* to;            // [kernel * kernel, 16]
+};
+
 // The kernels of one instruction set. A name spells dtype, operator, what is fused, and the tile: rows x vectors.
 struct Kernels {
   const char* isa;
@@ -66,6 +150,13 @@ struct Kernels {
                          std::int64_t rows, std::int64_t count);
   // y[row * columns + i] = x[row * columns + i] * factors[row], columns a multiple of 16
   void (*scale_panel_f32)(const float* x, const float* factors, float* y, std::int64_t rows, std::int64_t columns);
+  void (*activate_rows_f32)(const ActivateRows&);
+  void (*gradient_rows_f32)(const GradientRows&);
+  void (*through_panel_f32)(const ThroughPanel&);
+  void (*panel_statistics_f32)(const PanelStatistics&);
+  void (*panel_sums_f32)(const PanelSums&);
+  void (*weight_gradient_f32)(const WeightGradient&);
+  void (*depthwise_weight_gradient_f32)(const DepthwiseWeightGradient&);
   // rounds * chains * lanes multiply-adds in registers: the peak that kernels are measured by
   float (*multiply_add_f32)(std::int64_t rounds);
   int chains;

@@ -1,4 +1,4 @@
-"""A chain of convolutions as one autograd.Function over the Triton primitives: a block, a stem, a head.
+"""A chain of convolutions as one autograd.Function over a backend's primitives: a block, a stem, a head.
 
 Each layer is a convolution, a BatchNorm, an activation and, maybe, squeeze-and-excitation. Within the chain activations
 stay deferred: only raw convolution outputs are stored and saved for backward. At its end the debt is paid once
@@ -17,27 +17,7 @@ from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, RunningStatistics
-from effnet_kernels.triton.batch_norm import (
-    apply_gradient,
-    channel_statistics,
-    fold_batch_norm,
-    fold_batch_norm_backward,
-    gradient_sums,
-)
-from effnet_kernels.triton.depthwise import depthwise_conv, depthwise_conv_backward
-from effnet_kernels.triton.merge import merge
-from effnet_kernels.triton.pointwise import (
-    pointwise_conv,
-    pointwise_conv_backward_data,
-    pointwise_conv_backward_weight,
-)
-from effnet_kernels.triton.squeeze_excite import (
-    excite,
-    excite_backward,
-    excite_backward_weight,
-    mean_of_sums,
-    squeeze,
-)
+from effnet_kernels.primitives import Primitives, primitives_for
 
 
 class Parameters(NamedTuple):
@@ -144,6 +124,7 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
 
     x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
     """
+    primitives = primitives_for(x)
     residual = x if chain.residual else None
     gate, sums = None, None
     for index, (layer, own, norm) in enumerate(zip(chain.layers, parameters, buffers, strict=True)):
@@ -155,25 +136,27 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
         reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
         if layer.kind == "pointwise":
             if last and chain.pool:
-                _, sums = pointwise_conv(x, own.weight, own.bias, Prologue(gate=gate), epilogue, "pool")
+                _, sums = primitives.pointwise_conv(x, own.weight, own.bias, Prologue(gate=gate), epilogue, "pool")
                 assert sums is not None
-                return mean_of_sums(sums, x.shape[2] * x.shape[3]).to(x.dtype)
+                return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3]).to(x.dtype)
             epilogue = epilogue._replace(residual=residual if last else None)
-            y, _ = pointwise_conv(x, own.weight, own.bias, Prologue(gate=gate), epilogue, "none")
+            y, _ = primitives.pointwise_conv(x, own.weight, own.bias, Prologue(gate=gate), epilogue, "none")
             assert y is not None
             gate = None
         elif layer.kind == "depthwise":
-            y, sums = depthwise_conv(x, own.weight, layer.stride, layer.padding, Prologue(), epilogue, reduction)
+            y, sums = primitives.depthwise_conv(
+                x, own.weight, layer.stride, layer.padding, Prologue(), epilogue, reduction
+            )
         else:
             owed = Prologue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
-            y = merge(_dense(layer, x, own), owed, residual if last else None, None)
+            y = primitives.merge(_dense(layer, x, own), owed, residual if last else None, None)
         if layer.excite_act is not None:
             if sums is None:
-                sums = squeeze(y, Prologue())
-            gate, _, _ = excite(sums, y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act)
+                sums = primitives.squeeze(y, Prologue())
+            gate, _, _ = primitives.excite(sums, y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act)
         x = y
     if chain.pool:
-        return mean_of_sums(squeeze(x, Prologue()), x.shape[2] * x.shape[3]).to(x.dtype)
+        return primitives.mean_of_sums(primitives.squeeze(x, Prologue()), x.shape[2] * x.shape[3]).to(x.dtype)
     return x
 
 
@@ -181,31 +164,35 @@ def forward(
     chain: Chain, x: Tensor, keep: Tensor | None, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
 ) -> tuple[Tensor, list[Stored]]:
     """The chain with activations deferred, and what backward needs. ``keep`` [N] is stochastic depth's factor."""
+    primitives = primitives_for(x)
     stored: list[Stored] = []
     residual = x if chain.residual else None
     owed = Prologue()
     _count_batches(chain, buffers)
     for layer, own, norm in zip(chain.layers, parameters, buffers, strict=True):
-        y, partials = _convolve(layer, x, own, owed)
+        y, partials = _convolve(primitives, layer, x, own, owed)
         if layer.batch_statistics and y.numel() == y.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-        folded = _fold(layer, own, norm, partials)
+        folded = _fold(primitives, layer, own, norm, partials)
         scale, shift, _, _ = folded.unbind()
         owed = Prologue(scale, shift, layer.act)
         excitation = None
         if layer.excite_act is not None:
             excitation = Excitation(
-                *excite(squeeze(y, owed), y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act)
+                *primitives.excite(
+                    primitives.squeeze(y, owed), y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act
+                )
             )
             owed = owed._replace(gate=excitation.gate)
         stored.append(Stored(y, folded, excitation))
         x = y
     if chain.pool:
-        return mean_of_sums(squeeze(x, owed), x.shape[2] * x.shape[3]).to(x.dtype), stored
-    return merge(x, owed, residual, keep), stored
+        return primitives.mean_of_sums(primitives.squeeze(x, owed), x.shape[2] * x.shape[3]).to(x.dtype), stored
+    return primitives.merge(x, owed, residual, keep), stored
 
 
 def backward(
+    primitives: Primitives,
     chain: Chain,
     grad: Tensor,
     x: Tensor,
@@ -222,14 +209,14 @@ def backward(
     )
     if chain.pool:
         owed = owed._replace(grad=None, offset=grad.float() / (last.y.shape[2] * last.y.shape[3]))
-    sums = gradient_sums(owed, norms[-1].mean)
+    sums = primitives.gradient_sums(owed, norms[-1].mean)
     gradients: list[list[Tensor | None]] = [[None] * len(Parameters._fields) for _ in chain.layers]
     grad_input: Tensor | None = None
     for index in reversed(range(len(chain.layers))):
         layer, own, own_gradients = chain.layers[index], parameters[index], gradients[index]
         needs_weight, needs_bias = needs_parameters[index][:2]
         y, norm = stored[index].y, norms[index]
-        coefficients, norm_weight, norm_bias = fold_batch_norm_backward(
+        coefficients, norm_weight, norm_bias = primitives.fold_batch_norm_backward(
             sums, y.shape[0] * y.shape[2] * y.shape[3], own.norm_weight, norm.mean, norm.rstd, layer.batch_statistics
         )
         own_gradients[2], own_gradients[3] = norm_weight, norm_bias
@@ -239,30 +226,33 @@ def backward(
             own_gradients[1] = coefficients[0] * norm_bias * (0.0 if layer.batch_statistics else 1.0)
         if index == 0:
             residual = grad if chain.residual else None
-            grad_input, own_gradients[0] = _first_backward(layer, owed, x, own, residual, needs_input, needs_weight)
+            grad_input, own_gradients[0] = _first_backward(
+                primitives, layer, owed, x, own, residual, needs_input, needs_weight
+            )
             break
         before, norm_before = stored[index - 1], norms[index - 1]
         gate = None if before.excitation is None else before.excitation.gate
         prologue = Prologue(norm_before.scale, norm_before.shift, chain.layers[index - 1].act, gate)
         if layer.kind == "depthwise":
             assert before.excitation is None
-            dz, norm_sums, own_gradients[0] = depthwise_conv_backward(
+            dz, norm_sums, own_gradients[0] = primitives.depthwise_conv_backward(
                 owed, before.y, own.weight, layer.stride, layer.padding, prologue, norm_before.mean, None
             )
             assert norm_sums is not None
             owed, sums = OutputGradient(dz, before.y), norm_sums
             continue
-        if needs_weight:
-            own_gradients[0] = pointwise_conv_backward_weight(owed, before.y, prologue)
         through = before.excitation is None
-        dx, five = pointwise_conv_backward_data(owed, own.weight, before.y, prologue, norm_before.mean, None, through)
+        dx, five, own_gradients[0] = primitives.pointwise_conv_backward(
+            owed, own.weight, before.y, prologue, norm_before.mean, None, through, True, needs_weight
+        )
+        assert dx is not None
         assert five is not None
         if through:
             # Of the five sums, those of dz and dz * (y - mean).
             owed, sums = OutputGradient(dx, before.y), five[:, :, 1:4:2].flatten(0, 1)
         else:
             owed, sums, gradients[index - 1][4:] = _excite_backward(
-                chain.layers[index - 1], before, norm_before, dx, five, parameters[index - 1]
+                primitives, chain.layers[index - 1], before, norm_before, dx, five, parameters[index - 1]
             )
     return grad_input, [
         [None if g is None or p is None or not needed else _like(g, p) for g, p, needed in zip(*row, strict=True)]
@@ -278,7 +268,7 @@ class ChainFunction(torch.autograd.Function):
         ctx: Any, chain: Chain, buffers: Sequence[Buffers], x: Tensor, keep: Tensor | None, *flat: Tensor | None
     ) -> Tensor:
         out, stored = forward(chain, x, keep, unflatten(flat), buffers)
-        ctx.chain = chain
+        ctx.chain, ctx.primitives = chain, primitives_for(x)
         kept: list[Tensor | None] = list(flatten_stored(stored))
         if _recomputes(chain, x):
             kept[0] = None
@@ -304,7 +294,9 @@ class ChainFunction(torch.autograd.Function):
         needs_parameters = [needs[start : start + width] for start in range(4, len(needs), width)]
         if grad.dim() == 4:
             grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, gradients = backward(chain, grad, x, keep, parameters, stored, needs[2], needs_parameters)
+        grad_x, gradients = backward(
+            ctx.primitives, chain, grad, x, keep, parameters, stored, needs[2], needs_parameters
+        )
         return None, None, grad_x, None, *(gradient for layer in gradients for gradient in layer)
 
 
@@ -336,19 +328,21 @@ def _excitation_weights(own: Parameters) -> tuple[Tensor, Tensor | None, Tensor,
     return w1, b1, w2, b2
 
 
-def _convolve(layer: Layer, x: Tensor, own: Parameters, owed: Prologue) -> tuple[Tensor, Tensor | None]:
+def _convolve(
+    primitives: Primitives, layer: Layer, x: Tensor, own: Parameters, owed: Prologue
+) -> tuple[Tensor, Tensor | None]:
     reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
     if layer.kind == "pointwise":
-        y, partials = pointwise_conv(x, own.weight, own.bias, owed, Epilogue(), reduction)
+        y, partials = primitives.pointwise_conv(x, own.weight, own.bias, owed, Epilogue(), reduction)
         assert y is not None
         return y, partials
     if layer.kind == "depthwise":
-        return depthwise_conv(x, own.weight, layer.stride, layer.padding, owed, Epilogue(), reduction)
+        return primitives.depthwise_conv(x, own.weight, layer.stride, layer.padding, owed, Epilogue(), reduction)
     y = _dense(layer, x, own)
-    return y, channel_statistics(y) if layer.batch_statistics else None
+    return y, primitives.channel_statistics(y) if layer.batch_statistics else None
 
 
-def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Tensor:
+def _fold(primitives: Primitives, layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Tensor:
     mean, var = norm.running_mean, norm.running_var
     if partials is None:
         assert mean is not None
@@ -360,7 +354,7 @@ def _fold(layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None)
     momentum: float | Tensor | None = layer.momentum
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
-    folded = fold_batch_norm(
+    folded = primitives.fold_batch_norm(
         partials, own.norm_weight, own.norm_bias, mean, var, momentum, layer.eps, layer.skip_nonfinite
     )
     if mean is not None and var is not None:
@@ -399,6 +393,7 @@ def _dense(layer: Layer, x: Tensor, own: Parameters) -> Tensor:
 
 
 def _first_backward(
+    primitives: Primitives,
     layer: Layer,
     owed: OutputGradient,
     x: Tensor,
@@ -411,19 +406,18 @@ def _first_backward(
     grad_x: Tensor | None = None
     grad_weight: Tensor | None = None
     if layer.kind == "pointwise":
-        if needs_input:
-            grad_x, _ = pointwise_conv_backward_data(owed, own.weight, None, Prologue(), None, residual, False)
-        if needs_weight:
-            grad_weight = pointwise_conv_backward_weight(owed, x, Prologue())
+        grad_x, _, grad_weight = primitives.pointwise_conv_backward(
+            owed, own.weight, x, Prologue(), None, residual, False, needs_input, needs_weight
+        )
     elif layer.kind == "depthwise":
         if needs_input or needs_weight:
-            grad_x, _, grad_weight = depthwise_conv_backward(
+            grad_x, _, grad_weight = primitives.depthwise_conv_backward(
                 owed, x, own.weight, layer.stride, layer.padding, Prologue(), None, residual
             )
     elif needs_input or needs_weight:
         padded, padding = _padded(layer, x)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            apply_gradient(owed, None),
+            primitives.apply_gradient(owed, None),
             padded,
             own.weight.to(x.dtype),
             None,
@@ -444,7 +438,7 @@ def _first_backward(
 
 
 def _excite_backward(
-    layer: Layer, before: Stored, norm: Normalisation, dq: Tensor, five: Tensor, own: Parameters
+    primitives: Primitives, layer: Layer, before: Stored, norm: Normalisation, dq: Tensor, five: Tensor, own: Parameters
 ) -> tuple[OutputGradient, Tensor, list[Tensor | None]]:
     """What the layer that excites gets in turn: its output's gradient, the sums for its BatchNorm, four gradients."""
     assert before.excitation is not None
@@ -452,9 +446,11 @@ def _excite_backward(
     gate, pooled, hidden = before.excitation
     count = before.y.shape[2] * before.y.shape[3]
     w1, _, w2, _ = _excitation_weights(own)
-    offset, logits, dhidden, sums = excite_backward(five, count, gate, hidden, w1, w2, layer.excite_act)
+    offset, logits, dhidden, sums = primitives.excite_backward(five, count, gate, hidden, w1, w2, layer.excite_act)
     assert sums is not None
-    gradients: list[Tensor | None] = list(excite_backward_weight(logits, dhidden, hidden, pooled, layer.excite_act))
+    gradients: list[Tensor | None] = list(
+        primitives.excite_backward_weight(logits, dhidden, hidden, pooled, layer.excite_act)
+    )
     owed = OutputGradient(dq, before.y, None, gate, None, offset, norm.scale, norm.shift, layer.act)
     return owed, sums, gradients
 

@@ -2,14 +2,14 @@
 
 ``torch`` is a module's textbook path (conv2d, batch_norm, silu as torch has them), ``reference`` the operators in plain
 PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. A module asks :func:`choose` at each call; a public
-operator asks :func:`runs_natively`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend` forces one.
+operator asks :func:`has_kernels`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend` forces one.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,17 +100,16 @@ class Call(NamedTuple):
 
     device: str
     dtype: torch.dtype
-    needs_grad: bool
     unusual: str | None
 
     @classmethod
-    def of(cls, x: Tensor, needs_grad: bool) -> "Call":
+    def of(cls, x: Tensor) -> "Call":
         unusual = interception(x)
         if unusual is None and x.dim() != 4:
             unusual = f"the input has {x.dim()} dimensions, not 4"
         if unusual is None and x.numel() == 0:
             unusual = "the batch is empty"
-        return cls(x.device.type, x.dtype, needs_grad, unusual)
+        return cls(x.device.type, x.dtype, unusual)
 
     def on_gpu(self) -> bool:
         """Whether the Triton kernels are what there is for this input's device."""
@@ -149,27 +148,18 @@ def choose(module: OperatorModule, x: Tensor) -> Decision:
     if intercepted is not None:
         # Nothing of the module is looked at: a tracer would take the questions into its graph.
         return Decision("torch", intercepted)
-    call = Call.of(x, False)
-    # The Triton kernels have gradients, so that nobody need ask.
-    return decide(module, call if call.on_gpu() else call._replace(needs_grad=needs_grad(module, x)))
+    return decide(module, Call.of(x))
 
 
-def prefers_channels_last(module: object, x: Tensor) -> bool:
-    """Whether a sequence of modules should get ``x`` in channels-last strides: some of them may run on operators."""
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether modules should get ``x`` in channels-last strides: some of them may run on operators."""
     if interception(x) is not None or x.dim() != 4:
         return False
     force = forced()
     if force is not None:
         return force != "torch"
-    call = Call.of(x, needs_grad(module, x))
+    call = Call.of(x)
     return (_triton_obstacle if call.on_gpu() else _cpu_obstacle)(call) is None
-
-
-def needs_grad(module: object, x: Tensor) -> bool:
-    """Whether autograd would record ``module(x)``."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in cast(nn.Module, module).parameters())
-    )
 
 
 def decide(module: OperatorModule, call: Call) -> Decision:
@@ -200,17 +190,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def runs_on_triton(x: Tensor) -> bool:
-    """Whether a public operator on the map or vector ``x`` may launch the Triton kernels."""
-    if forced() not in (None, "triton") or interception(x) is not None or x.numel() == 0:
+def has_kernels(x: Tensor) -> bool:
+    """Whether a public operator on the map or vector ``x`` may call the kernels that there are for its device."""
+    if interception(x) is not None or x.numel() == 0:
         return False
-    call = Call(x.device.type, x.dtype, False, None)
-    return call.on_gpu() and _triton_obstacle(call) is None
-
-
-def runs_natively(x: Tensor, needs_grad: bool) -> bool:
-    """Whether a public operator on ``x`` may call the native extension."""
-    return forced() in (None, "cpu") and _cpu_obstacle(Call.of(x, needs_grad)) is None
+    call = Call(x.device.type, x.dtype, None)
+    backend: Backend = "triton" if call.on_gpu() else "cpu"
+    obstacle = _triton_obstacle if backend == "triton" else _cpu_obstacle
+    return forced() in (None, backend) and obstacle(call) is None
 
 
 def _triton_obstacle(call: Call) -> str | None:
@@ -235,8 +222,6 @@ def _cpu_obstacle(call: Call) -> str | None:
         return f"the native kernels compute in float32, not {str(call.dtype).removeprefix('torch.')}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is active"
-    if call.needs_grad:
-        return "gradients are needed, and the native kernels have no backward in this version"
     reason = cpu.unavailable_reason()
     if reason is not None:
         cpu.warn_if_unavailable()

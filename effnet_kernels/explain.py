@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
@@ -35,8 +34,8 @@ class Explanation(list[Row]):
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Which backend would compute each layer of ``model(x)`` in the model's present mode, and why.
 
-    Nothing is run: the answer follows from the model, from the dtype, device and rank of ``x``, from grad mode and
-    from what is forced. Layers that are not this package's are torch's own.
+    Nothing is run: the answer follows from the model, from the dtype, device and rank of ``x`` and from what
+    is forced. Layers that are not this package's are torch's own.
 
     Args:
         model: any module; this package's layers are recognised wherever they are in it.
@@ -46,12 +45,10 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         BackendError: a backend is forced that cannot run one of the layers.
     """
     rows = Explanation()
-    call = Call.of(x, x.requires_grad)
-    recorded = x.requires_grad
+    call = Call.of(x)
     for name, layer in _layers(model, ""):
-        recorded = recorded or any(p.requires_grad for p in layer.parameters())
         if isinstance(layer, OperatorModule):
-            decision = dispatch.decide(layer, call._replace(needs_grad=recorded and torch.is_grad_enabled()))
+            decision = dispatch.decide(layer, call)
         else:
             decision = dispatch.Decision("torch", "not a layer of this package")
         rows.append(Row(name or "(model)", type(layer).__name__, *decision))

@@ -177,7 +177,8 @@ def _backward(
     if grad.dim() == 4:
         grad = _channels_last(grad)
     kept = block.unflatten_stored(chain, stored)
-    grad_x, gradients = block.backward(chain, grad, _channels_last(x), keep, own, kept, needs[0], rows)
+    primitives = block.primitives_for(x)
+    grad_x, gradients = block.backward(primitives, chain, grad, _channels_last(x), keep, own, kept, needs[0], rows)
     flat = [
         g
         for row, parameter_row in zip(gradients, own, strict=True)

@@ -1,9 +1,11 @@
-"""What the tests of the native kernels share: the rows of the kernel table, an exact reference, a raw call."""
+"""What the tests of the native kernels share: the rows of the kernel table, an exact reference, guarded memory."""
 
+import contextlib
 import ctypes
 import math
 import mmap
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels import cpu
-from effnet_kernels.cpu.depthwise import ACTIVATION_INDEX, output_size
+from effnet_kernels.cpu import depthwise
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.deferred import Activation, Epilogue, Padding
+from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
 
 needs_native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks or maps guard pages: Linux only")
@@ -52,7 +54,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return math.sqrt(difference / max(expected.square().sum().item(), 1e-60))
 
 
-def raw_depthwise(
+def native_depthwise(
     x: Tensor,
     weight: Tensor,
     stride: int,
@@ -60,39 +62,24 @@ def raw_depthwise(
     epilogue: Epilogue | None = None,
     isa: str | None = None,
     threads: int = 1,
-    y: Tensor | None = None,
-    pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The extension's own entry, with the instruction set and the outputs, full of NaN unless given, in the open."""
-    epilogue = epilogue or Epilogue()
-    (n, c, h, w), k = x.shape, weight.shape[-1]
-    left, right, top, bottom = padding
-    ho, wo = output_size(h, top, bottom, k, stride), output_size(w, left, right, k, stride)
-    if y is None:
-        y = torch.full((n, c, ho, wo), math.nan).to(memory_format=torch.channels_last)
-    if pooled is None:
-        pooled = torch.full((n, c), math.nan)
-    extension().depthwise_conv(
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if epilogue.scale is None else epilogue.scale.data_ptr(),
-        0 if epilogue.shift is None else epilogue.shift.data_ptr(),
-        y.data_ptr(),
-        pooled.data_ptr(),
-        n,
-        c,
-        h,
-        w,
-        ho,
-        wo,
-        k,
-        stride,
-        padding,
-        ACTIVATION_INDEX[epilogue.act],
-        threads,
-        isa,
-    )
-    return y, pooled
+    """The primitive's output and its mean over the pixels, by one instruction set and so many threads."""
+    with running(isa, threads):
+        y, sums = depthwise.depthwise_conv(x, weight, stride, padding, Prologue(), epilogue or Epilogue(), "pool")
+    assert sums is not None
+    return y, sums.sum(dim=1) / max(1, y.shape[2] * y.shape[3])
+
+
+@contextlib.contextmanager
+def running(isa: str | None, threads: int) -> Iterator[None]:
+    """So many threads, and one instruction set or the machine's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with contextlib.nullcontext() if isa is None else cpu.use_isa(isa):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_epilogue(channels: int, act: Activation) -> Epilogue:

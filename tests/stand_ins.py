@@ -1,17 +1,20 @@
 """The primitives of the fused chains in plain PyTorch, in the kernels' places, so that the chains run on any device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu import exact
 from torch import Tensor
 
 from effnet_kernels import block, dispatch
+from effnet_kernels.deferred import Prologue
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, CPU tensors are taken for a GPU's and the chains compute with the equations."""
-    for name, function in _PRIMITIVES.items():
-        monkeypatch.setattr(block, name, function)
+    equations = SimpleNamespace(**_PRIMITIVES)
+    monkeypatch.setattr(block, "primitives_for", lambda x: equations)
     monkeypatch.setattr(dispatch, "_triton_unavailable", lambda: None)
     monkeypatch.setattr(dispatch.Call, "on_gpu", lambda self: True)
     monkeypatch.setattr(dispatch, "registered", lambda x: not torch.compiler.is_exporting())
@@ -33,9 +36,15 @@ def depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction):
     return _map(y), reduced if reduced is None else reduced.unsqueeze(1 if reduction == "pool" else 0)
 
 
-def pointwise_conv_backward_data(*arguments):
-    dx, sums = exact.pointwise_conv_backward_data(*arguments)
-    return _map(dx), sums if sums is None else sums[:, None]
+def pointwise_conv_backward(gradient, weight, x, prologue, mean, residual, through, needs_input, needs_weight):
+    dx, sums, dweight = None, None, None
+    if needs_input:
+        raw, owed = (None, Prologue()) if mean is None else (x, prologue)
+        dx, sums = exact.pointwise_conv_backward_data(gradient, weight, raw, owed, mean, residual, through)
+        dx, sums = _map(dx), sums if sums is None else sums[:, None]
+    if needs_weight:
+        dweight = exact.pointwise_conv_backward_weight(gradient, x, prologue)
+    return dx, sums, dweight
 
 
 def depthwise_conv_backward(*arguments):
@@ -83,7 +92,6 @@ _PRIMITIVES = {
     "mean_of_sums": lambda sums, count: sums.sum(dim=1) / count,
     "merge": lambda *arguments: _map(exact.merge(*arguments)),
     "pointwise_conv": pointwise_conv,
-    "pointwise_conv_backward_data": pointwise_conv_backward_data,
-    "pointwise_conv_backward_weight": exact.pointwise_conv_backward_weight,
+    "pointwise_conv_backward": pointwise_conv_backward,
     "squeeze": lambda x, prologue: exact.squeeze(x, prologue, None)[:, None],
 }

@@ -546,8 +546,6 @@ def test_a_forced_backend_that_cannot_run_this_call_is_refused_with_the_reason(m
     model, x = small().train(), torch.randn(2, 3, 32, 32)
     before = snapshot(model)
     monkeypatch.setenv("EFFNET_KERNELS_BACKEND", "cpu")
-    with pytest.raises(ek.BackendError, match=r"'cpu' was forced but cannot run .*gradients are needed"):
-        model(x)
     with torch.no_grad(), pytest.raises(ek.BackendError, match=r"'cpu' was forced but cannot run .*float64"):
         copy.deepcopy(model).double()(x.double())
     assert not changed(model, before)

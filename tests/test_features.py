@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
 from torch import nn
 
 import effnet_kernels as ek
@@ -381,8 +381,7 @@ def test_compile_fullgraph(name, training):
     assert_buffers_close(twin, model)
     sum(y.square().mean() for y in outputs(actual)).backward()
     sum(y.square().mean() for y in outputs(expected)).backward()
-    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
-        assert_close(p.grad, q.grad)
+    assert_gradients_close(twin, model)
 
 
 @pytest.mark.parametrize("strict", [False, True])

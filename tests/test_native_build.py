@@ -9,17 +9,17 @@ import torch
 from conftest import run_python
 from native_cases import kernel_isas, needs_linux, needs_native
 
-from effnet_kernels import cpu
+from effnet_kernels import cpu, ops
 from effnet_kernels.cpu import extension as loader
 from effnet_kernels.cpu.extension import extension
 
 CALL = """
 import torch
-from effnet_kernels import cpu
+from effnet_kernels import cpu, ops
 torch.set_num_threads(1)  # torch's own operators stay in this thread, where a forked child's would hang
 x = torch.randn(1, 64, 64, 64).to(memory_format=torch.channels_last)
 torch.set_num_threads(2)
-y, pooled = cpu.depthwise_conv(x, torch.randn(64, 1, 3, 3), 1, (1, 1, 1, 1), None, True)
+y, pooled = ops.depthwise_conv(x, torch.randn(64, 1, 3, 3), 1, 1, reduction="pool")
 """
 
 
@@ -58,8 +58,8 @@ for name in ("sse9", "emulated16"):
 
 @needs_native
 def test_isa_that_the_call_names_must_exist():
-    with pytest.raises(ValueError, match="'sse9'"):
-        extension().depthwise_conv(*([0] * 6), 1, 8, 4, 4, 4, 4, 3, 1, (1, 1, 1, 1), 0, 1, "sse9")
+    with pytest.raises(ValueError, match="'sse9'"), cpu.use_isa("sse9"):
+        ops.squeeze(torch.ones(1, 8, 4, 4))
 
 
 @needs_native
@@ -89,7 +89,7 @@ import os, signal
 pid = os.fork()
 if pid == 0:
     signal.alarm(30)
-    _, pooled = cpu.depthwise_conv(x, torch.ones(64, 1, 3, 3), 1, (1, 1, 1, 1), None, True)
+    _, pooled = ops.depthwise_conv(x, torch.ones(64, 1, 3, 3), 1, 1, reduction="pool")
     good = cpu.describe()["threads"].startswith("serial: this process is a forked child")
     os._exit(0 if good and torch.isfinite(pooled).all() else 3)
 _, status = os.waitpid(pid, 0)
@@ -105,12 +105,12 @@ def test_several_python_threads_at_once():
     torch.manual_seed(0)
     x = torch.randn(1, 64, 48, 48).to(memory_format=torch.channels_last)
     weights = [torch.randn(64, 1, 3, 3) for _ in range(4)]
-    expected = [cpu.depthwise_conv(x, w, 1, (1, 1, 1, 1), None, True) for w in weights]
+    expected = [ops.depthwise_conv(x, w, 1, 1, reduction="pool") for w in weights]
     wrong = []
 
     def work(index):
         for _ in range(10):
-            y, pooled = cpu.depthwise_conv(x, weights[index], 1, (1, 1, 1, 1), None, True)
+            y, pooled = ops.depthwise_conv(x, weights[index], 1, 1, reduction="pool")
             if not (torch.equal(y, expected[index][0]) and torch.equal(pooled, expected[index][1])):
                 wrong.append(index)
 

@@ -1,8 +1,10 @@
 """The same network as torchvision's: keys, initial weights, outputs, gradients, running statistics."""
 
+import copy
+
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize, relative_rms
 
 import effnet_kernels as ek
 
@@ -57,12 +59,17 @@ def test_keys_initial_weights_and_outputs(name):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_training_step_of_the_large_ones(name):
-    # The default path, at a resolution that leaves the last BatchNorms eight values a channel.
+    # The default path, at a resolution that leaves the last BatchNorms eight values a channel. They amplify rounding:
+    # the measure is by what torchvision's differs from float64.
     theirs, ours = pair(name)
     x = torch.randn(2, 3, 64, 64)
-    assert_close(step(ours.train(), x), step(theirs.train(), x))
-    assert_gradients_close(ours, theirs)
-    assert_buffers_close(ours, theirs)
+    exact = copy.deepcopy(theirs).double().train()
+    right, y, expected = step(exact, x.double()), step(ours.train(), x), step(theirs.train(), x)
+    assert relative_rms(y, right) <= 2 * relative_rms(expected, right)
+    for p, q, r in zip(exact.parameters(), ours.parameters(), theirs.parameters(), strict=True):
+        allowed = 4 * float((r.grad - p.grad).norm()) + 1e-4 * float(p.grad.norm())
+        assert float((q.grad - p.grad).norm()) <= allowed
+    assert_buffers_close(ours, theirs, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-#include "../generic/depthwise_row.inl.h"
-#include "../generic/elementwise.inl.h"
-#include "../generic/gemm.inl.h"
-#include "../generic/peak.inl.h"
+#include "../generic/table.inl.h"
 
 namespace {
 
@@ -13,8 +10,16 @@ void gemm_f32_6x2(const effnet::Gemm& gemm) {
   }
 }
 
+// Half as many inputs leave room for twice the outputs.
+void weight_gradient_f32_4x2(const effnet::WeightGradient& call) {
+  if (call.inputs > 8) {
+    weight_gradient<8, 4, 2>(call);
+  } else {
+    weight_gradient<8, 8, 1>(call);
+  }
+}
+
 }  // namespace
 
-const effnet::Kernels effnet::avx2_kernels = {
-    "avx2", 8, false, gemm_f32_6x2, depthwise_row<8>, gate<8>, scale_rows<8>, scale_panel<8>, multiply_add<8>, peak_chains,
-};
+const effnet::Kernels effnet::avx2_kernels =
+    kernels_of_lanes<8>("avx2", false, {gemm_f32_6x2, depthwise_row<8>, weight_gradient_f32_4x2});

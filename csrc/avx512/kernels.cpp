@@ -1,7 +1,4 @@
-#include "../generic/depthwise_row.inl.h"
-#include "../generic/elementwise.inl.h"
-#include "../generic/gemm.inl.h"
-#include "../generic/peak.inl.h"
+#include "../generic/table.inl.h"
 
 namespace {
 
@@ -22,8 +19,15 @@ void depthwise_row_f32_1x8(const effnet::DepthwiseRow& row) {
   }
 }
 
+void weight_gradient_f32_8x1(const effnet::WeightGradient& call) {
+  if (call.inputs > 8) {
+    weight_gradient<16, 8, 1>(call);
+  } else {
+    weight_gradient<8, 8, 1>(call);
+  }
+}
+
 }  // namespace
 
-const effnet::Kernels effnet::avx512_kernels = {
-    "avx512", 16, false, gemm_f32_14x1, depthwise_row_f32_1x8, gate<16>, scale_rows<16>, scale_panel<16>, multiply_add<16>, peak_chains,
-};
+const effnet::Kernels effnet::avx512_kernels =
+    kernels_of_lanes<16>("avx512", false, {gemm_f32_14x1, depthwise_row_f32_1x8, weight_gradient_f32_8x1});

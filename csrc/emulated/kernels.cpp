@@ -1,8 +1,5 @@
 // The 4- and 16-lane loops lowered to whatever the baseline has, so that their logic is tested on every machine.
-#include "../generic/depthwise_row.inl.h"
-#include "../generic/elementwise.inl.h"
-#include "../generic/gemm.inl.h"
-#include "../generic/peak.inl.h"
+#include "../generic/table.inl.h"
 
 namespace {
 
@@ -32,10 +29,8 @@ void depthwise_row_f32_1x8(const effnet::DepthwiseRow& row) {
 
 }  // namespace
 
-const effnet::Kernels effnet::emulated4_kernels = {
-    "emulated4", 4, true, gemm_f32_3x4, depthwise_row<4>, gate<4>, scale_rows<4>, scale_panel<4>, multiply_add<4>, peak_chains,
-};
+const effnet::Kernels effnet::emulated4_kernels =
+    kernels_of_lanes<4>("emulated4", true, {gemm_f32_3x4, depthwise_row<4>, weight_gradient<4, 2, 4>});
 
-const effnet::Kernels effnet::emulated16_kernels = {
-    "emulated16", 16, true, gemm_f32_4x1, depthwise_row_f32_1x8, gate<16>, scale_rows<16>, scale_panel<16>, multiply_add<16>, peak_chains,
-};
+const effnet::Kernels effnet::emulated16_kernels =
+    kernels_of_lanes<16>("emulated16", true, {gemm_f32_4x1, depthwise_row_f32_1x8, weight_gradient<16, 2, 1>});

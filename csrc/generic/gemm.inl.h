@@ -31,7 +31,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   const std::int64_t stride = gemm.a_row;
   const float* b = gemm.b + column;
   // The next panel's line comes while this one's is used: weights are read once for a few rows, from far away.
-  const std::int64_t next_panel = gemm.segments * gemm.segment_length * effnet::panel_columns;
+  const std::int64_t next_panel = (gemm.segments * gemm.segment_length - gemm.lacking) * effnet::panel_columns;
   // As do the next tile's rows, where they follow each other.
   const float* next_rows = place.a + Rows * stride;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
@@ -52,7 +52,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
       b += effnet::panel_columns;
       unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA { ++a[p.value]; });
     };
-    std::int64_t k = gemm.segment_length;
+    std::int64_t k = segment + 1 < gemm.segments ? gemm.segment_length : gemm.segment_length - gemm.lacking;
     for (; k >= Chains; k -= Chains) {
       multiply(sums);
       unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA { multiply(more[chain.value]); });

@@ -1,7 +1,4 @@
-#include "../generic/depthwise_row.inl.h"
-#include "../generic/elementwise.inl.h"
-#include "../generic/gemm.inl.h"
-#include "../generic/peak.inl.h"
+#include "../generic/table.inl.h"
 
 namespace {
 
@@ -15,6 +12,5 @@ void gemm_f32_5x4(const effnet::Gemm& gemm) {
 
 }  // namespace
 
-const effnet::Kernels effnet::neon_kernels = {
-    "neon", 4, false, gemm_f32_5x4, depthwise_row<4>, gate<4>, scale_rows<4>, scale_panel<4>, multiply_add<4>, peak_chains,
-};
+const effnet::Kernels effnet::neon_kernels =
+    kernels_of_lanes<4>("neon", false, {gemm_f32_5x4, depthwise_row<4>, weight_gradient<4, 4, 4>});

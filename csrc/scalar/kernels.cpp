@@ -1,7 +1,4 @@
-#include "../generic/depthwise_row.inl.h"
-#include "../generic/elementwise.inl.h"
-#include "../generic/gemm.inl.h"
-#include "../generic/peak.inl.h"
+#include "../generic/table.inl.h"
 
 namespace {
 
@@ -11,6 +8,5 @@ void gemm_f32_2x4(const effnet::Gemm& gemm) {
 
 }  // namespace
 
-const effnet::Kernels effnet::scalar_kernels = {
-    "scalar", 1, false, gemm_f32_2x4, depthwise_row<1>, gate<1>, scale_rows<1>, scale_panel<1>, multiply_add<1>, peak_chains,
-};
+const effnet::Kernels effnet::scalar_kernels =
+    kernels_of_lanes<1>("scalar", false, {gemm_f32_2x4, depthwise_row<1>, weight_gradient<1, 2, 4>});

@@ -3,7 +3,7 @@
 Importing this costs nothing and never fails; the extension is loaded at the first use.
 """
 
-from effnet_kernels.cpu.depthwise import KERNEL_SIZES, depthwise_conv
+from effnet_kernels.cpu.depthwise import KERNEL_SIZES
 from effnet_kernels.cpu.extension import (
     NativeExtensionWarning,
     describe,
@@ -13,17 +13,17 @@ from effnet_kernels.cpu.extension import (
     unavailable_reason,
     warn_if_unavailable,
 )
-from effnet_kernels.cpu.pointwise import pointwise_conv
+from effnet_kernels.cpu.memory import release_memory, use_isa
 
 __all__ = [
     "KERNEL_SIZES",
     "NativeExtensionWarning",
-    "depthwise_conv",
     "describe",
     "fma_peak",
     "isa",
-    "pointwise_conv",
+    "release_memory",
     "supported_isas",
     "unavailable_reason",
+    "use_isa",
     "warn_if_unavailable",
 ]

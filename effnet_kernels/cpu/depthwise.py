@@ -1,37 +1,22 @@
-"""Depthwise convolution on the CPU: the checks, the outputs and the call."""
+"""Depthwise convolution of a deferred activation on the CPU, forward and backward."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.deferred import ACTIVATIONS, Epilogue, Padding
+from effnet_kernels.cpu.memory import (
+    ACTIVATION_INDEX,
+    address,
+    empty,
+    empty_map,
+    execution,
+    folded,
+    gradient_addresses,
+    map_address,
+    prologue_addresses,
+)
+from effnet_kernels.deferred import REDUCTIONS, Epilogue, OutputGradient, Padding, Prologue, Reduction
 
 KERNEL_SIZES = (3, 5, 7)
-ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
-
-
-def check_float_cpu(name: str, tensor: Tensor) -> None:
-    """The kernels read raw memory as fp32."""
-    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
-
-
-def vector(name: str, tensor: Tensor | None, channels: int) -> int:
-    """Address of a contiguous [C] vector, 0 for None."""
-    if tensor is None:
-        return 0
-    check_float_cpu(name, tensor)
-    if tensor.dim() != 1 or tensor.numel() != channels or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected a contiguous vector of {channels} elements, "
-            f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-        )
-    return tensor.data_ptr()
-
-
-def output_size(size: int, before: int, after: int, kernel: int, stride: int) -> int:
-    """Pixels of the output along one dimension, at least 0."""
-    return max(0, (size + before + after - kernel) // stride + 1)
 
 
 def depthwise_conv(
@@ -39,75 +24,83 @@ def depthwise_conv(
     weight: Tensor,
     stride: int,
     padding: Padding,
-    epilogue: Epilogue | None = None,
-    pool: bool = False,
+    prologue: Prologue,
+    epilogue: Epilogue,
+    reduction: Reduction,
 ) -> tuple[Tensor, Tensor | None]:
-    """``act(scale * depthwise(x) + shift)``, and its mean over the pixels if ``pool``.
+    """x [N, C, H, W], weight [C, 1, k, k] to y [N, C, H', W'], k 3, 5 or 7.
 
-    Args:
-        x: [N, C, H, W], float32, on the CPU, in channels-last strides.
-        weight: [C, 1, k, k], float32, k in 3, 5, 7, any strides.
-        stride: of both dimensions, at least 1.
-        padding: zeros on the (left, right, top, bottom).
-        epilogue: scale, shift and activation; a residual is not supported.
-        pool: whether to return the mean as well.
-
-    Returns:
-        y [N, C, H_out, W_out] in channels-last strides, and the mean [N, C] or None.
-
-    Raises:
-        ValueError: for an argument outside of these.
+    The second is partial (count, mean, M2) of the stored values [P, 3, C] with "statistics", or sums of them over each
+    image's pixels [N, 1, C] with "pool". The padding is of zeros after the prologue, which has no gate here; the
+    epilogue has no residual.
     """
-    check_float_cpu("x", x)
-    check_float_cpu("weight", weight)
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"x: expected [N, C, H, W] in channels-last strides, got shape {tuple(x.shape)} with strides {x.stride()}"
-        )
-    batch, channels, height, width = x.shape
-    kernel = weight.shape[-1] if weight.dim() else 0
-    if weight.shape != (channels, 1, kernel, kernel) or kernel not in KERNEL_SIZES:
-        raise ValueError(f"weight: expected ({channels}, 1, k, k) with k in {KERNEL_SIZES}, got {tuple(weight.shape)}")
-    if stride < 1:
-        raise ValueError(f"stride: expected at least 1, got {stride}")
+    samples, channels, height, width = x.shape
+    kernel = _kernel_size(weight)
     left, right, top, bottom = padding
-    if left < 0 or right < 0 or top < 0 or bottom < 0:
-        raise ValueError(f"padding: expected (left, right, top, bottom) of at least 0, got {padding}")
-    epilogue = Epilogue() if epilogue is None else epilogue
-    if epilogue.residual is not None:
-        raise ValueError("epilogue.residual: expected None, got a tensor: a depthwise convolution adds no residual")
-    act = ACTIVATION_INDEX.get(epilogue.act)
-    if act is None:
-        raise ValueError(f"epilogue.act: expected one of {ACTIVATIONS}, got {epilogue.act!r}")
-    scale = vector("epilogue.scale", epilogue.scale, channels)
-    shift = vector("epilogue.shift", epilogue.shift, channels)
-
-    out_height = output_size(height, top, bottom, kernel, stride)
-    out_width = output_size(width, left, right, kernel, stride)
-    y = torch.empty((batch, channels, out_height, out_width), memory_format=torch.channels_last)
-    pooled = torch.empty((batch, channels)) if pool else None
-    if y.numel() == 0:
-        # The mean of no pixels, as torch has it.
-        return y, None if pooled is None else pooled.fill_(float("nan"))
-    # Held by name until the call returns: the memory of a copy would be free again otherwise.
-    weight = weight.contiguous()
-    extension().depthwise_conv(
-        x.data_ptr(),
-        weight.data_ptr(),
-        scale,
-        shift,
+    out_height = (height + top + bottom - kernel) // stride + 1
+    out_width = (width + left + right - kernel) // stride + 1
+    scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
+    y = empty_map(samples, channels, out_height, out_width)
+    partials = None
+    if reduction == "statistics":
+        partials = empty(extension().depthwise_slots(samples), 3, channels)
+    elif reduction == "pool":
+        partials = empty(samples, 1, channels)
+    taps = weight.contiguous()
+    extension().depthwise_forward(
+        (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
+        map_address("x", x),
+        address("weight", taps, channels, 1, kernel, kernel),
+        prologue_addresses(folded(prologue), samples, channels),
+        (address("scale", scale, channels), address("shift", shift, channels), 0, ACTIVATION_INDEX[act]),
+        REDUCTIONS.index(reduction),
         y.data_ptr(),
-        0 if pooled is None else pooled.data_ptr(),
-        batch,
-        channels,
-        height,
-        width,
-        out_height,
-        out_width,
-        kernel,
-        stride,
-        padding,
-        act,
-        torch.get_num_threads(),
+        0 if partials is None else partials.data_ptr(),
+        *execution(),
     )
-    return y, pooled
+    return y, partials
+
+
+def depthwise_conv_backward(
+    gradient: OutputGradient,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    prologue: Prologue,
+    mean: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of ``scale * x + shift`` (of x, plus ``residual``, where the prologue is empty) and of the weight.
+
+    dz [N, C, H, W], with ``mean`` [C] partial sums [P, 2, C] of dz and dz * (x - mean), and dweight [C, 1, k, k].
+    """
+    samples, channels, height, width = x.shape
+    assert gradient.grad is not None
+    out_height, out_width = gradient.grad.shape[2:]
+    kernel = _kernel_size(weight)
+    left, _, top, _ = padding
+    dz = empty_map(samples, channels, height, width)
+    sums = None if mean is None else empty(extension().depthwise_slots(samples), 2, channels)
+    dweight = empty(channels, 1, kernel, kernel)
+    taps = weight.contiguous()
+    extension().depthwise_backward(
+        (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
+        gradient_addresses(gradient, samples, channels),
+        map_address("x", x),
+        address("weight", taps, channels, 1, kernel, kernel),
+        prologue_addresses(folded(prologue), samples, channels),
+        address("mean", mean, channels),
+        map_address("residual", residual),
+        dz.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        dweight.data_ptr(),
+        *execution(),
+    )
+    return dz, sums, dweight
+
+
+def _kernel_size(weight: Tensor) -> int:
+    if weight.shape[-1] not in KERNEL_SIZES:
+        raise ValueError(f"weight: expected a kernel size out of {KERNEL_SIZES}, got {weight.shape[-1]}")
+    return weight.shape[-1]

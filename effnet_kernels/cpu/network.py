@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.cpu.depthwise import ACTIVATION_INDEX, check_float_cpu
 from effnet_kernels.cpu.extension import extension
+from effnet_kernels.cpu.memory import ACTIVATION_INDEX, check_float_cpu
 from effnet_kernels.deferred import Activation, Padding
 
 GATES = ("sigmoid", "hardsigmoid")

@@ -1,50 +1,107 @@
-"""Pointwise convolution on the CPU at inference: torch's GEMM with everything around it folded in."""
+"""Pointwise (1x1) convolution of a deferred activation on the CPU, forward and backward."""
 
-from collections.abc import Callable
-from functools import partial
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from effnet_kernels.deferred import Activation, Epilogue
+from effnet_kernels.cpu.extension import extension
+from effnet_kernels.cpu.memory import (
+    ACTIVATION_INDEX,
+    address,
+    empty,
+    empty_map,
+    execution,
+    folded,
+    gradient_addresses,
+    map_address,
+    prologue_addresses,
+)
+from effnet_kernels.deferred import REDUCTIONS, Epilogue, OutputGradient, Prologue, Reduction
 
-_IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "silu": partial(F.silu, inplace=True),
-    "relu": F.relu_,
-    "relu6": partial(F.relu6, inplace=True),
-    "hardswish": partial(F.hardswish, inplace=True),
-}
 
+def pointwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue, epilogue: Epilogue, reduction: Reduction
+) -> tuple[Tensor | None, Tensor | None]:
+    """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
 
-def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, epilogue: Epilogue) -> Tensor:
-    """``act(scale * (weight @ (x * gate) + bias) + shift) + residual``.
-
-    Args:
-        x: [N, C, H, W], float32, in channels-last strides.
-        weight: [K, C, 1, 1]; bias: [K].
-        gate: [N, C], on load.
-        epilogue: applied to the output.
-
-    Returns [N, K, H, W] in channels-last strides.
+    With "statistics" the second is partial (count, mean, M2) of the stored values, [P, 3, K]; with "pool" the map is
+    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K].
     """
     samples, channels, height, width = x.shape
-    scale, shift = epilogue.scale, epilogue.shift
-    if gate is not None:
-        if samples == 1 and weight.shape[0] < height * width:
-            weight = weight * gate[:, :, None, None]
-        else:
-            x = x * gate[:, :, None, None]
-    # A pass over the weights costs K * C, one over the output N * H * W * K.
-    if scale is not None and channels <= samples * height * width:
-        weight, bias, scale = weight * scale[:, None, None, None], None if bias is None else bias * scale, None
-    if scale is None and shift is not None:
-        bias, shift = shift if bias is None else bias + shift, None
-    # In channels-last strides the pixels are the rows of one matrix.
-    y = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if scale is not None:
-        y.mul_(scale[:, None, None])
-    if shift is not None:
-        y.add_(shift[:, None, None])
-    y = _IN_PLACE[epilogue.act](y)
-    return y if epilogue.residual is None else y.add_(epilogue.residual)
+    outputs = weight.shape[0]
+    pools = reduction == "pool"
+    scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
+    prologue = folded(prologue)
+    cut = extension().cut_pixels(samples, height * width, pools or prologue.gate is not None)
+    parts = cut[2] * cut[3]
+    y = None if pools else empty_map(samples, outputs, height, width)
+    partials = None
+    if reduction == "statistics":
+        partials = empty(parts, 3, outputs)
+    elif pools:
+        partials = empty(samples, cut[3], outputs)
+    matrix = weight.contiguous()
+    extension().pointwise_forward(
+        cut,
+        channels,
+        outputs,
+        map_address("x", x),
+        address("weight", matrix, outputs, channels, 1, 1),
+        address("bias", bias, outputs),
+        prologue_addresses(prologue, samples, channels),
+        (
+            address("scale", scale, outputs),
+            address("shift", shift, outputs),
+            map_address("residual", epilogue.residual),
+            ACTIVATION_INDEX[act],
+        ),
+        REDUCTIONS.index(reduction),
+        0 if y is None else y.data_ptr(),
+        0 if partials is None else partials.data_ptr(),
+        *execution(),
+    )
+    return y, partials
+
+
+def pointwise_conv_backward(
+    gradient: OutputGradient,
+    weight: Tensor,
+    x: Tensor,
+    prologue: Prologue,
+    mean: Tensor | None,
+    residual: Tensor | None,
+    through: bool,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of what the convolution read, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
+
+    With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, s its
+    derivative, dq the gradient of the gated u), the second result is five partial sums over each image's pixels,
+    [N, T, 5, C]: of dq * u, dq * s, s, dq * s * (x - mean) and s * (x - mean). Stored is dq, or ``through`` the
+    activation gate * dq * s. The output's gradient is formed once for both products.
+    """
+    samples, channels, height, width = x.shape
+    outputs = weight.shape[0]
+    sums_needed = needs_input and mean is not None
+    by_image = sums_needed or prologue.gate is not None or gradient.by_sample()
+    cut = extension().cut_pixels(samples, height * width, by_image)
+    dx = empty_map(samples, channels, height, width) if needs_input else None
+    sums = empty(samples, cut[3], 5, channels) if sums_needed else None
+    dweight = empty(outputs, channels, 1, 1) if needs_weight else None
+    matrix = weight.contiguous()
+    extension().pointwise_backward(
+        cut,
+        channels,
+        outputs,
+        gradient_addresses(gradient, samples, outputs),
+        address("weight", matrix, outputs, channels, 1, 1),
+        map_address("x", x),
+        prologue_addresses(folded(prologue), samples, channels),
+        address("mean", mean, channels),
+        map_address("residual", residual),
+        through,
+        0 if dx is None else dx.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        0 if dweight is None else dweight.data_ptr(),
+        *execution(),
+    )
+    return dx, sums, dweight

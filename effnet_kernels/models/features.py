@@ -31,7 +31,7 @@ class Features(nn.Sequential):
     def intermediates(self, input: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The outputs of these layers (ascending), in the input's memory format."""
         x, outputs = input, []
-        if dispatch.prefers_channels_last(self, input):
+        if dispatch.prefers_channels_last(input):
             x = x.contiguous(memory_format=torch.channels_last)
         for index, module in enumerate(self):
             x = module(x)

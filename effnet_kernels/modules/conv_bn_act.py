@@ -12,10 +12,10 @@ from effnet_kernels import dispatch, ops, registration
 from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, OperatorModule, children_obstacle
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, OperatorModule, children_obstacle, kernels
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
 from effnet_kernels.ops.checks import output_size, resolve_padding, same_padding
-from effnet_kernels.ops.depthwise_conv import has_triton_depthwise, no_depthwise
+from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
 
 if TYPE_CHECKING:
     from effnet_kernels import block
@@ -127,7 +127,7 @@ class ConvBnAct(OperatorModule, nn.Sequential):
 
     def pooled(self, input: Tensor) -> Tensor:
         """The spatial mean [N, out_channels] of the output, which the kernels then do not store."""
-        if dispatch.choose(self, input).backend == "triton":
+        if dispatch.choose(self, input).backend in ("cpu", "triton"):
             return self._run_alone(input.contiguous(memory_format=torch.channels_last), pool=True)
         return F.adaptive_avg_pool2d(self(input), 1).flatten(1)
 
@@ -221,20 +221,16 @@ class ConvBnAct(OperatorModule, nn.Sequential):
         return None
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
-        if backend == "triton":
-            conv = self.conv
-            if self.is_depthwise():
-                kernel, stride = conv.kernel_size[0], conv.stride[0]
-                return None if has_triton_depthwise(kernel, stride) else no_depthwise(kernel, stride)
-            return None if conv.groups == 1 else "a grouped convolution, which torch computes"
-        if not self.is_pointwise():
-            return "a convolution outside of MBConv blocks, which torch computes"
-        return statistics_obstacle(self)
+        conv = self.conv
+        if self.is_depthwise():
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            return None if has_depthwise(backend, kernel, stride) else no_depthwise(kernel, stride)
+        return None if conv.groups == 1 else "a grouped convolution, which torch computes"
 
     def kernel_reason(self, backend: Backend) -> str:
-        if backend == "triton" and not self.is_pointwise() and not self.is_depthwise():
-            return "the dense convolution by torch, the rest by fused Triton kernels"
-        return super().kernel_reason(backend)
+        if not self.is_pointwise() and not self.is_depthwise():
+            return f"the dense convolution by torch, the rest by {kernels(backend)}"
+        return kernels(backend)
 
 
 class ChainLayer(NamedTuple):
@@ -290,13 +286,6 @@ def run_chain(plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
     from effnet_kernels import block
 
     return block.run(plan.chain, x, keep, plan.parameters, plan.buffers)
-
-
-def statistics_obstacle(*layers: "ConvBnAct") -> str | None:
-    """Why the native kernels would not help layers that normalise by the batch, as in train mode under no_grad."""
-    if any(uses_batch_statistics(layer.norm) for layer in layers):
-        return "batch statistics are needed, and the native kernels return none in this version"
-    return None
 
 
 _CHILDREN: tuple[tuple[type[nn.Module], ...], ...] = (

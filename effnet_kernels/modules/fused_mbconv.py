@@ -11,6 +11,7 @@ from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.block_config import BlockConfig
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode
 from effnet_kernels.modules.inverted_residual import InvertedResidual
+from effnet_kernels.modules.operator_module import kernels
 
 
 class FusedMBConvConfig(BlockConfig):
@@ -85,8 +86,5 @@ class FusedMBConv(InvertedResidual):
             return "project is not a 1x1 convolution"
         return obstacle
 
-    def kernel_obstacle(self, backend: Backend) -> str | None:
-        return "its convolutions are dense, which torch computes" if backend == "cpu" else None
-
     def kernel_reason(self, backend: Backend) -> str:
-        return "the dense convolution by torch, the rest by fused Triton kernels"
+        return f"the dense convolution by torch, the rest by {kernels(backend)}"

@@ -10,10 +10,10 @@ from effnet_kernels import ops
 from effnet_kernels.deferred import Activation, Prologue
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation, statistics_obstacle
+from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
-from effnet_kernels.ops.depthwise_conv import has_native_depthwise, has_triton_depthwise, no_depthwise
+from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
 
 
 class MBConvConfig(BlockConfig):
@@ -120,11 +120,6 @@ class MBConv(InvertedResidual):
         return None if depthwise.is_depthwise() else "the middle convolution is not depthwise"
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
-        expand, depthwise, _, project = self._parts()
-        kernel = depthwise.conv.kernel_size[0]
-        if backend == "triton":
-            stride = depthwise.conv.stride[0]
-            return None if has_triton_depthwise(kernel, stride) else no_depthwise(kernel, stride)
-        if not has_native_depthwise(kernel):
-            return f"no native depthwise kernel of size {kernel}"
-        return statistics_obstacle(*([] if expand is None else [expand]), depthwise, project)
+        conv = self._parts()[1].conv
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        return None if has_depthwise(backend, kernel, stride) else no_depthwise(kernel, stride)

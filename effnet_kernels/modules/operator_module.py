@@ -37,9 +37,9 @@ _PLANS_KEPT = 64
 class OperatorModule(nn.Module):
     """Base of the modules whose forward runs on the operators where :func:`effnet_kernels.dispatch.choose` says so.
 
-    A subclass has ``forward_modules`` (the textbook), ``forward_operators`` (operator by operator), ``forward_chain``
-    (one fused chain of Triton kernels), ``find_obstacle`` and ``kernel_obstacle``. The last two forwards get channels-
-    last strides. The output has the input's memory format.
+    A subclass has ``forward_modules`` (the textbook), ``forward_operators`` (operator by operator, for the reference),
+    ``forward_chain`` (one fused chain of kernels), ``find_obstacle`` and ``kernel_obstacle``. The last two forwards get
+    channels-last strides. The output has the input's memory format.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class OperatorModule(nn.Module):
         if not torch.jit.is_scripting():
             backend = dispatch.choose(self, input).backend
             if backend != "torch":
-                forward = self.forward_chain if backend == "triton" else self.forward_operators
+                forward = self.forward_operators if backend == "reference" else self.forward_chain
                 output = forward(input.contiguous(memory_format=torch.channels_last))
                 return output.contiguous(memory_format=memory_format(input))
         return self.forward_modules(input)
@@ -91,9 +91,12 @@ class OperatorModule(nn.Module):
 
     def kernel_reason(self, backend: Backend) -> str:
         """What the kernels of ``backend`` compute of this module."""
-        if backend == "cpu":
-            return f"native depthwise kernel ({cpu.isa()}), torch's GEMM with the rest folded in"
-        return "fused Triton kernels"
+        return kernels(backend)
+
+
+def kernels(backend: Backend) -> str:
+    """The kernels of a backend by name."""
+    return f"fused native kernels ({cpu.isa()})" if backend == "cpu" else "fused Triton kernels"
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

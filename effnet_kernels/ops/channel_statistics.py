@@ -5,6 +5,7 @@ from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.ops.checks import any_requires_grad, check_map
+from effnet_kernels.primitives import primitives_for
 
 
 def channel_statistics(y: Tensor) -> Tensor:
@@ -13,9 +14,8 @@ def channel_statistics(y: Tensor) -> Tensor:
     Raises TypeError or ValueError for a dtype or shape that does not fit.
     """
     check_map(y)
-    if dispatch.runs_on_triton(y) and not any_requires_grad(y):
-        from effnet_kernels.triton import batch_norm
-
+    if dispatch.has_kernels(y) and not any_requires_grad(y):
+        primitives = primitives_for(y)
         y = y.contiguous(memory_format=torch.channels_last)
-        return batch_norm.merge_statistics(batch_norm.channel_statistics(y))
+        return primitives.merge_statistics(primitives.channel_statistics(y))
     return reference.channel_statistics(y)

@@ -1,5 +1,7 @@
 """Checks of operator arguments, and the errors that name what was expected and what came."""
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -114,13 +116,31 @@ def any_requires_grad(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def fits_triton(
+def fits_kernels(
     x: Tensor, prologue: Prologue | None, epilogue: Epilogue | None = None, *parameters: Tensor | None
 ) -> bool:
-    """Whether the Triton kernels take these operands; where gradients are needed, no epilogue or running statistics."""
-    vectors = [t for t in (*(prologue or ()), *(epilogue or ()), *parameters) if isinstance(t, Tensor)]
-    if any(t.dtype == torch.float64 for t in vectors):
+    """Whether the kernels take these operands; where gradients are needed, no epilogue or running statistics.
+
+    On the CPU all are float32; beside a GPU's maps of lower precision vectors and weights may be float32.
+    """
+    owed = [*(prologue or ()), *((prologue and prologue.statistics) or ())]
+    owed += [*(epilogue or ()), *((epilogue and epilogue.statistics) or ())]
+    vectors = [t for t in (*owed, *parameters) if isinstance(t, Tensor)]
+    if any(t.dtype != torch.float32 if x.device.type == "cpu" else t.dtype == torch.float64 for t in vectors):
         return False
     if not any_requires_grad(x, *vectors):
         return True
     return epilogue is None and (prologue is None or prologue.statistics is None)
+
+
+Owed = TypeVar("Owed", Prologue, Epilogue)
+
+
+def contiguous(owed: Owed) -> Owed:
+    """What is owed with its vectors contiguous, and a residual in channels-last strides."""
+    replaced: dict[str, Any] = {
+        name: t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+        for name, t in zip(owed._fields, owed, strict=True)
+        if isinstance(t, Tensor)
+    }
+    return owed._replace(**replaced)

@@ -1,10 +1,11 @@
-"""The depthwise convolution of a deferred activation: native on the CPU at inference, else the reference."""
+"""The depthwise convolution of a deferred activation."""
 
 import torch
 from torch import Tensor
 
-from effnet_kernels import cpu, dispatch, reference
+from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
+from effnet_kernels.dispatch import Backend
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_choice,
@@ -13,10 +14,12 @@ from effnet_kernels.ops.checks import (
     check_prologue,
     check_shape,
     check_tensor,
-    fits_triton,
+    contiguous,
+    fits_kernels,
     output_size,
     resolve_padding,
 )
+from effnet_kernels.primitives import primitives_for
 
 
 def depthwise_conv(
@@ -64,60 +67,45 @@ def depthwise_conv(
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
     if (
-        has_triton_depthwise(kernel, stride)
-        and dispatch.runs_on_triton(x)
-        and fits_triton(x, prologue, epilogue, weight)
+        dispatch.has_kernels(x)
+        and has_depthwise("cpu" if x.device.type == "cpu" else "triton", kernel, stride)
+        and fits_kernels(x, prologue, epilogue, weight)
         and (prologue is None or prologue.gate is None)
         and (epilogue is None or epilogue.residual is None)
     ):
-        return _on_triton(x, weight, stride, pads, prologue or Prologue(), epilogue or Epilogue(), reduction)
-    if prologue is None and has_native_depthwise(kernel) and reduction != "statistics":
-        scale, shift, act, residual, statistics = epilogue or Epilogue()
-        parameters = [t for t in (weight, scale, shift) if t is not None]
-        # Parameters of another dtype than the map's are the reference's.
-        if (
-            residual is None
-            and statistics is None
-            and all(t.dtype == x.dtype for t in parameters)
-            and dispatch.runs_natively(x, any_requires_grad(x, *parameters))
-        ):
-            x = x.contiguous(memory_format=torch.channels_last)
-            scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
-            return cpu.depthwise_conv(x, weight, stride, pads, Epilogue(scale, shift, act), reduction == "pool")
+        return _on_kernels(x, weight, stride, pads, prologue, epilogue, reduction)
     return reference.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
 
 
-def _on_triton(
+def _on_kernels(
     x: Tensor,
     weight: Tensor,
     stride: int,
     padding: Padding,
-    prologue: Prologue,
-    epilogue: Epilogue,
+    prologue: Prologue | None,
+    epilogue: Epilogue | None,
     reduction: Reduction,
 ) -> tuple[Tensor, Tensor | None]:
-    from effnet_kernels.ops.triton_functions import DepthwiseConv
-    from effnet_kernels.triton import batch_norm, depthwise, squeeze_excite
-
     x = x.contiguous(memory_format=torch.channels_last)
-    if any_requires_grad(x, weight, *prologue):
-        return DepthwiseConv.apply(x, weight, *prologue[:3], stride, padding, reduction)
-    y, partials = depthwise.depthwise_conv(x, weight, stride, padding, prologue, epilogue, reduction)
+    owed = contiguous(prologue or Prologue())
+    if any_requires_grad(x, weight, *owed):
+        from effnet_kernels.ops.functions import DepthwiseConv
+
+        return DepthwiseConv.apply(x, weight, *owed[:3], stride, padding, reduction)
+    primitives = primitives_for(x)
+    y, partials = primitives.depthwise_conv(
+        x, weight, stride, padding, owed, contiguous(epilogue or Epilogue()), reduction
+    )
     if partials is None:
         return y, None
     if reduction == "pool":
-        return y, squeeze_excite.mean_of_sums(partials, y.shape[2] * y.shape[3])
-    return y, batch_norm.merge_statistics(partials)
+        return y, primitives.mean_of_sums(partials, y.shape[2] * y.shape[3])
+    return y, primitives.merge_statistics(partials)
 
 
-def has_native_depthwise(kernel: int) -> bool:
-    """Whether the native extension has a depthwise kernel of this size."""
-    return kernel in cpu.KERNEL_SIZES
-
-
-def has_triton_depthwise(kernel: int, stride: int) -> bool:
-    """Whether the Triton kernels have this size and stride."""
-    return kernel in (3, 5, 7) and stride in (1, 2)
+def has_depthwise(backend: Backend, kernel: int, stride: int) -> bool:
+    """Whether the kernels of ``backend`` have this size and stride."""
+    return kernel in (3, 5, 7) and (stride in (1, 2) or backend == "cpu")
 
 
 def no_depthwise(kernel: int, stride: int) -> str:

@@ -5,8 +5,16 @@ from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
-from effnet_kernels.ops.checks import check_activation, check_map, check_shape, check_tensor, resolve_padding
-from effnet_kernels.ops.depthwise_conv import depthwise_conv, has_triton_depthwise
+from effnet_kernels.dispatch import Backend
+from effnet_kernels.ops.checks import (
+    check_activation,
+    check_map,
+    check_shape,
+    check_tensor,
+    fits_kernels,
+    resolve_padding,
+)
+from effnet_kernels.ops.depthwise_conv import depthwise_conv, has_depthwise
 from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
 from effnet_kernels.ops.merge import merge
 
@@ -28,8 +36,8 @@ def depthwise_conv_bn_silu(
     """``silu(batch_norm(depthwise_conv(x)))``, differentiable in x, weight, norm_weight and norm_bias.
 
     In training the convolution emits its statistics as it stores its raw output, which is all that backward keeps
-    beside the input; at inference the three are one pass. On a GPU both directions are Triton kernels, the same that
-    the blocks of this package run on.
+    beside the input; at inference the three are one pass. Where the device has kernels, both directions are
+    those that the blocks of this package run on.
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16 (float64 by the reference); channels-last is fastest.
@@ -66,7 +74,9 @@ def depthwise_conv_bn_silu(
     if not training and running_mean is None:
         raise ValueError("expected running_mean and running_var with training=False, got None")
     pads = resolve_padding(padding, (x.shape[2], x.shape[3]), kernel, stride)
-    if has_triton_depthwise(kernel, stride) and dispatch.runs_on_triton(x):
+    vectors = (weight, norm_weight, norm_bias, running_mean, running_var)
+    backend: Backend = "cpu" if x.device.type == "cpu" else "triton"
+    if has_depthwise(backend, kernel, stride) and dispatch.has_kernels(x) and fits_kernels(x, None, None, *vectors):
         from effnet_kernels import block
 
         layer = block.Layer("depthwise", stride, pads, act, eps, momentum, training)

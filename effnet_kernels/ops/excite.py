@@ -5,7 +5,7 @@ from torch import Tensor
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Activation
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
-from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_triton
+from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_kernels
 
 
 def excite(
@@ -23,9 +23,9 @@ def excite(
     Source: Hu et al. 2018, equation 3.
     """
     check_excitation(pooled, w1, b1, w2, b2, act)
-    fits = w1.shape[0] <= MAX_SQUEEZED and fits_triton(pooled, None, None, w1, b1, w2, b2)
-    if fits and dispatch.runs_on_triton(pooled):
-        from effnet_kernels.ops.triton_functions import Excite
+    fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(pooled, None, None, w1, b1, w2, b2)
+    if fits and dispatch.has_kernels(pooled):
+        from effnet_kernels.ops.functions import Excite
 
         return Excite.apply(pooled, w1, b1, w2, b2, act)
     return reference.excite(pooled, w1, b1, w2, b2, act)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
-from effnet_kernels.ops.checks import any_requires_grad, check_shape, check_tensor
+from effnet_kernels.ops.checks import any_requires_grad, check_shape, check_tensor, fits_kernels
+from effnet_kernels.primitives import primitives_for
 
 
 def fold_batch_norm(
@@ -47,11 +48,16 @@ def fold_batch_norm(
         ("weight", "bias", "running_mean", "running_var"), (weight, bias, running_mean, running_var), strict=True
     ):
         check_shape(vector, (channels,), name, like)
-    if stats is not None and dispatch.runs_on_triton(stats) and not any_requires_grad(stats, weight, bias):
-        from effnet_kernels.triton import batch_norm
-
-        vectors = (weight, bias, running_mean, running_var)
-        scale, shift, _, _ = batch_norm.fold_batch_norm(stats.contiguous()[None], *vectors, momentum, eps)
+    vectors = (weight, bias, running_mean, running_var)
+    if (
+        stats is not None
+        and dispatch.has_kernels(stats)
+        and fits_kernels(stats, None, None, *vectors)
+        and all(v is None or v.is_contiguous() for v in vectors)
+        and not any_requires_grad(stats, weight, bias)
+    ):
+        primitives = primitives_for(stats)
+        scale, shift, _, _ = primitives.fold_batch_norm(stats.contiguous()[None], *vectors, momentum, eps)
         if running_mean is not None and running_var is not None:
             # A kernel's writes are invisible to autograd unless it is told.
             torch.autograd.graph.increment_version([running_mean, running_var])

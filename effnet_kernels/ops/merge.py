@@ -5,7 +5,15 @@ from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Prologue
-from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, check_shape, fits_triton
+from effnet_kernels.ops.checks import (
+    any_requires_grad,
+    check_map,
+    check_prologue,
+    check_shape,
+    contiguous,
+    fits_kernels,
+)
+from effnet_kernels.primitives import primitives_for
 
 
 def merge(
@@ -26,15 +34,15 @@ def merge(
     check_prologue(prologue, x)
     check_shape(residual, tuple(x.shape), "residual", x)
     check_shape(keep, (x.shape[0],), "keep", x)
-    if dispatch.runs_on_triton(x) and fits_triton(x, prologue, None, residual, keep):
-        from effnet_kernels.ops.triton_functions import Merge
-        from effnet_kernels.triton import merge as merging
+    if dispatch.has_kernels(x) and fits_kernels(x, prologue, None, residual, keep):
+        from effnet_kernels.ops.functions import Merge
 
         x = x.contiguous(memory_format=torch.channels_last)
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        scale, shift, act, gate, _ = owed = prologue or Prologue()
+        keep = None if keep is None else keep.contiguous()
+        scale, shift, act, gate, _ = owed = contiguous(prologue or Prologue())
         if not any_requires_grad(x, residual, keep, *owed):
-            return merging.merge(x, owed, residual, keep)
+            return primitives_for(x).merge(x, owed, residual, keep)
         if gate is None and not any_requires_grad(keep):
             return Merge.apply(x, scale, shift, residual, keep, act)
     return reference.merge(x, prologue, residual, keep)

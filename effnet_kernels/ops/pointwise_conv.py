@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels import cpu, dispatch, reference
+from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Prologue, Reduction
 from effnet_kernels.ops.checks import (
     any_requires_grad,
@@ -13,8 +13,10 @@ from effnet_kernels.ops.checks import (
     check_prologue,
     check_shape,
     check_tensor,
-    fits_triton,
+    contiguous,
+    fits_kernels,
 )
+from effnet_kernels.primitives import primitives_for
 
 
 def pointwise_conv(
@@ -51,37 +53,31 @@ def pointwise_conv(
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
-    if dispatch.runs_on_triton(x) and fits_triton(x, prologue, epilogue, weight, bias):
-        return _on_triton(x, weight, bias, prologue or Prologue(), epilogue or Epilogue(), reduction)
-    if reduction == "none" and _owes_at_most_a_gate(prologue) and (epilogue is None or epilogue.statistics is None):
-        gate = None if prologue is None else prologue.gate
-        operands = [t for t in (weight, bias, gate, *(epilogue or ())) if isinstance(t, Tensor)]
-        # Operands of another dtype than the map's are the reference's.
-        if all(t.dtype == x.dtype for t in operands) and dispatch.runs_natively(x, any_requires_grad(x, *operands)):
-            x = x.contiguous(memory_format=torch.channels_last)
-            return cpu.pointwise_conv(x, weight, bias, gate, epilogue or Epilogue()), None
+    if dispatch.has_kernels(x) and fits_kernels(x, prologue, epilogue, weight, bias):
+        return _on_kernels(x, weight, bias, prologue, epilogue, reduction)
     return reference.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
 
 
-def _on_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue, epilogue: Epilogue, reduction: Reduction
+def _on_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prologue: Prologue | None,
+    epilogue: Epilogue | None,
+    reduction: Reduction,
 ) -> tuple[Tensor, Tensor | None]:
-    from effnet_kernels.ops.triton_functions import PointwiseConv
-    from effnet_kernels.triton import batch_norm, pointwise, squeeze_excite
-
     x = x.contiguous(memory_format=torch.channels_last)
-    if any_requires_grad(x, weight, bias, *prologue):
-        scale, shift, act, gate, _ = prologue
+    owed = contiguous(prologue or Prologue())
+    bias = None if bias is None else bias.contiguous()
+    if any_requires_grad(x, weight, bias, *owed):
+        from effnet_kernels.ops.functions import PointwiseConv
+
+        scale, shift, act, gate, _ = owed
         return PointwiseConv.apply(x, weight, bias, scale, shift, gate, act, reduction)
-    if epilogue.residual is not None:
-        epilogue = epilogue._replace(residual=epilogue.residual.contiguous(memory_format=torch.channels_last))
-    y, partials = pointwise.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
+    primitives = primitives_for(x)
+    y, partials = primitives.pointwise_conv(x, weight, bias, owed, contiguous(epilogue or Epilogue()), reduction)
     if reduction == "pool":
         assert partials is not None
-        return squeeze_excite.mean_of_sums(partials, x.shape[2] * x.shape[3]), None
+        return primitives.mean_of_sums(partials, x.shape[2] * x.shape[3]), None
     assert y is not None
-    return y, None if partials is None else batch_norm.merge_statistics(partials)
-
-
-def _owes_at_most_a_gate(prologue: Prologue | None) -> bool:
-    return prologue is None or (prologue.scale is None and prologue.shift is None and prologue.act == "none")
+    return y, None if partials is None else primitives.merge_statistics(partials)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Prologue
-from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, fits_triton
+from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, contiguous, fits_kernels
+from effnet_kernels.primitives import primitives_for
 
 
 def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
@@ -16,14 +17,14 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
     """
     check_map(x)
     check_prologue(prologue, x)
-    if dispatch.runs_on_triton(x) and fits_triton(x, prologue):
-        from effnet_kernels.ops.triton_functions import Squeeze
-        from effnet_kernels.triton import squeeze_excite
+    if dispatch.has_kernels(x) and fits_kernels(x, prologue):
+        from effnet_kernels.ops.functions import Squeeze
 
         x = x.contiguous(memory_format=torch.channels_last)
-        scale, shift, act, gate, _ = owed = prologue or Prologue()
+        scale, shift, act, gate, _ = owed = contiguous(prologue or Prologue())
         if not any_requires_grad(x, *owed):
-            return squeeze_excite.mean_of_sums(squeeze_excite.squeeze(x, owed), x.shape[2] * x.shape[3])
+            primitives = primitives_for(x)
+            return primitives.mean_of_sums(primitives.squeeze(x, owed), x.shape[2] * x.shape[3])
         if gate is None:
             return Squeeze.apply(x, scale, shift, act)
     return reference.squeeze(x, prologue)

@@ -6,7 +6,7 @@ from torch import Tensor
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Prologue
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
-from effnet_kernels.ops.checks import check_map, fits_triton
+from effnet_kernels.ops.checks import check_map, fits_kernels
 from effnet_kernels.ops.excite import check_excitation, excite
 from effnet_kernels.ops.merge import merge
 from effnet_kernels.ops.squeeze import squeeze
@@ -18,8 +18,8 @@ def squeeze_excite(
     """``x * sigmoid(w2 @ act(w1 @ mean(x) + b1) + b2)``: every channel scaled by a gate from all channels' means.
 
     Differentiable in x and in the parameters. Backward keeps x, the gate [N, C] and the hidden layer [N, S], and walks
-    the map twice: once for the gate's gradient, once for that of x. On a GPU both directions are Triton kernels, the
-    same that the blocks of this package run on (there the gate is applied by the next convolution as it loads, so that
+    the map twice: once for the gate's gradient, once for that of x. Where the device has kernels, both directions are
+    those that the blocks of this package run on (there the gate is applied by the next convolution as it loads, so that
     the gated map is never stored).
 
     Args:
@@ -38,8 +38,8 @@ def squeeze_excite(
     """
     check_map(x)
     check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act)
-    if w1.shape[0] <= MAX_SQUEEZED and dispatch.runs_on_triton(x) and fits_triton(x, None, None, w1, b1, w2, b2):
-        from effnet_kernels.ops.triton_functions import SqueezeExcite
+    if w1.shape[0] <= MAX_SQUEEZED and dispatch.has_kernels(x) and fits_kernels(x, None, None, w1, b1, w2, b2):
+        from effnet_kernels.ops.functions import SqueezeExcite
 
         return SqueezeExcite.apply(x.contiguous(memory_format=torch.channels_last), w1, b1, w2, b2, act)
     gate = excite(squeeze(x), w1, b1, w2, b2, act)

@@ -176,6 +176,30 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
     return sum_partials(partials)
 
 
+def pointwise_conv_backward(
+    gradient: OutputGradient,
+    weight: Tensor,
+    x: Tensor,
+    prologue: Prologue,
+    mean: Tensor | None,
+    residual: Tensor | None,
+    through: bool,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`pointwise_conv_backward_data`, of a raw input where there is a ``mean``, and
+    :func:`pointwise_conv_backward_weight`, where they are needed.
+    """
+    dx, sums, dweight = None, None, None
+    if needs_weight:
+        dweight = pointwise_conv_backward_weight(gradient, x, prologue)
+    if needs_input:
+        raw = None if mean is None else x
+        owed = Prologue() if mean is None else prologue
+        dx, sums = pointwise_conv_backward_data(gradient, weight, raw, owed, mean, residual, through)
+    return dx, sums, dweight
+
+
 def sum_partials(partials: Tensor) -> Tensor:
     """The sum over the first dimension, in order: [P, ...] to [...], fp32; nothing is launched for a single partial."""
     if partials.shape[0] == 1:

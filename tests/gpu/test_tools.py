@@ -51,10 +51,10 @@ def test_selftest_passes_and_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_selftest_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from effnet_kernels import block
+    from effnet_kernels.triton import primitives
 
-    right = block.mean_of_sums
-    monkeypatch.setattr(block, "mean_of_sums", lambda sums, count: right(sums, count + 1))
+    right = primitives.mean_of_sums
+    monkeypatch.setattr(primitives, "mean_of_sums", lambda sums, count: right(sums, count + 1))
     report = selftest(network, resolution=24, batch=2, rounds=1)
     assert not report.passed
     assert "FAILED" in str(report)

@@ -1,4 +1,4 @@
-"""The single operators on the Triton kernels, for autograd: thin Functions over the primitives that the blocks use.
+"""The single operators on a backend's kernels, for autograd: thin Functions over the primitives that the blocks use.
 
 Maps come in channels-last strides. Statistics are one differentiable [3, C] (count, mean, M2): their gradient is an
 affine function of the raw output, which the convolution's backward forms on load.
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, Reduction
-from effnet_kernels.triton import batch_norm, depthwise, pointwise, squeeze_excite
-from effnet_kernels.triton import merge as merging
+from effnet_kernels.primitives import Primitives, primitives_for
 
 
 class PointwiseConv(torch.autograd.Function):
@@ -28,9 +27,10 @@ class PointwiseConv(torch.autograd.Function):
         reduction: Reduction,
     ) -> tuple[Tensor, Tensor | None]:
         prologue = Prologue(scale, shift, act, gate)
-        y, partials = pointwise.pointwise_conv(x, weight, bias, prologue, Epilogue(), reduction)
+        ctx.primitives = primitives = primitives_for(x)
+        y, partials = primitives.pointwise_conv(x, weight, bias, prologue, Epilogue(), reduction)
         assert y is not None
-        stats = None if partials is None else batch_norm.merge_statistics(partials)
+        stats = None if partials is None else primitives.merge_statistics(partials)
         ctx.save_for_backward(x, weight, bias, scale, shift, gate, y, stats)
         ctx.act = act
         return y, stats
@@ -41,22 +41,21 @@ class PointwiseConv(torch.autograd.Function):
         x, weight, bias, scale, shift, gate, y, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad
         owed = _with_statistics(grad, y, stats, grad_stats)
-        grad_x = grad_scale = grad_shift = grad_gate = grad_weight = grad_bias = None
-        if needs[0] or any(needs[3:6]):
-            if scale is None and shift is None and gate is None and ctx.act == "none":
-                grad_x, _ = pointwise.pointwise_conv_backward_data(owed, weight, None, Prologue(), None, None, False)
-            else:
-                prologue = Prologue(scale, shift, ctx.act, gate)
-                zero = torch.zeros(x.shape[1], device=x.device)
-                dz, sums = pointwise.pointwise_conv_backward_data(owed, weight, x, prologue, zero, None, True)
-                assert sums is not None
-                of_gate, of_shift, _, of_scale, _ = sums.sum(dim=1).unbind(1)  # [N, C] each
-                factor = torch.ones_like(of_gate) if gate is None else gate
-                grad_gate = of_gate
-                grad_shift, grad_scale = (factor * of_shift).sum(dim=0), (factor * of_scale).sum(dim=0)
-                grad_x = _scaled(dz, scale) if needs[0] else None
-        if needs[1]:
-            grad_weight = pointwise.pointwise_conv_backward_weight(owed, x, Prologue(scale, shift, ctx.act, gate))
+        grad_x = grad_scale = grad_shift = grad_gate = grad_bias = None
+        prologue = Prologue(scale, shift, ctx.act, gate)
+        plain = scale is None and shift is None and gate is None and ctx.act == "none"
+        needs_input = needs[0] or any(needs[3:6])
+        zero = torch.zeros(x.shape[1], device=x.device) if needs_input and not plain else None
+        dz, sums, grad_weight = ctx.primitives.pointwise_conv_backward(
+            owed, weight, x, prologue, zero, None, not plain, needs_input, needs[1]
+        )
+        if sums is not None:
+            of_gate, of_shift, _, of_scale, _ = sums.sum(dim=1).unbind(1)  # [N, C] each
+            factor = torch.ones_like(of_gate) if gate is None else gate
+            grad_gate = of_gate
+            grad_shift, grad_scale = (factor * of_shift).sum(dim=0), (factor * of_scale).sum(dim=0)
+        if dz is not None and needs[0]:
+            grad_x = dz if plain else _scaled(ctx.primitives, dz, scale)
         if needs[2]:
             grad_bias = _bias_gradient(grad, grad_stats)
         gradients = (grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_gate)
@@ -77,8 +76,9 @@ class DepthwiseConv(torch.autograd.Function):
         reduction: Reduction,
     ) -> tuple[Tensor, Tensor | None]:
         prologue = Prologue(scale, shift, act)
-        y, partials = depthwise.depthwise_conv(x, weight, stride, padding, prologue, Epilogue(), reduction)
-        stats = None if partials is None else batch_norm.merge_statistics(partials)
+        ctx.primitives = primitives = primitives_for(x)
+        y, partials = primitives.depthwise_conv(x, weight, stride, padding, prologue, Epilogue(), reduction)
+        stats = None if partials is None else primitives.merge_statistics(partials)
         ctx.save_for_backward(x, weight, scale, shift, y, stats)
         ctx.act, ctx.stride, ctx.padding = act, stride, padding
         return y, stats
@@ -91,13 +91,13 @@ class DepthwiseConv(torch.autograd.Function):
         owed = _with_statistics(grad, y, stats, grad_stats)
         zero = torch.zeros(x.shape[1], device=x.device) if any(needs[2:4]) else None
         prologue = Prologue(scale, shift, ctx.act)
-        dz, sums, grad_weight = depthwise.depthwise_conv_backward(
+        dz, sums, grad_weight = ctx.primitives.depthwise_conv_backward(
             owed, x, weight, ctx.stride, ctx.padding, prologue, zero, None
         )
         grad_scale = grad_shift = None
         if sums is not None:
             grad_shift, grad_scale = sums.sum(dim=0)
-        grad_x = _scaled(dz, scale) if needs[0] else None
+        grad_x = _scaled(ctx.primitives, dz, scale) if needs[0] else None
         gradients = (grad_x, grad_weight, grad_scale, grad_shift)
         return *_cast(needs, gradients, (x, weight, scale, shift)), None, None, None, None
 
@@ -107,8 +107,9 @@ class Squeeze(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.act = act
-        sums = squeeze_excite.squeeze(x, Prologue(scale, shift, act))
-        return squeeze_excite.mean_of_sums(sums, x.shape[2] * x.shape[3])
+        ctx.primitives = primitives = primitives_for(x)
+        sums = primitives.squeeze(x, Prologue(scale, shift, act))
+        return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +117,7 @@ class Squeeze(torch.autograd.Function):
         x, scale, shift = ctx.saved_tensors
         offset = grad / (x.shape[2] * x.shape[3])
         owed = OutputGradient(None, x, None, None, None, offset, scale, shift, ctx.act)
-        gradients = _through_affine(ctx.needs_input_grad[:3], owed, x)
+        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[:3], owed, x)
         return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), None
 
 
@@ -133,14 +134,15 @@ class Merge(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, shift, keep)
         ctx.act = act
-        return merging.merge(x, Prologue(scale, shift, act), residual, keep)
+        ctx.primitives = primitives = primitives_for(x)
+        return primitives.merge(x, Prologue(scale, shift, act), residual, keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _check_first_order()
         x, scale, shift, keep = ctx.saved_tensors
         owed = OutputGradient(_channels_last(grad), x, None, None, keep, None, scale, shift, ctx.act)
-        gradients = _through_affine(ctx.needs_input_grad[:3], owed, x)
+        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[:3], owed, x)
         residual = grad if ctx.needs_input_grad[3] else None
         return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), residual, None, None
 
@@ -150,7 +152,8 @@ class Excite(torch.autograd.Function):
     def forward(
         ctx: Any, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
     ) -> Tensor:
-        gate, pooled, hidden = squeeze_excite.excite(pooled[:, None], 1, w1, b1, w2, b2, act)
+        ctx.primitives = primitives = primitives_for(pooled)
+        gate, pooled, hidden = primitives.excite(pooled[:, None], 1, w1, b1, w2, b2, act)
         ctx.save_for_backward(pooled, w1, b1, w2, b2, gate, hidden)
         ctx.act = act
         return gate
@@ -159,9 +162,10 @@ class Excite(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _check_first_order()
         pooled, w1, b1, w2, b2, gate, hidden = ctx.saved_tensors
+        primitives = ctx.primitives
         sums = grad.contiguous()[:, None, None]
-        grad_pooled, logits, dhidden, _ = squeeze_excite.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act)
-        weights = squeeze_excite.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
+        grad_pooled, logits, dhidden, _ = primitives.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act)
+        weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
         gradients = (grad_pooled, *weights)
         return *_cast(ctx.needs_input_grad, gradients, (pooled, w1, b1, w2, b2)), None
 
@@ -171,23 +175,25 @@ class SqueezeExcite(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
     ) -> Tensor:
-        sums = squeeze_excite.squeeze(x, Prologue())
-        gate, pooled, hidden = squeeze_excite.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act)
+        ctx.primitives = primitives = primitives_for(x)
+        sums = primitives.squeeze(x, Prologue())
+        gate, pooled, hidden = primitives.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act)
         ctx.save_for_backward(x, w1, b1, w2, b2, gate, pooled, hidden)
         ctx.act = act
-        return merging.merge(x, Prologue(gate=gate), None, None)
+        return primitives.merge(x, Prologue(gate=gate), None, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _check_first_order()
         x, w1, b1, w2, b2, gate, pooled, hidden = ctx.saved_tensors
+        primitives = ctx.primitives
         grad = _channels_last(grad)
-        sums = squeeze_excite.squeeze(x, Prologue(), grad)
-        offset, logits, dhidden, _ = squeeze_excite.excite_backward(
+        sums = primitives.squeeze(x, Prologue(), grad)
+        offset, logits, dhidden, _ = primitives.excite_backward(
             sums[:, :, None], x.shape[2] * x.shape[3], gate, hidden, w1, w2, ctx.act
         )
-        weights = squeeze_excite.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
-        grad_x = batch_norm.apply_gradient(OutputGradient(grad, gate=gate, offset=offset), None)
+        weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
+        grad_x = primitives.apply_gradient(OutputGradient(grad, gate=gate, offset=offset), None)
         return *_cast(ctx.needs_input_grad, (grad_x, *weights), (x, w1, b1, w2, b2)), None
 
 
@@ -220,24 +226,26 @@ def _bias_gradient(grad: Tensor, grad_stats: Tensor | None) -> Tensor:
     return bias if grad_stats is None else bias + grad_stats[1]
 
 
-def _scaled(dz: Tensor, scale: Tensor | None) -> Tensor:
+def _scaled(primitives: Primitives, dz: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return dz
     coefficients = torch.stack([scale.float(), torch.zeros_like(scale), torch.zeros_like(scale)])
-    return batch_norm.apply_gradient(OutputGradient(dz, dz, coefficients), None)
+    return primitives.apply_gradient(OutputGradient(dz, dz, coefficients), None)
 
 
-def _through_affine(needs: tuple[bool, ...], owed: OutputGradient, x: Tensor) -> tuple[Tensor | None, ...]:
+def _through_affine(
+    primitives: Primitives, needs: tuple[bool, ...], owed: OutputGradient, x: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, scale and shift, where act(scale * x + shift) got the gradient in ``owed``."""
     grad_x = grad_scale = grad_shift = None
     if needs[1] or needs[2]:
         zero = torch.zeros(x.shape[1], device=x.device)
-        grad_shift, grad_scale = batch_norm.gradient_sums(owed, zero).sum(dim=0)
+        grad_shift, grad_scale = primitives.gradient_sums(owed, zero).sum(dim=0)
     if needs[0]:
         if owed.scale is not None:
             scale = owed.scale.float()
             owed = owed._replace(coefficients=torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)]))
-        grad_x = batch_norm.apply_gradient(owed, None)
+        grad_x = primitives.apply_gradient(owed, None)
     return grad_x, grad_scale, grad_shift
 
 

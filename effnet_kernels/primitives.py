@@ -1,0 +1,127 @@
+"""What a backend computes: the operators forward and backward, on tensors, without autograd.
+
+Maps are [N, C, H, W] in channels-last strides, vectors and partial results contiguous and fp32. Partial results are
+merged by whoever takes them; how many there are is the backend's to choose.
+"""
+
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, Reduction
+
+
+class Primitives(Protocol):
+    """A backend's primitives; each module that has them, such as ``effnet_kernels.cpu.primitives``, documents them."""
+
+    def pointwise_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prologue: Prologue,
+        epilogue: Epilogue,
+        reduction: Reduction,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def pointwise_conv_backward(
+        self,
+        gradient: OutputGradient,
+        weight: Tensor,
+        x: Tensor,
+        prologue: Prologue,
+        mean: Tensor | None,
+        residual: Tensor | None,
+        through: bool,
+        needs_input: bool,
+        needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def depthwise_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        stride: int,
+        padding: Padding,
+        prologue: Prologue,
+        epilogue: Epilogue,
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def depthwise_conv_backward(
+        self,
+        gradient: OutputGradient,
+        x: Tensor,
+        weight: Tensor,
+        stride: int,
+        padding: Padding,
+        prologue: Prologue,
+        mean: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]: ...
+
+    def channel_statistics(self, y: Tensor) -> Tensor: ...
+
+    def merge_statistics(self, partials: Tensor) -> Tensor: ...
+
+    def gradient_sums(self, gradient: OutputGradient, mean: Tensor) -> Tensor: ...
+
+    def apply_gradient(self, gradient: OutputGradient, residual: Tensor | None) -> Tensor: ...
+
+    def fold_batch_norm(
+        self,
+        partials: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+        skip_nonfinite: bool = True,
+    ) -> Tensor: ...
+
+    def fold_batch_norm_backward(
+        self,
+        sums: Tensor,
+        count: int,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        batch_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def squeeze(self, x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor: ...
+
+    def mean_of_sums(self, sums: Tensor, count: int) -> Tensor: ...
+
+    def excite(
+        self,
+        sums: Tensor,
+        count: int,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        act: Activation,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def excite_backward(
+        self, sums: Tensor, count: int, gate: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor, act: Activation
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
+
+    def excite_backward_weight(
+        self, logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def merge(self, x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor: ...
+
+
+def primitives_for(x: Tensor) -> Primitives:
+    """The native kernels' for a tensor on the CPU, the Triton kernels' for others."""
+    if x.device.type == "cpu":
+        from effnet_kernels.cpu import primitives as native
+
+        return cast(Primitives, native)
+    from effnet_kernels.triton import primitives as gpu
+
+    return cast(Primitives, gpu)
