@@ -67,7 +67,7 @@ class Forward {
         ring_{s_.kernel, s_.left, s_.width,
               std::max(s_.left + s_.width, (s_.out_width - 1) * s_.stride + s_.kernel)},
         cut_(s_, ring_.panel_floats() + s_.out_width * panel_columns),
-        taps_(allocate_zeros(cut_.panels * tap_floats())) {}
+        taps_(cut_.panels * tap_floats()) {}
 
   const Cut& cut() const { return cut_; }
   std::int64_t scratch_floats() const {
@@ -76,6 +76,7 @@ class Forward {
 
   void pack(std::int64_t panel) {
     float* to = taps_.get() + panel * tap_floats();
+    std::fill_n(to, tap_floats(), 0.0f);
     const std::int64_t taps = s_.kernel * s_.kernel;
     for (std::int64_t j = 0; j < columns_of(panel, s_.channels); ++j) {
       const std::int64_t c = panel * panel_columns + j;
@@ -168,7 +169,7 @@ class Forward {
   const Kernels& kernels_;
   const Ring ring_;
   const Cut cut_;
-  Buffer taps_;
+  Scratch taps_;
 };
 
 // The taps that input row or column `at` of the gradient takes part in, as a convolution of the output's gradient with
@@ -193,8 +194,8 @@ class Backward {
         g_ring_{size_, size_ - 1, s_.out_width,
                 size_ - 1 + std::max(s_.out_width, (s_.width - 1 + s_.left) / s_.stride + 1)},
         cut_(s_, x_ring_.panel_floats() + g_ring_.panel_floats() + s_.width * panel_columns),
-        taps_(allocate_zeros(cut_.panels * s_.stride * s_.stride * tap_floats())),
-        gradients_(allocate(cut_.slots * cut_.panels * gradient_floats())) {}
+        taps_(cut_.panels * s_.stride * s_.stride * tap_floats()),
+        gradients_(cut_.slots * cut_.panels * gradient_floats()) {}
 
   const Cut& cut() const { return cut_; }
   std::int64_t scratch_floats() const {
@@ -206,7 +207,9 @@ class Backward {
   void pack(std::int64_t panel) {
     for (std::int64_t row_phase = 0; row_phase < s_.stride; ++row_phase) {
       for (std::int64_t column_phase = 0; column_phase < s_.stride; ++column_phase) {
-        float* to = taps_of(panel, row_phase, column_phase) + panel_columns;
+        float* to = taps_of(panel, row_phase, column_phase);
+        std::fill_n(to, tap_floats(), 0.0f);
+        to += panel_columns;
         for (std::int64_t i = 0; i < size_; ++i) {
           for (std::int64_t j = 0; j < size_; ++j, to += panel_columns) {
             const std::int64_t row = row_phase + (size_ - 1 - i) * s_.stride;
@@ -375,7 +378,7 @@ class Backward {
   const std::int64_t size_;
   const Ring x_ring_, g_ring_;
   const Cut cut_;
-  Buffer taps_, gradients_;
+  Scratch taps_, gradients_;
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "buffer.h"
 #include "operators.h"
 #include "parallel.h"
+#include "pool.h"
 
 namespace effnet {
 
@@ -31,7 +32,7 @@ Phase(std::int64_t, Function) -> Phase<Function>;
 template <class... Functions>
 void parallel_phases(int threads, std::int64_t scratch_floats, const Phase<Functions>&... phases) {
   const std::int64_t pitch = round_up(scratch_floats, panel_columns) + panel_columns;
-  const Buffer scratch = allocate(threads * pitch);
+  const Scratch scratch(threads * pitch);
   std::atomic<std::int64_t> taken[sizeof...(phases)] = {};
   parallel_team(threads, [&](Team& team) {
     std::size_t index = 0;

@@ -66,8 +66,8 @@ class Forward {
     wanted_ = block_rows(round_up(call.channels, panel_columns));
     most_ = most_rows(call.pixels, wanted_);
     groups_ = std::min(panels_, ceil_div(least_units, call.pixels.count()));
-    weights_ = allocate(panels_ * call.channels * panel_columns);
-    bias_ = allocate(panels_ * panel_columns);
+    weights_ = Scratch(panels_ * call.channels * panel_columns);
+    bias_ = Scratch(panels_ * panel_columns);
   }
 
   std::int64_t scratch_floats() const {
@@ -179,7 +179,7 @@ class Forward {
   const std::int64_t panels_;
   bool pays_ = false;
   std::int64_t wanted_ = 1, most_ = 1, groups_ = 1;
-  Buffer weights_, bias_;
+  Scratch weights_, bias_;
 };
 
 class Backward {
@@ -194,9 +194,9 @@ class Backward {
       std::int64_t power = least_chunks;
       while (power * 2 <= std::min(most, most_chunks)) power *= 2;
       chunks_ = std::min(chunks_, power);
-      gradients_ = allocate(chunks_ * gradient_floats());
+      gradients_ = Scratch(chunks_ * gradient_floats());
     }
-    if (call.dx != nullptr) weights_ = allocate(in_panels_ * call.outputs * panel_columns);
+    if (call.dx != nullptr) weights_ = Scratch(in_panels_ * call.outputs * panel_columns);
   }
 
   std::int64_t scratch_floats() const {
@@ -338,7 +338,7 @@ class Backward {
   const Kernels& kernels_;
   const std::int64_t in_panels_, out_panels_;
   std::int64_t wanted_ = 1, most_ = 1, chunks_ = 1;
-  Buffer weights_, gradients_;
+  Scratch weights_, gradients_;
 };
 
 }  // namespace

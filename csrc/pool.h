@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 namespace effnet {
@@ -14,6 +15,21 @@ using Block = std::shared_ptr<void>;
 
 // At least so many bytes, at the start of a cache line, not initialised; in huge pages where the system has them.
 Block acquire(std::size_t bytes);
+
+// Memory for the length of a call. Sizes are rounded up to powers of two, so that calls of other shapes find it again.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(std::int64_t floats) {
+    std::size_t bytes = 4096;
+    while (bytes < static_cast<std::size_t>(floats) * sizeof(float)) bytes *= 2;
+    block_ = acquire(bytes);
+  }
+  float* get() const { return static_cast<float*>(block_.get()); }
+
+ private:
+  Block block_;
+};
 
 // Frees what is in the pool and not in use.
 void release_memory();
