@@ -115,7 +115,7 @@ void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::i
 using ShapeTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                               std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
-effnet::DepthwiseShape shape_of(const ShapeTuple& given) {
+effnet::ConvShape shape_of(const ShapeTuple& given) {
   const auto [images, channels, height, width, out_height, out_width, kernel, stride, left, top] = given;
   return {images, channels, height, width, out_height, out_width, kernel, stride, left, top};
 }
@@ -152,6 +152,12 @@ void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, 
   const effnet::Execution how = execution(threads, isa);
   py::gil_scoped_release unlocked;
   effnet::depthwise_backward(call, how);
+}
+
+void patches(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t to, int threads, const char* isa) {
+  const effnet::Execution how = execution(threads, isa);
+  py::gil_scoped_release unlocked;
+  effnet::patches(shape_of(shape), pointer<const float>(x), pointer<float>(to), how);
 }
 
 void merge(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
@@ -330,6 +336,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("pointwise_backward", &pointwise_backward);
   m.def("depthwise_forward", &depthwise_forward);
   m.def("depthwise_backward", &depthwise_backward);
+  m.def("patches", &patches);
   m.def("merge", &merge);
   m.def("squeeze", &squeeze);
   m.def("channel_statistics", &channel_statistics);

@@ -33,7 +33,7 @@ struct Ring {
 struct Cut {
   std::int64_t slots, panels, groups;
 
-  Cut(const DepthwiseShape& shape, std::int64_t floats_a_panel) {
+  Cut(const ConvShape& shape, std::int64_t floats_a_panel) {
     slots = depthwise_slots(shape.images);
     panels = ceil_div(shape.channels, panel_columns);
     const std::int64_t in_cache = std::max<std::int64_t>(1, ring_floats / floats_a_panel);
@@ -46,7 +46,7 @@ struct Cut {
 struct Unit {
   std::int64_t slot, first_image, end_image, first_panel, panels, channel, channels;
 
-  Unit(const DepthwiseShape& shape, const Cut& cut, std::int64_t index) {
+  Unit(const ConvShape& shape, const Cut& cut, std::int64_t index) {
     slot = index / cut.groups;
     const std::int64_t group = index % cut.groups;
     first_image = shape.images * slot / cut.slots;
@@ -165,7 +165,7 @@ class Forward {
   }
 
   const DepthwiseForward& call_;
-  const DepthwiseShape& s_;
+  const ConvShape& s_;
   const Kernels& kernels_;
   const Ring ring_;
   const Cut cut_;
@@ -259,7 +259,7 @@ class Backward {
 
  private:
   // Of the convolution of one phase: one of the sizes that there are kernels of.
-  static std::int64_t phase_kernel(const DepthwiseShape& shape) {
+  static std::int64_t phase_kernel(const ConvShape& shape) {
     const std::int64_t taps = ceil_div(shape.kernel, shape.stride);
     return taps <= 3 ? 3 : taps <= 5 ? 5 : 7;
   }
@@ -373,7 +373,7 @@ class Backward {
   }
 
   const DepthwiseBackward& call_;
-  const DepthwiseShape& s_;
+  const ConvShape& s_;
   const Kernels& kernels_;
   const std::int64_t size_;
   const Ring x_ring_, g_ring_;
@@ -386,7 +386,7 @@ class Backward {
 std::int64_t depthwise_slots(std::int64_t images) { return std::min(images, most_slots); }
 
 void depthwise_forward(const DepthwiseForward& call, const Execution& execution) {
-  const DepthwiseShape& s = call.shape;
+  const ConvShape& s = call.shape;
   Forward forward(call, execution.kernels);
   const int threads = threads_for(s.images * s.channels * (s.height * s.width + s.out_height * s.out_width), execution.threads);
   parallel_phases(threads, forward.scratch_floats(),
@@ -395,7 +395,7 @@ void depthwise_forward(const DepthwiseForward& call, const Execution& execution)
 }
 
 void depthwise_backward(const DepthwiseBackward& call, const Execution& execution) {
-  const DepthwiseShape& s = call.shape;
+  const ConvShape& s = call.shape;
   Backward backward(call, execution.kernels);
   const int threads = threads_for(s.images * s.channels * (s.height * s.width + s.out_height * s.out_width), execution.threads);
   parallel_phases(threads, backward.scratch_floats(),

@@ -67,6 +67,32 @@ Pixels cut_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
   return cut;
 }
 
+void patches(const ConvShape& shape, const float* x, float* to, const Execution& execution) {
+  const std::int64_t segment = shape.kernel * shape.channels, patch = shape.kernel * segment;
+  const auto run = [&](std::int64_t index, float*) {
+    const std::int64_t image = index / shape.out_height, y = index % shape.out_height;
+    float* own = to + index * shape.out_width * patch;
+    for (std::int64_t i = 0; i < shape.kernel; ++i) {
+      const std::int64_t row = y * shape.stride - shape.top + i;
+      const bool inside = row >= 0 && row < shape.height;
+      const float* from = x + (image * shape.height + (inside ? row : 0)) * shape.width * shape.channels;
+      for (std::int64_t column = 0; column < shape.out_width; ++column) {
+        float* segment_to = own + column * patch + i * segment;
+        const std::int64_t first = column * shape.stride - shape.left;
+        const std::int64_t begin = inside ? std::max<std::int64_t>(0, -first) : shape.kernel;
+        const std::int64_t end = std::max(begin, std::min(shape.kernel, shape.width - first));
+        std::int64_t at = 0;
+        for (; at < begin * shape.channels; ++at) segment_to[at] = 0.0f;
+        for (; at < end * shape.channels; ++at) segment_to[at] = from[first * shape.channels + at];
+        for (; at < segment; ++at) segment_to[at] = 0.0f;
+      }
+    }
+  };
+  const std::int64_t rows = shape.images * shape.out_height;
+  const int threads = threads_for(rows * shape.out_width * patch, execution.threads);
+  parallel_phases(threads, 0, Phase<decltype(run)>{rows, run});
+}
+
 void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* keep,
            const float* residual, float* to, const Execution& execution) {
   const auto run = [&](std::int64_t index, float* factor) {

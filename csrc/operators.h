@@ -92,13 +92,14 @@ void pointwise_backward(const PointwiseBackward& call, const Execution& executio
 // Images in slots, whose partial results are apart.
 std::int64_t depthwise_slots(std::int64_t images);
 
-struct DepthwiseShape {
+// The sizes of a convolution: of its input's channels and map, its output's map, its kernel and the zeros before the map.
+struct ConvShape {
   std::int64_t images, channels, height, width, out_height, out_width;
   std::int64_t kernel, stride, left, top;
 };
 
 struct DepthwiseForward {
-  DepthwiseShape shape;
+  ConvShape shape;
   const float *x, *weight;  // weight [C, k, k]
   Prologue prologue;        // without a gate
   Epilogue epilogue;        // without a residual
@@ -110,7 +111,7 @@ struct DepthwiseForward {
 void depthwise_forward(const DepthwiseForward& call, const Execution& execution);
 
 struct DepthwiseBackward {
-  DepthwiseShape shape;
+  ConvShape shape;
   OutputGradient gradient;
   const float *x, *weight;
   Prologue prologue;      // without a gate
@@ -122,6 +123,10 @@ struct DepthwiseBackward {
 };
 
 void depthwise_backward(const DepthwiseBackward& call, const Execution& execution);
+
+// The pixels that a convolution reads for each of its outputs, in the order of rows, columns and channels, with zeros
+// outside of the map: [N, out_height, out_width, kernel * kernel * C].
+void patches(const ConvShape& shape, const float* x, float* to, const Execution& execution);
 
 // to = keep * act(scale * x + shift) * gate + residual
 void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* keep,

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels import dispatch
@@ -149,7 +148,8 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
             )
         else:
             owed = Prologue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
-            y = primitives.merge(_dense(layer, x, own), owed, residual if last else None, None)
+            y, _ = primitives.dense_conv(x, own.weight, own.bias, layer.stride, layer.padding, "none")
+            y = primitives.merge(y, owed, residual if last else None, None)
         if layer.excite_act is not None:
             if sums is None:
                 sums = primitives.squeeze(y, Prologue())
@@ -288,7 +288,7 @@ class ChainFunction(torch.autograd.Function):
         flat, kept = rest[: width * len(chain.layers)], rest[width * len(chain.layers) :]
         parameters = unflatten(flat)
         if kept[0] is None:
-            kept[0] = _dense(chain.layers[0], x, parameters[0])
+            kept[0], _ = _convolve(ctx.primitives, chain.layers[0], x, parameters[0], Prologue())
         stored = unflatten_stored(chain, kept)
         needs = ctx.needs_input_grad
         needs_parameters = [needs[start : start + width] for start in range(4, len(needs), width)]
@@ -338,8 +338,7 @@ def _convolve(
         return y, partials
     if layer.kind == "depthwise":
         return primitives.depthwise_conv(x, own.weight, layer.stride, layer.padding, owed, Epilogue(), reduction)
-    y = _dense(layer, x, own)
-    return y, primitives.channel_statistics(y) if layer.batch_statistics else None
+    return primitives.dense_conv(x, own.weight, own.bias, layer.stride, layer.padding, reduction)
 
 
 def _fold(primitives: Primitives, layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Tensor:
@@ -373,23 +372,10 @@ def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:
 
 
 def _recomputes(chain: Chain, x: Tensor) -> bool:
-    """Whether backward computes the first output anew: a stem's is ten times its input and cheap to compute."""
-    return chain.layers[0].kind == "dense" and x.shape[1] <= 4
-
-
-def _padded(layer: Layer, x: Tensor) -> tuple[Tensor, int]:
-    """The input of torch's convolution and the padding left to it, which is the same on all sides."""
-    left, right, top, bottom = layer.padding
-    if left == right == top == bottom:
-        return x, left
-    return F.pad(x, [left, right, top, bottom]).contiguous(memory_format=torch.channels_last), 0
-
-
-def _dense(layer: Layer, x: Tensor, own: Parameters) -> Tensor:
-    x, padding = _padded(layer, x)
-    weight = own.weight.to(x.dtype)
-    bias = None if own.bias is None else own.bias.to(x.dtype)
-    return F.conv2d(x, weight, bias, layer.stride, padding).contiguous(memory_format=torch.channels_last)
+    """Whether backward computes the first output anew: a GPU's memory is scarce, and a stem's output ten times its input
+    and cheap to compute.
+    """
+    return chain.layers[0].kind == "dense" and x.shape[1] <= 4 and x.device.type != "cpu"
 
 
 def _first_backward(
@@ -414,26 +400,10 @@ def _first_backward(
             grad_x, _, grad_weight = primitives.depthwise_conv_backward(
                 owed, x, own.weight, layer.stride, layer.padding, Prologue(), None, residual
             )
-    elif needs_input or needs_weight:
-        padded, padding = _padded(layer, x)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            primitives.apply_gradient(owed, None),
-            padded,
-            own.weight.to(x.dtype),
-            None,
-            [layer.stride] * 2,
-            [padding] * 2,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [needs_input, needs_weight, False],
+    else:
+        grad_x, grad_weight = primitives.dense_conv_backward(
+            owed, x, own.weight, layer.stride, layer.padding, residual, needs_input, needs_weight
         )
-        if grad_x is not None and padded is not x:
-            left, _, top, _ = layer.padding
-            grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-        if grad_x is not None and residual is not None:
-            grad_x = grad_x + residual
     return grad_x if needs_input else None, grad_weight
 
 

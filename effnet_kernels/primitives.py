@@ -60,6 +60,22 @@ class Primitives(Protocol):
         residual: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
+    def dense_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding, reduction: Reduction
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def dense_conv_backward(
+        self,
+        gradient: OutputGradient,
+        x: Tensor,
+        weight: Tensor,
+        stride: int,
+        padding: Padding,
+        residual: Tensor | None,
+        needs_input: bool,
+        needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
     def channel_statistics(self, y: Tensor) -> Tensor: ...
 
     def merge_statistics(self, partials: Tensor) -> Tensor: ...

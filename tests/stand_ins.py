@@ -7,7 +7,7 @@ import torch
 from gpu import exact
 from torch import Tensor
 
-from effnet_kernels import block, dispatch
+from effnet_kernels import block, dense, dispatch
 from effnet_kernels.deferred import Prologue
 
 
@@ -47,6 +47,15 @@ def pointwise_conv_backward(gradient, weight, x, prologue, mean, residual, throu
     return dx, sums, dweight
 
 
+def dense_conv(x, weight, bias, stride, padding, reduction):
+    y = dense.conv(x, weight, bias, stride, padding)
+    return y, exact.moments(y)[None] if reduction == "statistics" else None
+
+
+def dense_conv_backward(gradient, *arguments):
+    return dense.conv_backward(_map(exact.apply_gradient(gradient, None)), *arguments)
+
+
 def depthwise_conv_backward(*arguments):
     dz, sums, dweight = exact.depthwise_conv_backward(*arguments)
     return _map(dz), sums if sums is None else sums[None], dweight
@@ -81,6 +90,8 @@ def excite_backward(sums, *arguments):
 _PRIMITIVES = {
     "apply_gradient": lambda gradient, residual: _map(exact.apply_gradient(gradient, residual)),
     "channel_statistics": lambda y: exact.moments(y)[None],
+    "dense_conv": dense_conv,
+    "dense_conv_backward": dense_conv_backward,
     "depthwise_conv": depthwise_conv,
     "depthwise_conv_backward": depthwise_conv_backward,
     "excite": excite,

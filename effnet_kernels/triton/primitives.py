@@ -8,6 +8,7 @@ from effnet_kernels.triton.batch_norm import (
     gradient_sums,
     merge_statistics,
 )
+from effnet_kernels.triton.dense import dense_conv, dense_conv_backward
 from effnet_kernels.triton.depthwise import depthwise_conv, depthwise_conv_backward
 from effnet_kernels.triton.merge import merge
 from effnet_kernels.triton.pointwise import pointwise_conv, pointwise_conv_backward
@@ -22,6 +23,8 @@ from effnet_kernels.triton.squeeze_excite import (
 __all__ = [
     "apply_gradient",
     "channel_statistics",
+    "dense_conv",
+    "dense_conv_backward",
     "depthwise_conv",
     "depthwise_conv_backward",
     "excite",
