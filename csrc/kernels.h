@@ -36,6 +36,8 @@ struct Gemm {
   std::int64_t columns;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
   float* sums;           // [16], the columns' sums of y are added to it; may be null
   Activation act;
+  const float* soon;      // where a line a row will be written next, to be asked for meanwhile; may be null
+  std::int64_t soon_row;  // floats from one to the next
 };
 
 // One row of y = act(depthwise(x) + bias), one panel of channels wide, out of rows of x that are padded left and right.

@@ -133,6 +133,10 @@ class Forward {
       gemm.columns = columns_of(panel, call_.outputs);
       gemm.y = call_.reduction == Reduction::pool ? nullptr : panel_scratch;
       gemm.sums = call_.reduction == Reduction::pool ? sums : nullptr;
+      if (call_.reduction != Reduction::pool) {
+        gemm.soon = call_.y + pixel * call_.outputs + panel * panel_columns;
+        gemm.soon_row = call_.outputs;
+      }
       kernels_.gemm_f32_bias_act_residual_sum(gemm);
       if (call_.reduction == Reduction::pool) {
         for (std::int64_t c = 0; c < gemm.columns; ++c) partials(part, 0, panel)[c] += sums[c];
@@ -302,6 +306,8 @@ class Backward {
       const std::int64_t column = panel * panel_columns;
       gemm.b = weights_.get() + panel * call_.outputs * panel_columns;
       gemm.columns = columns_of(panel, call_.channels);
+      gemm.soon = call_.dx + pixel * call_.channels + column;
+      gemm.soon_row = call_.channels;
       kernels_.gemm_f32_bias_act_residual_sum(gemm);
       const Rows residual = map_rows(call_.residual, pixel, call_.channels, column);
       const Rows to = map_rows(call_.dx, pixel, call_.channels, column);

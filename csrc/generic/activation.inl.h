@@ -38,24 +38,31 @@ EFFNET_INLINE F<L> one_plus_exp_minus(F<L> x) {
   return 2.0f * exp2_fraction<L>(f) * power + 1.0f;
 }
 
+#if defined(__AVX512F__)
+// The same where a power of two may be any: no bounds, infinities come out right by themselves and a NaN stays.
+EFFNET_INLINE __m512 one_plus_exp_minus_any(__m512 x) {
+  const __m512 z = x * -1.44269504f;
+  // z less the nearest integer, 0 for an infinite z.
+  const __m512 f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEAREST_INT);
+  const __m512 n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_scalef_ps((__m512)exp2_fraction<16>((F<16>)f), n) + 1.0f;
+}
+#endif
+
 // A NaN gets lost in the bounds above and comes back with x itself.
 template <int L>
 EFFNET_INLINE F<L> silu(F<L> x) {
 #if defined(__AVX512F__)
-  // Here a power of two may be any: no bounds, and infinities come out right by themselves.
-  if constexpr (L == 16) {
-    const __m512 z = (__m512)x * -1.44269504f;
-    // z less the nearest integer, 0 for an infinite z.
-    const __m512 f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEAREST_INT);
-    const __m512 n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT);
-    return x / (F<L>)(_mm512_scalef_ps((__m512)exp2_fraction<L>((F<L>)f), n) + 1.0f);
-  }
+  if constexpr (L == 16) return x / (F<L>)one_plus_exp_minus_any((__m512)x);
 #endif
   return x / one_plus_exp_minus<L>(x);
 }
 
 template <int L>
 EFFNET_INLINE F<L> sigmoid(F<L> x) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return 1.0f / (F<L>)one_plus_exp_minus_any((__m512)x);
+#endif
   // x - x is zero but for NaN and the infinities, whose bounds are at hand.
   const F<L> nan = x != x ? x : F<L>{};
   return (1.0f + nan) / one_plus_exp_minus<L>(x);

@@ -14,6 +14,7 @@ struct GemmPlace {
   const float* a;
   std::int64_t offset;  // of the first row, in y and the residual
   std::int64_t x;       // its pixel within the line
+  const float* soon;
 };
 
 template <int L, int Rows, int V, int Chains = 1>
@@ -23,6 +24,10 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
     const F<L> bias = load<L>(gemm.bias + column + v.value * L);
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { sums[r.value * V + v.value] = bias; });
   });
+  if (gemm.soon != nullptr) {
+    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { prefetch_to_write(place.soon + r.value * gemm.soon_row); });
+    place.soon += Rows * gemm.soon_row;
+  }
   // Inner steps take turns with this many sums. Before it can add, a small tile would wait for the addition before.
   F<L> more[Chains][Rows * V] = {};
   // Three rows share a pointer: with the stride times 0, 1 and 2 that is all an address can express, and a pointer a row
@@ -119,7 +124,7 @@ struct GemmTiles {
 template <int L, int V, int... Rows>
 void gemm_columns(const effnet::Gemm& gemm, std::int64_t column) {
   constexpr std::int64_t Most = sizeof...(Rows);
-  GemmPlace place{gemm.a, 0, 0};
+  GemmPlace place{gemm.a, 0, 0, gemm.soon};
   if (gemm.rows_apart) {
     for (std::int64_t row = 0; row < gemm.rows; ++row) gemm_tile<L, 1, V, 8 / V>(gemm, column, place);
     return;

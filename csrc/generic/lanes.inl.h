@@ -64,6 +64,15 @@ EFFNET_INLINE void prefetch(const float* address) {
 #endif
 }
 
+// The same, and to be written.
+EFFNET_INLINE void prefetch_to_write(const float* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 1, 2);
+#else
+  (void)address;
+#endif
+}
+
 // The same number in every lane. x - 0 is x whatever x is, where 0 + x is not for -0: only this costs no addition.
 template <int L>
 EFFNET_INLINE F<L> broadcast(float value) {
