@@ -7,8 +7,8 @@ namespace {
 
 constexpr std::int64_t most_slots = 16;
 // Rings of the panels that are done together, and units of a call at least.
-constexpr std::int64_t ring_floats = 48 * 1024;
-constexpr std::int64_t least_units = 32;
+constexpr std::int64_t ring_floats = 128 * 1024;
+constexpr std::int64_t least_units = 16;
 
 std::int64_t columns_of(std::int64_t panel, std::int64_t channels) {
   return std::min(panel_columns, channels - panel * panel_columns);
