@@ -27,6 +27,13 @@ struct Ring {
   Rows to(float* ring, std::int64_t index) const {
     return {row(ring, 0, index) + left * panel_columns, panel_columns, panel_floats()};
   }
+  // The zeros left and right of the rows, which nothing else writes.
+  void clear_margins(float* ring, std::int64_t panels) const {
+    for (std::int64_t index = 0; index < panels * rows; ++index, ring += row_floats()) {
+      std::fill_n(ring, left * panel_columns, 0.0f);
+      std::fill_n(ring + (left + width) * panel_columns, (padded - left - width) * panel_columns, 0.0f);
+    }
+  }
 };
 
 // Channels in groups of panels, images in slots; a unit is a group of a slot's images.
@@ -90,7 +97,7 @@ class Forward {
     const Unit unit(s_, cut_, index);
     float* statistics = scratch + cut_.most_panels() * (ring_.panel_floats() + s_.out_width * panel_columns);
     std::fill_n(statistics, unit.panels * 2 * panel_columns, 0.0f);
-    std::fill_n(scratch, unit.panels * ring_.panel_floats(), 0.0f);
+    ring_.clear_margins(scratch, unit.panels);
     std::int64_t count = 0;
     for (std::int64_t image = unit.first_image; image < unit.end_image; ++image) {
       if (call_.reduction == Reduction::pool) std::fill_n(statistics, unit.panels * 2 * panel_columns, 0.0f);
@@ -122,6 +129,7 @@ class Forward {
     pay.shift = offset(call_.prologue.shift, unit.channel);
     pay.rows = s_.width;
     pay.channels = unit.channels;
+    pay.fill = true;
     pay.act = call_.prologue.act;
     ActivateRows store{};
     store.x = panel_rows(out, s_.out_width);
@@ -228,7 +236,9 @@ class Backward {
     const Unit unit(s_, cut_, index);
     const std::int64_t rings = cut_.most_panels() * (x_ring_.panel_floats() + g_ring_.panel_floats());
     float* sums = scratch + rings;
-    std::fill_n(scratch, rings + cut_.most_panels() * 2 * panel_columns, 0.0f);
+    x_ring_.clear_margins(scratch, unit.panels);
+    g_ring_.clear_margins(scratch + cut_.most_panels() * x_ring_.panel_floats(), unit.panels);
+    std::fill_n(sums, unit.panels * 2 * panel_columns, 0.0f);
     for (std::int64_t panel = 0; panel < unit.panels; ++panel) {
       std::fill_n(gradient_of(unit.slot, unit.first_panel + panel), gradient_floats(), 0.0f);
     }
@@ -281,6 +291,7 @@ class Backward {
     pay.shift = offset(call_.prologue.shift, unit.channel);
     pay.rows = s_.width;
     pay.channels = unit.channels;
+    pay.fill = true;
     pay.act = call_.prologue.act;
     OutputGradient gradient = call_.gradient;
     GradientRows load = gradient_rows(gradient, image, s_.channels, dx + s_.width * panel_columns);
@@ -289,6 +300,7 @@ class Backward {
     }
     load.rows = s_.out_width;
     load.channels = unit.channels;
+    load.fill = true;
     std::int64_t next_x = 0, next_row = 0;
     for (std::int64_t y = 0; y < s_.out_height; ++y) {
       const std::int64_t top = y * s_.stride - s_.top;

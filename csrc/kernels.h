@@ -121,11 +121,12 @@ struct PanelSums {
   float *sums, *products;  // [16]; products may be null, and x then absent
 };
 
-// to[k, c] += sum over rows of g[row, k] * a[row, c], one panel by one panel.
+// to[k, c] = sum over rows of g[row, k] * a[row, c], added to what is there or not, one panel by one panel.
 struct WeightGradient {
   const float *g, *a;       // [rows, 16]
   std::int64_t rows, outputs, inputs;  // of the panels, 1 to 16; 8 are computed where 8 are enough, else 16
   float* to;                // [16, 16]
+  bool adds;
 };
 
 // to[i, j] += sum over columns of g[column] * x[i][column * stride + j], one panel of channels.

@@ -213,10 +213,9 @@ class Backward {
   std::int64_t units() const { return chunks_; }
 
   void run(std::int64_t chunk, float* scratch) const {
-    if (call_.dweight != nullptr) std::fill_n(gradients_.get() + chunk * gradient_floats(), gradient_floats(), 0.0f);
-    const std::int64_t parts = call_.pixels.count();
-    for (std::int64_t index = parts * chunk / chunks_; index < parts * (chunk + 1) / chunks_; ++index) {
-      run_part(chunk, part_of(call_.pixels, index), scratch);
+    const std::int64_t parts = call_.pixels.count(), first = parts * chunk / chunks_;
+    for (std::int64_t index = first; index < parts * (chunk + 1) / chunks_; ++index) {
+      run_part(chunk, part_of(call_.pixels, index), index == first, scratch);
     }
   }
 
@@ -226,8 +225,9 @@ class Backward {
   void merge(std::int64_t panel) const {
     const std::int64_t tile = panel_columns * panel_columns;
     for (std::int64_t in = 0; in < in_panels_; ++in) {
-      alignas(64) float total[panel_columns * panel_columns] = {};
-      for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      alignas(64) float total[panel_columns * panel_columns];
+      std::copy_n(gradients_.get() + (panel * in_panels_ + in) * tile, tile, total);
+      for (std::int64_t chunk = 1; chunk < chunks_; ++chunk) {
         const float* gradient = gradients_.get() + chunk * gradient_floats() + (panel * in_panels_ + in) * tile;
         for (std::int64_t i = 0; i < tile; ++i) total[i] += gradient[i];
       }
@@ -241,7 +241,7 @@ class Backward {
  private:
   std::int64_t gradient_floats() const { return in_panels_ * out_panels_ * panel_columns * panel_columns; }
 
-  void run_part(std::int64_t chunk, const Part& part, float* scratch) const {
+  void run_part(std::int64_t chunk, const Part& part, bool first, float* scratch) const {
     float* gradient_panels = scratch;
     float* input_panels = gradient_panels + most_ * out_panels_ * panel_columns;
     float* product = input_panels + most_ * in_panels_ * panel_columns;
@@ -259,7 +259,10 @@ class Backward {
       load.rows = rows;
       load.fill = true;
       kernels_.gradient_rows_f32(load);
-      if (call_.dweight != nullptr) add_weight_gradient(chunk, part, pixel, rows, gradient_panels, input_panels);
+      if (call_.dweight != nullptr) {
+        const bool adds = !first || begin > part.begin;
+        add_weight_gradient(chunk, part, pixel, rows, adds, gradient_panels, input_panels);
+      }
       if (call_.dx != nullptr) go_back(part, pixel, rows, gradient_panels, product, sums);
     }
     if (call_.sums == nullptr) return;
@@ -271,8 +274,8 @@ class Backward {
     }
   }
 
-  void add_weight_gradient(std::int64_t chunk, const Part& part, std::int64_t pixel, std::int64_t rows, const float* g,
-                           float* a) const {
+  void add_weight_gradient(std::int64_t chunk, const Part& part, std::int64_t pixel, std::int64_t rows, bool adds,
+                           const float* g, float* a) const {
     ActivateRows pay{};
     pay.x = map_rows(call_.x, pixel, call_.channels);
     pay.scale = call_.prologue.scale;
@@ -288,7 +291,7 @@ class Backward {
     for (std::int64_t out = 0; out < out_panels_; ++out) {
       for (std::int64_t in = 0; in < in_panels_; ++in, to += panel_columns * panel_columns) {
         kernels_.weight_gradient_f32({g + out * rows * panel_columns, a + in * rows * panel_columns, rows,
-                                      columns_of(out, call_.outputs), columns_of(in, call_.channels), to});
+                                      columns_of(out, call_.outputs), columns_of(in, call_.channels), to, adds});
       }
     }
   }

@@ -11,7 +11,9 @@ EFFNET_NOINLINE void weight_gradient_tile(const effnet::WeightGradient& call, st
   constexpr int pixel = effnet::panel_columns;
   F<L> sums[K * V];
   float* to = call.to + first * pixel + column;
-  unrolled<0, K * V>([&](auto i) EFFNET_INLINE_LAMBDA { sums[i.value] = load<L>(to + i.value / V * pixel + i.value % V * L); });
+  unrolled<0, K * V>([&](auto i) EFFNET_INLINE_LAMBDA {
+    sums[i.value] = call.adds ? load<L>(to + i.value / V * pixel + i.value % V * L) : F<L>{};
+  });
   const float* g = call.g + first;
   const float* a = call.a + column;
   for (std::int64_t row = 0; row < call.rows; ++row, g += pixel, a += pixel) {
