@@ -163,7 +163,8 @@ class Forward {
         row.sums = call_.reduction == Reduction::pool ? kept : nullptr;
         kernels_.depthwise_row_f32_bias_act_sum(row);
         if (call_.reduction == Reduction::statistics) {
-          kernels_.panel_statistics_f32({row.y, s_.out_width, count, kept, kept + panel_columns});
+          kernels_.panel_statistics_f32(
+              {row.y, panel_columns, s_.out_width, row.channels, count, kept, kept + panel_columns});
         }
       }
       count += s_.out_width;

@@ -149,7 +149,7 @@ void channel_statistics(const Pixels& pixels, std::int64_t channels, const float
       std::copy_n(to + channels, columns, mean);
       std::copy_n(to + 2 * channels, columns, m2);
     }
-    execution.kernels.panel_statistics_f32({panel, rows, done, mean, m2});
+    execution.kernels.panel_statistics_f32({panel, panel_columns, rows, columns, done, mean, m2});
     std::fill_n(to, columns, static_cast<float>(done + rows));
     std::copy_n(mean, columns, to + channels);
     std::copy_n(m2, columns, to + 2 * channels);

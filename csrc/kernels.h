@@ -105,10 +105,12 @@ struct ThroughPanel {
   Activation act;
 };
 
-// Mean and sum of squared deviations of `count` values a column, to which the rows of a panel are added.
+// Mean and sum of squared deviations of `count` values a column, to which rows are added.
 struct PanelStatistics {
-  const float* panel;  // [rows, 16]
-  std::int64_t rows, count;
+  const float* values;        // of the first row
+  std::int64_t row;           // floats from a row to the next
+  std::int64_t rows, columns;  // columns 1 to 16
+  std::int64_t count;
   float *mean, *m2;  // [16]
 };
 

@@ -124,29 +124,36 @@ class Forward {
       gemm.segment_length = call_.channels;
     }
     gemm.rows = rows;
-    gemm.y_row = panel_columns;
     gemm.act = call_.epilogue.act;
     for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
       alignas(64) float sums[panel_columns] = {};
       gemm.b = weights_.get() + panel * call_.channels * panel_columns;
       gemm.bias = bias_.get() + panel * panel_columns;
       gemm.columns = columns_of(panel, call_.outputs);
-      gemm.y = call_.reduction == Reduction::pool ? nullptr : panel_scratch;
-      gemm.sums = call_.reduction == Reduction::pool ? sums : nullptr;
-      if (call_.reduction != Reduction::pool) {
-        gemm.soon = call_.y + pixel * call_.outputs + panel * panel_columns;
-        gemm.soon_row = call_.outputs;
-      }
-      kernels_.gemm_f32_bias_act_residual_sum(gemm);
       if (call_.reduction == Reduction::pool) {
+        gemm.sums = sums;
+        kernels_.gemm_f32_bias_act_residual_sum(gemm);
         for (std::int64_t c = 0; c < gemm.columns; ++c) partials(part, 0, panel)[c] += sums[c];
         continue;
       }
-      if (call_.reduction == Reduction::statistics) add_statistics(part, begin - part.begin, rows, panel, panel_scratch);
+      // The product writes 8 or 16 columns: others go by way of a panel.
+      const bool whole = gemm.columns % 8 == 0;
+      const Rows to = map_rows(call_.y, pixel, call_.outputs, panel * panel_columns);
+      const Rows residual = map_rows(call_.epilogue.residual, pixel, call_.outputs, panel * panel_columns);
+      gemm.y = whole ? to.data : panel_scratch;
+      gemm.y_row = whole ? to.row : panel_columns;
+      gemm.residual = whole ? residual.data : nullptr;
+      gemm.soon = to.data;
+      gemm.soon_row = to.row;
+      kernels_.gemm_f32_bias_act_residual_sum(gemm);
+      if (call_.reduction == Reduction::statistics) {
+        add_statistics(part, begin - part.begin, rows, panel, gemm.y, gemm.y_row);
+      }
+      if (whole) continue;
       ActivateRows store{};
       store.x = panel_rows(panel_scratch, rows);
-      store.residual = map_rows(call_.epilogue.residual, pixel, call_.outputs, panel * panel_columns);
-      store.to = map_rows(call_.y, pixel, call_.outputs, panel * panel_columns);
+      store.residual = residual;
+      store.to = to;
       store.rows = rows;
       store.channels = gemm.columns;
       kernels_.activate_rows_f32(store);
@@ -167,12 +174,12 @@ class Forward {
   }
 
   void add_statistics(const Part& part, std::int64_t count, std::int64_t rows, std::int64_t panel,
-                      const float* values) const {
+                      const float* values, std::int64_t row) const {
     alignas(64) float mean[panel_columns], m2[panel_columns];
     const std::int64_t columns = columns_of(panel, call_.outputs);
-    std::fill(std::copy_n(partials(part, 1, panel), columns, mean), mean + panel_columns, 0.0f);
-    std::fill(std::copy_n(partials(part, 2, panel), columns, m2), m2 + panel_columns, 0.0f);
-    kernels_.panel_statistics_f32({values, rows, count, mean, m2});
+    std::copy_n(partials(part, 1, panel), columns, mean);
+    std::copy_n(partials(part, 2, panel), columns, m2);
+    kernels_.panel_statistics_f32({values, row, rows, columns, count, mean, m2});
     std::fill_n(partials(part, 0, panel), columns, static_cast<float>(count + rows));
     std::copy_n(mean, columns, partials(part, 1, panel));
     std::copy_n(m2, columns, partials(part, 2, panel));
@@ -303,17 +310,20 @@ class Backward {
     alignas(64) static const float no_bias[panel_columns] = {};
     gemm.bias = no_bias;
     gemm.rows = rows;
-    gemm.y = product;
-    gemm.y_row = panel_columns;
     for (std::int64_t panel = 0; panel < in_panels_; ++panel) {
       const std::int64_t column = panel * panel_columns;
       gemm.b = weights_.get() + panel * call_.outputs * panel_columns;
       gemm.columns = columns_of(panel, call_.channels);
-      gemm.soon = call_.dx + pixel * call_.channels + column;
-      gemm.soon_row = call_.channels;
-      kernels_.gemm_f32_bias_act_residual_sum(gemm);
       const Rows residual = map_rows(call_.residual, pixel, call_.channels, column);
       const Rows to = map_rows(call_.dx, pixel, call_.channels, column);
+      const bool whole = call_.sums == nullptr && gemm.columns % 8 == 0;
+      gemm.y = whole ? to.data : product;
+      gemm.y_row = whole ? to.row : panel_columns;
+      gemm.residual = whole ? residual.data : nullptr;
+      gemm.soon = to.data;
+      gemm.soon_row = to.row;
+      kernels_.gemm_f32_bias_act_residual_sum(gemm);
+      if (whole) continue;
       if (call_.sums == nullptr) {
         ActivateRows store{};
         store.x = panel_rows(product, rows);

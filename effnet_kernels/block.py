@@ -372,9 +372,7 @@ def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:
 
 
 def _recomputes(chain: Chain, x: Tensor) -> bool:
-    """Whether backward computes the first output anew: a GPU's memory is scarce, and a stem's output ten times its input
-    and cheap to compute.
-    """
+    """Whether backward computes the first output anew: a GPU's memory is scarce, and a stem's output large but cheap."""
     return chain.layers[0].kind == "dense" and x.shape[1] <= 4 and x.device.type != "cpu"
 
 

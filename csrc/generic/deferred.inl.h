@@ -193,40 +193,33 @@ void through_panel(const effnet::ThroughPanel& call) {
 // Two passes over rows that are in cache, then Chan's formula: never the difference of two large squares.
 template <int L>
 void panel_statistics(const effnet::PanelStatistics& call) {
-  constexpr int pixel = effnet::panel_columns;
   const float rows = static_cast<float>(call.rows), total = static_cast<float>(call.count + call.rows);
   const float of_new = rows / total, of_both = of_new * static_cast<float>(call.count);
-  for (std::int64_t c = 0; c < pixel; c += L) {
-    F<L> sums[4] = {};
-    const float* panel = call.panel + c;
-    std::int64_t row = 0;
-    for (; row + 4 <= call.rows; row += 4) {
-      unrolled<0, 4>([&](auto i) EFFNET_INLINE_LAMBDA { sums[i.value] += load<L>(panel + (row + i.value) * pixel); });
-    }
-    for (; row < call.rows; ++row) sums[0] += load<L>(panel + row * pixel);
-    const F<L> mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * (1.0f / rows);
-    F<L> squares[4] = {};
-    row = 0;
-    for (; row + 4 <= call.rows; row += 4) {
-      unrolled<0, 4>([&](auto i) EFFNET_INLINE_LAMBDA {
-        const F<L> deviation = load<L>(panel + (row + i.value) * pixel) - mean;
-        squares[i.value] += deviation * deviation;
-      });
-    }
-    for (; row < call.rows; ++row) {
-      const F<L> deviation = load<L>(panel + row * pixel) - mean;
-      squares[0] += deviation * deviation;
-    }
-    const F<L> m2 = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  for_columns<L>(call.columns, [&](auto width, std::int64_t c) EFFNET_INLINE_LAMBDA {
+    constexpr int W = decltype(width)::value;
+    const float* values = call.values + c;
+    // Calls f(sum, row) for every row, with four sums in turn.
+    const auto each = [&](F<W>(&sums)[4], const auto& f) EFFNET_INLINE_LAMBDA {
+      std::int64_t row = 0;
+      for (; row + 4 <= call.rows; row += 4) {
+        unrolled<0, 4>([&](auto i) EFFNET_INLINE_LAMBDA { f(sums[i.value], load<W>(values + (row + i.value) * call.row)); });
+      }
+      for (; row < call.rows; ++row) f(sums[0], load<W>(values + row * call.row));
+    };
+    F<W> sums[4] = {}, squares[4] = {};
+    each(sums, [](F<W>& sum, F<W> value) EFFNET_INLINE_LAMBDA { sum += value; });
+    const F<W> mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * (1.0f / rows);
+    each(squares, [&](F<W>& square, F<W> value) EFFNET_INLINE_LAMBDA { square += (value - mean) * (value - mean); });
+    const F<W> m2 = (squares[0] + squares[1]) + (squares[2] + squares[3]);
     if (call.count == 0) {
-      store<L>(call.mean + c, mean);
-      store<L>(call.m2 + c, m2);
-      continue;
+      store<W>(call.mean + c, mean);
+      store<W>(call.m2 + c, m2);
+      return;
     }
-    const F<L> delta = mean - load<L>(call.mean + c);
-    store<L>(call.mean + c, load<L>(call.mean + c) + delta * of_new);
-    store<L>(call.m2 + c, load<L>(call.m2 + c) + (m2 + delta * delta * of_both));
-  }
+    const F<W> delta = mean - load<W>(call.mean + c);
+    store<W>(call.mean + c, load<W>(call.mean + c) + delta * of_new);
+    store<W>(call.m2 + c, load<W>(call.m2 + c) + (m2 + delta * delta * of_both));
+  });
 }
 
 template <int L>

@@ -1,6 +1,6 @@
 """Squeeze-and-excitation on the CPU (Hu et al. 2018, section 3): sums over pixels, and the gate.
 
-The excitation is a handful of products of small matrices, which torch computes in microseconds.
+The excitation's layers are 1x1 convolutions of maps of one pixel; what is left of it are vectors, for torch.
 """
 
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import empty, execution, folded, map_address, prologue_addresses
-from effnet_kernels.deferred import Activation, Prologue
-from effnet_kernels.reference.deferred import activate
+from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
+from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Prologue
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
@@ -42,9 +42,8 @@ def excite(
     the hidden layer [N, S] before its activation. w1 [S, C], w2 [C, S], b1 [S], b2 [C].
     """
     pooled = mean_of_sums(sums, count)
-    hidden = torch.nn.functional.linear(pooled, w1.flatten(1), b1)
-    gate = torch.nn.functional.linear(activate(hidden, act), w2.flatten(1), b2).sigmoid_()
-    return gate, pooled, hidden
+    hidden = _linear(pooled, w1, b1, "none")
+    return _linear(hidden, w2, b2, act).sigmoid_(), pooled, hidden
 
 
 def excite_backward(
@@ -59,8 +58,8 @@ def excite_backward(
     """
     total = _total(sums)
     logits = total[:, 0] * gate * (1.0 - gate)
-    dhidden = _through(logits @ w2.flatten(1), hidden, act)
-    offset = (dhidden @ w1.flatten(1)).mul_(1.0 / count)
+    dhidden = _through(_linear_backward(logits, w2), hidden, act)
+    offset = _linear_backward(dhidden, w1).mul_(1.0 / count)
     if sums.shape[2] == 1:
         return offset, logits, dhidden, None
     norm_sums = gate[:, None] * total[:, 1:4:2] + offset[:, None] * total[:, 2:5:2]
@@ -71,7 +70,45 @@ def excite_backward_weight(
     logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], from those of the logits and the hidden layer."""
-    return dhidden.T @ pooled, dhidden.sum(dim=0), logits.T @ activate(hidden, act), logits.sum(dim=0)
+    dw1, dw2 = _weight_gradient(dhidden, pooled, "none"), _weight_gradient(logits, hidden, act)
+    return dw1, dhidden.sum(dim=0), dw2, logits.sum(dim=0)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> Tensor:
+    """``weight @ act(x) + bias``: x [N, C], weight [K, C] or [K, C, 1, 1] to [N, K]."""
+    y, _ = pointwise_conv(_pixel(x), _matrix(weight), bias, Prologue(act=act), Epilogue(), "none")
+    assert y is not None
+    return y.flatten(1)
+
+
+def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what the layer read, [N, C], from its output's [N, K]."""
+    like = empty(grad.shape[0], weight.shape[1], 1, 1)
+    gradient = OutputGradient(_pixel(grad))
+    dx, _, _ = pointwise_conv_backward(
+        gradient, _matrix(weight), like, Prologue(), None, None, False, needs_input=True, needs_weight=False
+    )
+    assert dx is not None
+    return dx.flatten(1)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, act: Activation) -> Tensor:
+    """The weight's gradient [K, C] from the output's [N, K] and what the layer read, ``act(x)`` [N, C]."""
+    like = empty(grad.shape[1], x.shape[1], 1, 1)
+    gradient = OutputGradient(_pixel(grad))
+    _, _, dweight = pointwise_conv_backward(
+        gradient, like, _pixel(x), Prologue(act=act), None, None, False, needs_input=False, needs_weight=True
+    )
+    assert dweight is not None
+    return dweight.flatten(1)
+
+
+def _pixel(x: Tensor) -> Tensor:
+    return x.contiguous()[:, :, None, None]
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
 def _total(sums: Tensor) -> Tensor:

@@ -3,114 +3,49 @@
 import copy
 from functools import partial
 
+import block_cases
 import pytest
 import torch
+from block_cases import BLOCKS, BatchNorm, mbconv, run
 from conftest import assert_buffers_close, randomize
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_kernels import EfficientNet, dispatch, ops
 from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
 from gpu.compare import assert_accurate, channels_last
 
-BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
-
-
-def mbconv(*args, probability: float = 0.0, **kwargs) -> nn.Module:
-    config = MBConvConfig(*args, 1, **kwargs)
-    return config.block(config, probability, BatchNorm)
-
-
-def fused_mbconv(*args, probability: float = 0.0) -> nn.Module:
-    config = FusedMBConvConfig(*args, 1)
-    return config.block(config, probability, BatchNorm)
-
-
-# name: (the module, the input's shape)
-BLOCKS = {
-    "expand": (lambda: mbconv(6, 3, 1, 16, 16), (3, 16, 15, 17)),
-    "expand stride 2": (lambda: mbconv(6, 5, 2, 24, 40), (1, 24, 28, 28)),
-    "no expand": (lambda: mbconv(1, 3, 1, 32, 16), (3, 32, 9, 7)),
-    "no expand, residual": (lambda: mbconv(1, 5, 1, 24, 24), (1, 24, 7, 7)),
-    "same padding": (lambda: mbconv(4, 3, 2, 16, 24, padding="same"), (1, 16, 14, 15)),
-    "no squeeze, relu6": (lambda: mbconv(6, 3, 1, 16, 16, squeeze_ratio=None, activation="relu6"), (1, 16, 15, 17)),
-    "kernel 7, hardswish": (lambda: mbconv(2, 7, 1, 16, 16, activation="hardswish"), (1, 16, 9, 7)),
-    "stochastic depth": (lambda: mbconv(2, 3, 1, 16, 16, probability=0.5), (4, 16, 7, 7)),
-    "fused": (lambda: fused_mbconv(4, 3, 2, 16, 24), (1, 16, 15, 17)),
-    "fused, residual": (lambda: fused_mbconv(4, 3, 1, 16, 16), (3, 16, 7, 9)),
-    "fused, one convolution": (lambda: fused_mbconv(1, 3, 1, 16, 16, probability=0.5), (4, 16, 7, 9)),
-    "stem": (lambda: ConvBnAct(3, 32, 3, 2, 1, BatchNorm), (1, 3, 31, 33)),
-    "stem, same padding": (lambda: ConvBnAct(3, 32, 3, 2, 1, BatchNorm, padding="same"), (1, 3, 32, 34)),
-    "head": (lambda: ConvBnAct(40, 96, 1, 1, 1, BatchNorm), (3, 40, 7, 7)),
-}
-
-
-def run(block: nn.Module, x: Tensor, grad: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
-    """The output and the input's gradient; from one seed, so that stochastic depth draws the same."""
-    torch.manual_seed(1)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_(grad is not None)
-    with dispatch.use_backend(backend), torch.set_grad_enabled(grad is not None):
-        y = block(x)
-    if grad is not None:
-        y.backward(grad.to(y.dtype))
-    return y.detach(), x.grad
-
-
-def compare(name: str, dtype: torch.dtype, training: bool, with_grad: bool) -> None:
-    make, shape = BLOCKS[name]
-    block = randomize(make()).train(training)
-    x = channels_last(*shape, dtype=dtype)
-    # Parameters stay float32 with lower-precision maps, as under autocast; torch itself wants them alike.
-    exact, alike = copy.deepcopy(block).double(), copy.deepcopy(block).to(dtype)
-    with torch.no_grad(), dispatch.use_backend("torch"):
-        grad = torch.randn_like(copy.deepcopy(block)(x.float()))
-    grad = grad if with_grad else None
-    y, grad_x = run(block, x, grad, "triton")
-    y_exact, grad_exact = run(exact, x.double(), grad, "torch")
-    y_alike, grad_alike = run(alike, x, grad, "torch") if dtype != torch.float32 else (None, None)
-    assert y.dtype == dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_accurate(y, y_exact, y_alike)
-    if training and dtype == torch.float32:
-        assert_buffers_close(block, exact.float())
-    if with_grad:
-        assert grad_x.dtype == dtype
-        assert_accurate(grad_x, grad_exact, grad_alike)
-        for (parameter_name, p), q, r in zip(
-            block.named_parameters(), exact.parameters(), alike.parameters(), strict=True
-        ):
-            assert p.grad.stride() == p.stride(), parameter_name
-            assert_accurate(p.grad, q.grad, None if dtype == torch.float32 else r.grad)
+compare = partial(block_cases.compare, backend="triton", channels_last=channels_last)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_training(name: str) -> None:
-    compare(name, torch.float32, training=True, with_grad=True)
+    compare(name, dtype=torch.float32, training=True, with_grad=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["expand", "expand stride 2", "no expand", "fused, residual", "stem"])
 def test_training_in_lower_precision(name: str, dtype: torch.dtype) -> None:
-    compare(name, dtype, training=True, with_grad=True)
+    compare(name, dtype=dtype, training=True, with_grad=True)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_inference(name: str) -> None:
-    compare(name, torch.float32, training=False, with_grad=False)
+    compare(name, dtype=torch.float32, training=False, with_grad=False)
 
 
 @pytest.mark.parametrize("name", ["expand", "no expand", "fused", "head"])
 def test_inference_in_half_precision(name: str) -> None:
-    compare(name, torch.float16, training=False, with_grad=False)
+    compare(name, dtype=torch.float16, training=False, with_grad=False)
 
 
 @pytest.mark.parametrize("name", ["expand", "fused"])
 def test_training_with_frozen_statistics(name: str) -> None:
-    compare(name, torch.float32, training=False, with_grad=True)
+    compare(name, dtype=torch.float32, training=False, with_grad=True)
 
 
 def test_statistics_without_gradients() -> None:
     """A train-mode pass under no_grad moves the running statistics."""
-    compare("expand", torch.float32, training=True, with_grad=False)
+    compare("expand", dtype=torch.float32, training=True, with_grad=False)
 
 
 def test_repeats_bitwise() -> None:
