@@ -22,6 +22,8 @@ OURS = "effnet_kernels"
 # Engines and the module that each needs; those of the network's own package are added.
 PEERS = {"torch.compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 EAGER = (" channels-last", " contiguous")
+# Steps whose losses have to agree before training is timed.
+_STEPS = 4
 TOLERANCE = 1e-4
 
 
@@ -56,14 +58,16 @@ class Comparison(NamedTuple):
     resolution: int
     threads: int
     rows: list[Row]
+    training: bool = False
 
     def fastest_peer(self) -> Row | None:
         timed = [row for row in self.rows if row.milliseconds is not None and row.engine != OURS]
         return min(timed, key=lambda row: row.milliseconds or 0.0, default=None)
 
     def __str__(self) -> str:
+        task = ", training step" if self.training else ""
         lines = [
-            f"{self.model} at {self.resolution}, batch {self.batch}, {self.threads} threads, float32",
+            f"{self.model} at {self.resolution}, batch {self.batch}, {self.threads} threads, float32{task}",
             f"{'engine':26}{'ms':>10}{'images/s':>10}{'time/ours':>11}{'error':>10}{'MiB':>8}",
         ]
         for row in self.rows:
@@ -77,9 +81,10 @@ class Comparison(NamedTuple):
         return "\n".join(lines)
 
 
-def engines_of(name: str) -> tuple[str, ...]:
+def engines_of(name: str, training: bool = False) -> tuple[str, ...]:
     """The engines that a network can be compared under, ours first."""
-    return (OURS, *(_package(name) + layout for layout in EAGER), *PEERS)
+    eager = (OURS, *(_package(name) + layout for layout in EAGER))
+    return (*eager, "torch.compile") if training else (*eager, *PEERS)
 
 
 def compare(
@@ -89,8 +94,9 @@ def compare(
     threads: int | None = None,
     engines: Sequence[str] | None = None,
     rounds: int = 8,
+    training: bool = False,
 ) -> Comparison:
-    """Times a network's inference under several engines on this CPU, in float32.
+    """Times a network's inference, or a training step, under several engines on this CPU, in float32.
 
     Args:
         name: a name of :data:`effnet_kernels.VARIANTS`; the peer is torchvision's network of that name, or timm's.
@@ -99,10 +105,12 @@ def compare(
         threads: of each engine; None for torch's number.
         engines: a choice out of :func:`engines_of`; None for all.
         rounds: in each, every engine runs for about a tenth of a second.
+        training: whether a call is a step of SGD (forward, loss, backward, update), without dropout and stochastic
+            depth, whose draws differ between engines.
 
     Raises:
         ValueError: for an unknown engine or name.
-        Disagreement: where an engine's outputs differ by more than 1e-4; nothing is timed then.
+        Disagreement: where an engine's outputs, or losses, differ by more than 1e-4; nothing is timed then.
         ModuleNotFoundError: without torchvision and timm.
     """
     import numpy as np
@@ -112,7 +120,7 @@ def compare(
 
     resolution = find_variant(name).resolution if resolution is None else resolution
     threads = torch.get_num_threads() if threads is None else threads
-    known = engines_of(name)
+    known = engines_of(name, training)
     for engine in engines or ():
         if engine not in known:
             raise ValueError(f"engines: expected some of {', '.join(known)}, got {engine!r}")
@@ -121,7 +129,8 @@ def compare(
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        expected = _prepare(folder, name, batch, resolution, "onnxruntime" in chosen or "openvino" in chosen)
+        onnx = "onnxruntime" in chosen or "openvino" in chosen
+        expected = _prepare(folder, name, batch, resolution, onnx, training)
         try:
             for engine in chosen:
                 needed = PEERS.get(engine, "torch")
@@ -129,7 +138,7 @@ def compare(
                     missing[engine] = f"skipped: {needed} is not installed"
                     continue
                 try:
-                    workers[engine] = worker = _Worker(engine, name, folder, threads)
+                    workers[engine] = worker = _Worker(engine, name, folder, threads, training)
                 except _WorkerEnded as error:
                     if engine == OURS:
                         raise
@@ -163,7 +172,7 @@ def compare(
         )
         for engine in chosen
     ]
-    return Comparison(name, batch, resolution, threads, rows)
+    return Comparison(name, batch, resolution, threads, rows, training)
 
 
 def plot(comparison: Comparison, path: str | Path) -> None:
@@ -180,6 +189,7 @@ def plot(comparison: Comparison, path: str | Path) -> None:
     axes.set_xlabel("images/s")
     axes.set_title(
         f"{comparison.model} at {comparison.resolution}, batch {comparison.batch}, {comparison.threads} threads"
+        + (", training step" if comparison.training else "")
     )
     figure.savefig(path)
 
@@ -201,8 +211,8 @@ def _peer(name: str) -> Any:
     return timm.create_model(name.replace("efficientnet_v2_", "efficientnetv2_"))
 
 
-def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool) -> Any:
-    """Writes the network as each engine takes it, and its images; returns the outputs that are right."""
+def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, training: bool) -> Any:
+    """Writes the network as each engine takes it, and its images; returns the outputs or losses that are right."""
     import numpy as np
     import torch
 
@@ -236,8 +246,34 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool) -
                 dynamo=False,
                 opset_version=17,
             )
+    if training:
+        step = _training_step(model, model, x)
+        return np.asarray([step() for _ in range(_STEPS)])
     with torch.inference_mode():
         return model(x).numpy()
+
+
+def _training_step(model: Any, compiled: Any, images: Any) -> Callable[[], float]:
+    """A step of SGD on fixed images and labels, which returns its loss."""
+    import torch
+
+    for module in model.train().modules():
+        # Dropout and stochastic depth.
+        if isinstance(getattr(module, "p", None), float):
+            module.p = 0.0
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1
+    target = torch.arange(len(images))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.cross_entropy(compiled(images), target)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
 
 
 class _WorkerEnded(RuntimeError):
@@ -247,7 +283,7 @@ class _WorkerEnded(RuntimeError):
 class _Worker:
     """A process that runs one engine when it is told to."""
 
-    def __init__(self, engine: str, name: str, folder: Path, threads: int) -> None:
+    def __init__(self, engine: str, name: str, folder: Path, threads: int, training: bool) -> None:
         self.engine = engine
         self.outputs = f"{engine.replace(' ', '-')}.npy"
         self.error = 0.0
@@ -266,6 +302,7 @@ class _Worker:
                 str(folder),
                 self.outputs,
                 str(threads),
+                "train" if training else "infer",
             ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
@@ -301,7 +338,7 @@ class _Worker:
         return json.loads(line)
 
 
-def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int) -> None:
+def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, task: str) -> None:
     """The worker's side: the memory once, then for each line of input the seconds of that many calls."""
     import numpy as np
 
@@ -310,14 +347,18 @@ def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int) -> 
     sys.stdout = sys.stderr
     x = np.load(folder / "x.npy")
     load = _load_ours if engine == OURS else {"onnxruntime": _load_onnxruntime, "openvino": _load_openvino}.get(engine)
-    build = load(name, folder, x, threads) if load is not None else _load_torch(engine, name, folder, x, threads)
+    if task == "train":
+        build = _load_training(engine, name, folder, x, threads)
+    elif load is not None:
+        build = load(name, folder, x, threads)
+    else:
+        build = _load_torch(engine, name, folder, x, threads)
     gc.collect()
     before = _resident("VmRSS", reset=True)
     call = build()
-    for _ in range(4):
-        y = call()
+    calls = [call() for _ in range(_STEPS)]
     after = _resident("VmHWM")
-    np.save(folder / outputs, np.asarray(y))
+    np.save(folder / outputs, np.asarray(calls if task == "train" else calls[-1]))
     memory = None if before is None or after is None else (after - before) / 1024
     print(json.dumps(memory), file=answers, flush=True)
     for line in sys.stdin:
@@ -367,6 +408,26 @@ def _load_torch(engine: str, name: str, folder: Path, x: Any, threads: int) -> B
             config.freezing = True
             model = torch.compile(model)
         return lambda: _without_gradients(model, image)
+
+    return build
+
+
+def _load_training(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
+    import torch
+
+    from effnet_kernels import from_peer
+
+    torch.set_num_threads(threads)
+
+    def build() -> Callable[[], Any]:
+        model, images = _peer(name), torch.from_numpy(x)
+        model.load_state_dict(torch.load(folder / "model.pt"))
+        if engine == OURS:
+            model = from_peer(model)
+        if engine.endswith(EAGER[0]) or engine == "torch.compile":
+            model = model.to(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=torch.channels_last)
+        return _training_step(model, torch.compile(model) if engine == "torch.compile" else model, images)
 
     return build
 
@@ -422,4 +483,4 @@ def _resident(field: str, reset: bool = False) -> int | None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    _serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]), sys.argv[6])

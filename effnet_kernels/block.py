@@ -372,7 +372,7 @@ def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:
 
 
 def _recomputes(chain: Chain, x: Tensor) -> bool:
-    """Whether backward computes the first output anew: a GPU's memory is scarce, and a stem's output large but cheap."""
+    """Whether backward computes the first output anew: a stem's is large and cheap, and a GPU's memory scarce."""
     return chain.layers[0].kind == "dense" and x.shape[1] <= 4 and x.device.type != "cpu"
 
 

@@ -272,7 +272,7 @@ def _add_selftest(commands: Any) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """Compares CPU inference with the installed peers. Status 0; 1 where outputs disagree, and then without a speed."""
+    """Compares this CPU's engines on a network. Status 0; 1 where outputs disagree, and then without a speed."""
     from effnet_kernels import bench
 
     if arguments.plot:
@@ -286,6 +286,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
             arguments.threads,
             arguments.engines,
             arguments.rounds,
+            arguments.training,
         )
     except bench.Disagreement as error:
         print(f"effnet: {error}", file=sys.stderr)
@@ -301,13 +302,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    command = commands.add_parser("bench", help="compare CPU inference with torchvision, ONNX Runtime, OpenVINO")
+    command = commands.add_parser(
+        "bench", help="compare the CPU with torchvision, torch.compile, ONNX Runtime, OpenVINO"
+    )
     command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
     command.add_argument("--batch", type=_positive, default=1, help="images of a call (1)")
     command.add_argument("--resolution", type=_positive, help="the images' size (the network's own)")
     command.add_argument("--threads", type=_positive, help="of each engine (as many as torch takes)")
     command.add_argument("--engines", type=lambda text: text.split(","), help="some of them, by commas (all installed)")
     command.add_argument("--rounds", type=_positive, default=8, help="turns of each engine, of a tenth of a second (8)")
+    command.add_argument("--training", action="store_true", help="a training step instead of inference")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw images a second (needs matplotlib)")
     command.set_defaults(run=run_bench)

@@ -52,6 +52,15 @@ def test_timm_where_torchvision_has_no_such_network():
     assert row.error <= bench.TOLERANCE
 
 
+def test_a_training_step_has_the_same_losses():
+    engines = [bench.OURS, CHANNELS_LAST]
+    comparison = bench.compare("efficientnet_b0", 4, 64, 1, engines, rounds=1, training=True)
+    assert [row.engine for row in comparison.rows] == engines
+    assert all(row.milliseconds > 0 and row.error <= bench.TOLERANCE for row in comparison.rows)
+    assert str(comparison).startswith("efficientnet_b0 at 64, batch 4, 1 threads, float32, training step\n")
+    assert "onnxruntime" not in bench.engines_of("efficientnet_b0", training=True)
+
+
 def test_no_speed_where_outputs_disagree(monkeypatch, capsys):
     # Nothing is as close as this.
     monkeypatch.setattr(bench, "TOLERANCE", -1.0)

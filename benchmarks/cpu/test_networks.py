@@ -1,4 +1,4 @@
-"""Frozen networks against each peer that is installed: a process each, asked in turn, medians.
+"""Frozen networks and the training step against each peer that is installed: a process each, asked in turn, medians.
 
     pytest benchmarks/ --benchmark-only
 
@@ -15,6 +15,7 @@ from effnet_kernels import bench, cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
+TRAINING = "training step of b0 at 224, batch 16"
 # Network, batch, threads, and whether the eager engines, which are slow, are asked too.
 CASES = {
     "b0 at 224, batch 1": ("efficientnet_b0", 1, 2, True),
@@ -23,19 +24,21 @@ CASES = {
     "lite0 at 224, batch 1": ("efficientnet_lite0", 1, 2, False),
     "b4 at 380, batch 1": ("efficientnet_b4", 1, 2, False),
     "v2-s at 384, batch 1": ("efficientnet_v2_s", 1, 2, False),
+    TRAINING: ("efficientnet_b0", 16, 2, True),
 }
 
 
 def engines(case: str) -> tuple[str, ...]:
     name, *_, slow = CASES[case]
-    known = bench.engines_of(name)
+    known = bench.engines_of(name, case == TRAINING)
     return known if slow else (bench.OURS, *[peer for peer in bench.PEERS if peer != "torch.compile"])
 
 
 @functools.cache
 def measured(case: str) -> dict[str, bench.Row]:
     name, batch, threads, _ = CASES[case]
-    return {row.engine: row for row in bench.compare(name, batch, None, threads, engines(case)).rows}
+    comparison = bench.compare(name, batch, None, threads, engines(case), training=case == TRAINING)
+    return {row.engine: row for row in comparison.rows}
 
 
 @pytest.mark.parametrize(("case", "engine"), [(case, engine) for case in CASES for engine in engines(case)])
