@@ -21,8 +21,13 @@ class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(std::int64_t floats) {
+    const std::size_t needed = static_cast<std::size_t>(floats) * sizeof(float);
     std::size_t bytes = 4096;
-    while (bytes < static_cast<std::size_t>(floats) * sizeof(float)) bytes *= 2;
+    while (bytes < needed) bytes *= 2;
+#if defined(__SANITIZE_ADDRESS__)
+    // The end is watched.
+    bytes = needed;
+#endif
     block_ = acquire(bytes);
   }
   float* get() const { return static_cast<float*>(block_.get()); }

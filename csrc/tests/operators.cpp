@@ -1,0 +1,223 @@
+// Every operator on every instruction set that this machine can run, on memory that ends where the tensors end: built with
+// sanitizers, which see what a test from Python cannot. Values are compared with loops over doubles.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../dispatch.h"
+#include "../network.h"
+#include "../operators.h"
+
+namespace {
+
+using effnet::Activation;
+using Vector = std::vector<float>;
+
+std::mt19937 generator(0);
+
+// std::vector keeps no more than it is asked for, so that its end is where the sanitizer watches.
+Vector random(std::int64_t count) {
+  std::normal_distribution<float> normal;
+  Vector values(static_cast<std::size_t>(count));
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+Vector empty(std::int64_t count) { return Vector(static_cast<std::size_t>(count), NAN); }
+
+int failures = 0;
+
+void expect_close(const char* isa, const char* what, const Vector& actual, const std::vector<double>& expected) {
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  // Not >, so that a NaN is caught.
+  if (std::sqrt(error / size) < 1e-5) return;
+  std::printf("%s: %s: relative error %g\n", isa, what, std::sqrt(error / size));
+  ++failures;
+}
+
+void expect_finite(const char* isa, const char* what, const Vector& values) {
+  for (const float value : values) {
+    if (std::isfinite(value)) continue;
+    std::printf("%s: %s: a value is missing\n", isa, what);
+    ++failures;
+    return;
+  }
+}
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+struct Case {
+  std::int64_t images, channels, outputs, height, width;
+};
+
+void pointwise(const effnet::Execution& execution, const Case& c) {
+  const char* isa = execution.kernels.isa;
+  const std::int64_t pixels = c.height * c.width, rows = c.images * pixels;
+  const Vector x = random(rows * c.channels), weight = random(c.outputs * c.channels), bias = random(c.outputs);
+  const Vector scale = random(c.channels), shift = random(c.channels), gate = random(c.images * c.channels);
+  const effnet::Prologue owed{scale.data(), shift.data(), gate.data(), Activation::silu};
+  const effnet::Pixels cut = effnet::cut_pixels(c.images, pixels, true);
+  Vector y = empty(rows * c.outputs), statistics = empty(cut.count() * 3 * c.outputs);
+  effnet::pointwise_forward({cut, c.channels, c.outputs, x.data(), weight.data(), bias.data(), owed, {},
+                             effnet::Reduction::statistics, y.data(), statistics.data()},
+                            execution);
+  std::vector<double> activated(x.size()), expected(y.size());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const std::size_t channel = i % c.channels, image = i / (pixels * c.channels);
+    activated[i] = silu(double(scale[channel]) * x[i] + shift[channel]) * gate[image * c.channels + channel];
+  }
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t k = 0; k < c.outputs; ++k) {
+      double sum = bias[k];
+      for (std::int64_t i = 0; i < c.channels; ++i) sum += activated[row * c.channels + i] * weight[k * c.channels + i];
+      expected[row * c.outputs + k] = sum;
+    }
+  }
+  expect_close(isa, "pointwise forward", y, expected);
+  expect_finite(isa, "pointwise statistics", statistics);
+
+  const Vector grad = random(rows * c.outputs), mean = random(c.channels), keep = random(c.images);
+  effnet::OutputGradient gradient{};
+  gradient.grad = grad.data();
+  gradient.y = y.data();
+  Vector dx = empty(rows * c.channels), sums = empty(c.images * cut.parts * 5 * c.channels);
+  Vector dweight = empty(c.outputs * c.channels);
+  effnet::pointwise_backward({cut, c.channels, c.outputs, gradient, weight.data(), x.data(), owed, mean.data(), nullptr,
+                              false, dx.data(), sums.data(), dweight.data()},
+                             execution);
+  std::vector<double> of_x(dx.size()), of_weight(dweight.size());
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t k = 0; k < c.outputs; ++k) {
+      for (std::int64_t i = 0; i < c.channels; ++i) {
+        of_x[row * c.channels + i] += double(grad[row * c.outputs + k]) * weight[k * c.channels + i];
+        of_weight[k * c.channels + i] += grad[row * c.outputs + k] * activated[row * c.channels + i];
+      }
+    }
+  }
+  expect_close(isa, "pointwise data gradient", dx, of_x);
+  expect_close(isa, "pointwise weight gradient", dweight, of_weight);
+  expect_finite(isa, "pointwise sums", sums);
+
+  Vector merged = empty(rows * c.channels), squeezed = empty(cut.count() * c.channels);
+  Vector partials = empty(cut.count() * 3 * c.channels), two = empty(cut.count() * 2 * c.outputs);
+  const Vector output_mean = random(c.outputs);
+  effnet::merge(cut, c.channels, x.data(), owed, keep.data(), x.data(), merged.data(), execution);
+  effnet::squeeze(cut, c.channels, x.data(), owed, x.data(), squeezed.data(), execution);
+  effnet::channel_statistics(cut, c.channels, x.data(), partials.data(), execution);
+  effnet::gradient_sums(cut, c.outputs, gradient, output_mean.data(), two.data(), execution);
+  Vector applied = empty(rows * c.outputs);
+  effnet::apply_gradient(cut, c.outputs, gradient, grad.data(), applied.data(), execution);
+  for (const Vector* values : {&merged, &squeezed, &partials, &two, &applied}) expect_finite(isa, "passes", *values);
+}
+
+void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t kernel, std::int64_t stride) {
+  const char* isa = execution.kernels.isa;
+  const std::int64_t pad = kernel / 2;
+  const auto out = [&](std::int64_t size) { return (size + 2 * pad - kernel) / stride + 1; };
+  const effnet::ConvShape shape{c.images, c.channels, c.height, c.width, out(c.height), out(c.width), kernel, stride, pad, pad};
+  const std::int64_t taps = kernel * kernel;
+  const Vector x = random(c.images * c.height * c.width * c.channels), weight = random(c.channels * taps);
+  const Vector scale = random(c.channels), shift = random(c.channels);
+  const effnet::Prologue owed{scale.data(), shift.data(), nullptr, Activation::silu};
+  Vector y = empty(c.images * shape.out_height * shape.out_width * c.channels);
+  Vector statistics = empty(effnet::depthwise_slots(c.images) * 3 * c.channels);
+  effnet::depthwise_forward(
+      {shape, x.data(), weight.data(), owed, {}, effnet::Reduction::statistics, y.data(), statistics.data()}, execution);
+  const Vector grad = random(static_cast<std::int64_t>(y.size())), mean = random(c.channels);
+  effnet::OutputGradient gradient{};
+  gradient.grad = grad.data();
+  Vector dz = empty(static_cast<std::int64_t>(x.size())), dweight = empty(c.channels * taps);
+  Vector sums = empty(effnet::depthwise_slots(c.images) * 2 * c.channels);
+  effnet::depthwise_backward(
+      {shape, gradient, x.data(), weight.data(), owed, mean.data(), x.data(), dz.data(), sums.data(), dweight.data()},
+      execution);
+  std::vector<double> expected(y.size()), of_weight(dweight.size());
+  std::size_t output = 0;
+  for (std::int64_t n = 0; n < c.images; ++n) {
+    for (std::int64_t oy = 0; oy < shape.out_height; ++oy) {
+      for (std::int64_t ox = 0; ox < shape.out_width; ++ox) {
+        for (std::int64_t ch = 0; ch < c.channels; ++ch, ++output) {
+          for (std::int64_t tap = 0; tap < taps; ++tap) {
+            const std::int64_t iy = oy * stride - pad + tap / kernel, ix = ox * stride - pad + tap % kernel;
+            if (iy < 0 || ix < 0 || iy >= c.height || ix >= c.width) continue;
+            const double raw = x[((n * c.height + iy) * c.width + ix) * c.channels + ch];
+            const double u = silu(scale[ch] * raw + shift[ch]);
+            expected[output] += u * weight[ch * taps + tap];
+            of_weight[ch * taps + tap] += u * grad[output];
+          }
+        }
+      }
+    }
+  }
+  expect_close(isa, "depthwise forward", y, expected);
+  expect_close(isa, "depthwise weight gradient", dweight, of_weight);
+  for (const Vector* values : {&statistics, &dz, &sums}) expect_finite(isa, "depthwise", *values);
+  Vector patches = empty(c.images * shape.out_height * shape.out_width * taps * c.channels);
+  effnet::patches(shape, x.data(), patches.data(), execution);
+  expect_finite(isa, "patches", patches);
+}
+
+// A stem, a depthwise layer with squeeze-and-excitation, a projection with a residual, and a pooling head.
+void network(const char* isa, std::int64_t channels, std::int64_t size) {
+  std::vector<effnet::Layer> layers;
+  std::vector<Vector> held;
+  const auto hold = [&](std::int64_t count) {
+    held.push_back(random(count));
+    return held.back().data();
+  };
+  const auto add = [&](effnet::LayerKind kind, std::int64_t in, std::int64_t out, std::int64_t kernel, std::int64_t stride,
+                       std::int64_t residual, bool pool, std::int64_t squeeze) {
+    effnet::LayerSpec spec;
+    spec.kind = kind;
+    spec.in_channels = in;
+    spec.out_channels = out;
+    spec.kernel = kernel;
+    spec.stride = stride;
+    spec.padding = {false, kernel / 2, kernel / 2, kernel / 2, kernel / 2};
+    spec.act = Activation::silu;
+    spec.residual = residual;
+    spec.pool = pool;
+    spec.weight = hold(out * (kind == effnet::LayerKind::conv ? in : 1) * kernel * kernel);
+    spec.bias = hold(out);
+    if (squeeze > 0) {
+      spec.excitation = {squeeze, Activation::silu, effnet::Gate::sigmoid, hold(squeeze * out), hold(squeeze),
+                         hold(out * squeeze), hold(out)};
+    }
+    layers.push_back(effnet::pack(spec));
+  };
+  using effnet::LayerKind;
+  add(LayerKind::conv, 3, channels, 3, 2, -1, false, 0);
+  add(LayerKind::depthwise, channels, channels, 5, 1, -1, false, 4);
+  add(LayerKind::conv, channels, channels, 1, 1, 1, false, 0);
+  add(LayerKind::conv, channels, 2 * channels, 1, 1, -1, true, 0);
+  const effnet::Network made(std::move(layers), {4});
+  const Vector image = random(2 * 3 * size * size);
+  Vector y = empty(2 * 2 * channels);
+  const effnet::View in{const_cast<float*>(image.data()), 3 * size * size, size * size, size, 1};
+  made.run(in, 2, size, size, {{y.data(), 2 * channels, 1, 1, 1}}, isa, 1, nullptr);
+  expect_finite(isa, "network", y);
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {{1, 3, 5, 1, 2}, {2, 8, 24, 5, 7}, {3, 17, 16, 9, 8}, {1, 40, 33, 7, 23}, {17, 24, 7, 3, 3}};
+  for (const effnet::Kernels* kernels : effnet::kernel_table()) {
+    if (!effnet::isa_supported(kernels->isa)) continue;
+    for (const Case& c : cases) {
+      pointwise({*kernels, 1}, c);
+      for (const std::int64_t kernel : {3, 5, 7}) {
+        for (const std::int64_t stride : {1, 2, 3}) depthwise({*kernels, 1}, c, kernel, stride);
+      }
+    }
+    for (const std::int64_t channels : {8, 17, 40}) network(kernels->isa, channels, 15);
+    std::printf("%s: done\n", kernels->isa);
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
