@@ -39,16 +39,14 @@ void unpack_matrix(const PackedMatrix& matrix, std::int64_t kernel, float* weigh
   std::memcpy(bias, matrix.bias.get(), static_cast<std::size_t>(matrix.out) * sizeof(float));
 }
 
-// [channels, kernel, kernel], a scale and a shift (either may be null) to [panels, 1 + kernel * kernel, 16].
-Buffer pack_taps(const float* weight, const float* scale, const float* shift, std::int64_t channels,
-                 std::int64_t kernel) {
+// [channels, kernel, kernel] and [channels] to [panels, 1 + kernel * kernel, 16].
+Buffer pack_taps(const float* weight, const float* bias, std::int64_t channels, std::int64_t kernel) {
   const std::int64_t taps = kernel * kernel;
   Buffer packed = allocate_zeros(round_up(channels, panel_columns) * (1 + taps));
   for (std::int64_t channel = 0; channel < channels; ++channel) {
     float* to = packed.get() + channel / panel_columns * (1 + taps) * panel_columns + channel % panel_columns;
-    const float factor = scale != nullptr ? scale[channel] : 1.0f;
-    to[0] = shift != nullptr ? shift[channel] : 0.0f;
-    for (std::int64_t tap = 0; tap < taps; ++tap) to[(1 + tap) * panel_columns] = weight[channel * taps + tap] * factor;
+    to[0] = bias[channel];
+    for (std::int64_t tap = 0; tap < taps; ++tap) to[(1 + tap) * panel_columns] = weight[channel * taps + tap];
   }
   return packed;
 }
@@ -61,18 +59,12 @@ LayerSpec without_weights(LayerSpec spec) {
 
 }  // namespace
 
-Layer depthwise_layer(const LayerSpec& spec, const float* weight, const float* scale, const float* shift) {
-  Layer layer(without_weights(spec));
-  layer.taps = pack_taps(weight, scale, shift, spec.out_channels, spec.kernel);
-  return layer;
-}
-
 Layer pack(const LayerSpec& spec) {
   Layer layer(without_weights(spec));
   if (spec.kind == LayerKind::conv) {
     layer.matrix = pack_matrix(spec.weight, spec.bias, spec.out_channels, spec.in_channels, spec.kernel);
   } else {
-    layer.taps = pack_taps(spec.weight, nullptr, spec.bias, spec.out_channels, spec.kernel);
+    layer.taps = pack_taps(spec.weight, spec.bias, spec.out_channels, spec.kernel);
   }
   const Excitation& excitation = spec.excitation;
   if (excitation.squeeze > 0) {

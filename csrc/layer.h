@@ -74,7 +74,4 @@ struct Layer {
 // The layer with its weights packed; what the pointers point to is not needed any more.
 Layer pack(const LayerSpec& spec);
 
-// A depthwise layer whose taps are weight * scale and whose bias is shift; scale and shift may be null.
-Layer depthwise_layer(const LayerSpec& spec, const float* weight, const float* scale, const float* shift);
-
 }  // namespace effnet

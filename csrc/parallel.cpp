@@ -2,7 +2,6 @@
 // two thread pools in one process fight over the cores.
 #include "parallel.h"
 
-#include <algorithm>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -101,23 +100,6 @@ const OpenMP* openmp_runtime() {
 // then.
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 
-struct Region {
-  const OpenMP* openmp;
-  std::int64_t n;
-  RangeFunction function;
-  void* context;
-};
-
-void run_part(void* data) {
-  const Region& region = *static_cast<const Region*>(data);
-  // The runtime may grant fewer threads than were asked for.
-  const std::int64_t parts = region.openmp->num_threads();
-  const std::int64_t part = region.openmp->thread_num();
-  const std::int64_t begin = region.n * part / parts;
-  const std::int64_t end = region.n * (part + 1) / parts;
-  if (begin < end) region.function(region.context, begin, end);
-}
-
 struct TeamRegion {
   const OpenMP* openmp;
   TeamFunction function;
@@ -179,24 +161,6 @@ void run_team(int threads, TeamFunction function, void* context) {
 #endif
   Team alone(0, 1, nullptr);
   function(context, alone);
-}
-
-void parallel_ranges(std::int64_t n, std::int64_t grain, int threads, RangeFunction function, void* context) {
-  if (n <= 0) return;
-#if defined(__linux__)
-  const std::int64_t parts = std::min<std::int64_t>(threads, n / std::max<std::int64_t>(grain, 1));
-  if (parts > 1) {
-    if (const OpenMP* openmp = usable_openmp()) {
-      Region region{openmp, n, function, context};
-      openmp->parallel(run_part, &region, static_cast<unsigned>(parts), 0);
-      return;
-    }
-  }
-#else
-  (void)grain;
-  (void)threads;
-#endif
-  function(context, 0, n);
 }
 
 std::string thread_runtime() {

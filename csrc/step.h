@@ -12,14 +12,13 @@
 
 namespace effnet {
 
-// A tensor in the plan's arena, the network's input, or memory of the caller's.
+// A tensor in the plan's arena, or the network's input.
 struct Place {
   std::int64_t offset = 0;
   std::int64_t channels = 0, height = 0, width = 0;
   bool is_image = false;
-  float* own = nullptr;  // where the caller has it, with nothing between the pixels
 
-  std::int64_t pitch() const { return own != nullptr ? channels : round_up(channels, panel_columns); }
+  std::int64_t pitch() const { return round_up(channels, panel_columns); }
   std::int64_t pixels() const { return height * width; }
   std::int64_t floats() const { return pixels() * pitch(); }
 };
@@ -33,7 +32,7 @@ struct Run {
   const Kernels& kernels;
 
   float* at(std::int64_t offset) const { return arena + offset; }
-  float* at(const Place& place) const { return place.own != nullptr ? place.own : arena + place.offset; }
+  float* at(const Place& place) const { return arena + place.offset; }
   Map map(const Place& place) const {
     if (place.is_image) return image;
     return {at(place), place.floats(), 1, place.width * place.pitch(), place.pitch()};

@@ -40,7 +40,7 @@ class DepthwiseStep final : public Step {
   }
 
   std::int64_t scratch_floats() const override {
-    return group_ * ring_rows_ * pitch_ + source_rows() * source_pitch_ + y_.width * panel_columns;
+    return group_ * ring_rows_ * pitch_ + source_rows() * source_pitch_;
   }
 
   std::int64_t multiply_adds() const override {
@@ -96,8 +96,7 @@ class DepthwiseStep final : public Step {
         next += rows;
       }
       for (std::int64_t index = 0; index < group_; ++index) {
-        consume(run, image, first_panel + index, chunk, chunk_end, scratch + index * ring_rows_ * pitch_,
-                scratch + scratch_floats() - y_.width * panel_columns);
+        consume(run, image, first_panel + index, chunk, chunk_end, scratch + index * ring_rows_ * pitch_);
       }
     }
   }
@@ -172,7 +171,7 @@ class DepthwiseStep final : public Step {
   }
 
   void consume(const Run& run, std::int64_t image, std::int64_t panel, std::int64_t begin, std::int64_t end,
-               const float* ring, float* spare_row) const {
+               const float* ring) const {
     const float* rows[8];
     DepthwiseRow call{};
     call.x = rows;
@@ -182,9 +181,7 @@ class DepthwiseStep final : public Step {
     call.stride = geometry_.stride;
     call.kernel = static_cast<std::int32_t>(geometry_.kernel);
     call.act = layer_.spec.act;
-    // A kernel writes 8 or 16 channels, which may be more than there is room for.
-    const bool roomy = y_.pitch() % panel_columns == 0 || call.channels % 8 == 0;
-    call.y_pixel = roomy ? y_.pitch() : panel_columns;
+    call.y_pixel = y_.pitch();
     for (std::int64_t row = begin; row < end; ++row) {
       const std::int64_t first = geometry_.in_row(row);
       call.tap_begin = std::min(geometry_.kernel, std::max<std::int64_t>(0, -first));
@@ -193,13 +190,8 @@ class DepthwiseStep final : public Step {
         rows[tap] = ring + (first + tap) % ring_rows_ * pitch_;
       }
       call.sums = sums_ == absent ? nullptr : row_sums(run, image, panel, row);
-      float* y = run.at(y_) + (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
-      call.y = roomy ? y : spare_row;
+      call.y = run.at(y_) + (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
       run.kernels.depthwise_row_f32_bias_act_sum(call);
-      if (roomy) continue;
-      for (std::int64_t x = 0; x < y_.width; ++x) {
-        std::copy_n(spare_row + x * panel_columns, call.channels, y + x * y_.pitch());
-      }
     }
   }
 
