@@ -118,6 +118,22 @@ def test_pointwise_conv_backward(samples, inputs, outputs, size, kind):
             assert torch.equal(alone[2], dweight)
 
 
+@pytest.mark.parametrize("part", ["scale", "shift", "statistics"])
+def test_prologues_of_one_part(part):
+    """What stands for the missing part lives as long as the call."""
+    statistics = RunningStatistics(vector(4096), vector(4096).abs() + 0.5, 1e-3)
+    given = {"scale": vector(4096), "shift": vector(4096), "statistics": statistics}
+    owed = Prologue(**{part: given[part]}, act="relu")
+    x, weight, taps = channels_last(2, 4096, 3, 3), vector(16, 4096, 1, 1), vector(4096, 1, 3, 3)
+    arguments = (x, weight, None, owed, Epilogue(), "none")
+    compare(primitives.pointwise_conv(*arguments), exact.pointwise_conv, *arguments)
+    gradient = OutputGradient(channels_last(2, 16, 3, 3))
+    _, _, dweight = primitives.pointwise_conv_backward(gradient, weight, x, owed, None, None, False, False, True)
+    compare(dweight, exact.pointwise_conv_backward_weight, gradient, x, owed)
+    arguments = (x, taps, 1, (1, 1, 1, 1), owed, Epilogue(), "none")
+    compare(primitives.depthwise_conv(*arguments), exact.depthwise_conv, *arguments)
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_and_their_derivatives(act):
     x, weight = channels_last(3, 24, 5, 7) * 3, vector(40, 24, 1, 1)

@@ -46,12 +46,13 @@ def depthwise_conv(
         partials = empty(extension().depthwise_slots(samples), 3, channels)
     elif reduction == "pool":
         partials = empty(samples, 1, channels)
-    taps = weight.contiguous()
+    # Held by name until the call returns: the memory of what is made here would be free again otherwise.
+    taps, prologue = weight.contiguous(), folded(prologue)
     extension().depthwise_forward(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
         map_address("x", x),
         address("weight", taps, channels, 1, kernel, kernel),
-        prologue_addresses(folded(prologue), samples, channels),
+        prologue_addresses(prologue, samples, channels),
         (address("scale", scale, channels), address("shift", shift, channels), 0, ACTIVATION_INDEX[act]),
         REDUCTIONS.index(reduction),
         y.data_ptr(),
@@ -83,13 +84,14 @@ def depthwise_conv_backward(
     dz = empty_map(samples, channels, height, width)
     sums = None if mean is None else empty(extension().depthwise_slots(samples), 2, channels)
     dweight = empty(channels, 1, kernel, kernel)
-    taps = weight.contiguous()
+    # Held by name until the call returns: the memory of what is made here would be free again otherwise.
+    taps, prologue = weight.contiguous(), folded(prologue)
     extension().depthwise_backward(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
         gradient_addresses(gradient, samples, channels),
         map_address("x", x),
         address("weight", taps, channels, 1, kernel, kernel),
-        prologue_addresses(folded(prologue), samples, channels),
+        prologue_addresses(prologue, samples, channels),
         address("mean", mean, channels),
         map_address("residual", residual),
         dz.data_ptr(),

@@ -29,6 +29,7 @@ def pointwise_conv(
     outputs = weight.shape[0]
     pools = reduction == "pool"
     scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
+    # Held by name until the call returns, as all that is made here: its memory would be free again otherwise.
     prologue = folded(prologue)
     cut = extension().cut_pixels(samples, height * width, pools or prologue.gate is not None)
     parts = cut[2] * cut[3]
@@ -87,7 +88,7 @@ def pointwise_conv_backward(
     dx = empty_map(samples, channels, height, width) if needs_input else None
     sums = empty(samples, cut[3], 5, channels) if sums_needed else None
     dweight = empty(outputs, channels, 1, 1) if needs_weight else None
-    matrix = weight.contiguous()
+    matrix, prologue = weight.contiguous(), folded(prologue)
     extension().pointwise_backward(
         cut,
         channels,
@@ -95,7 +96,7 @@ def pointwise_conv_backward(
         gradient_addresses(gradient, samples, outputs),
         address("weight", matrix, outputs, channels, 1, 1),
         map_address("x", x),
-        prologue_addresses(folded(prologue), samples, channels),
+        prologue_addresses(prologue, samples, channels),
         address("mean", mean, channels),
         map_address("residual", residual),
         through,
