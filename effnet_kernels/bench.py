@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 OURS = "effnet_kernels"
 # Engines and the module that each needs; those of the network's own package are added.
 PEERS = {"torch.compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+# Those that read an exported network.
+FROM_ONNX = ("onnxruntime", "openvino")
 EAGER = (" channels-last", " contiguous")
 # Steps whose losses have to agree before training is timed.
 _STEPS = 4
@@ -129,13 +131,15 @@ def compare(
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        onnx = "onnxruntime" in chosen or "openvino" in chosen
+        for engine in chosen:
+            absent = [module for module in _modules_of(engine) if importlib.util.find_spec(module) is None]
+            if absent:
+                missing[engine] = f"skipped: {absent[0]} is not installed"
+        onnx = any(engine in FROM_ONNX and engine not in missing for engine in chosen)
         expected = _prepare(folder, name, batch, resolution, onnx, training)
         try:
             for engine in chosen:
-                needed = PEERS.get(engine, "torch")
-                if importlib.util.find_spec(needed) is None:
-                    missing[engine] = f"skipped: {needed} is not installed"
+                if engine in missing:
                     continue
                 try:
                     workers[engine] = worker = _Worker(engine, name, folder, threads, training)
@@ -192,6 +196,10 @@ def plot(comparison: Comparison, path: str | Path) -> None:
         + (", training step" if comparison.training else "")
     )
     figure.savefig(path)
+
+
+def _modules_of(engine: str) -> list[str]:
+    return [PEERS.get(engine, "torch"), *(["onnx"] if engine in FROM_ONNX else [])]
 
 
 def _package(name: str) -> str:

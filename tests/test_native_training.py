@@ -125,9 +125,11 @@ def test_several_threads_train_at_once():
     block, x = randomize(make()), channels_last(*shape)
 
     def train(results: list, index: int) -> None:
-        copied = copy.deepcopy(block)
-        y, grad = run(copied, x, torch.ones(3, 16, 15, 17), "cpu")
-        results[index] = [y, grad, *(p.grad for p in copied.parameters())]
+        # Nothing is forced here: use_backend is for one thread at a time.
+        copied, leaf = copy.deepcopy(block), x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = copied(leaf)
+        y.sum().backward()
+        results[index] = [y.detach(), leaf.grad, *(p.grad for p in copied.parameters())]
 
     alone: list = [None]
     train(alone, 0)
