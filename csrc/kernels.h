@@ -26,6 +26,7 @@ struct Gemm {
   std::int64_t segments, segment_length;  // the inner dimension is their product, less what the last one lacks
   std::int64_t lacking;                   // of the last segment
   const float* b;                         // [inner dimension, 16], packed
+  const float* next_b;                    // what will be read in its place next; null for what follows it in memory
   const float* bias;                      // [16]
   const float* residual;                  // as y; may be null
   float* y;                               // [rows, columns]; may be null, where only the sums are wanted

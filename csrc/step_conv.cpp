@@ -76,6 +76,7 @@ class PointwiseStep final : public Step {
       if (gate_ != absent) {
         run.kernels.scale_panel_f32(gemm.b, run.at(gate_) + group * x_.pitch(), scratch, layer_.matrix.inner,
                                     panel_columns);
+        gemm.next_b = gemm.b + layer_.matrix.inner * panel_columns;
         gemm.b = scratch;
       }
       if (layer_.spec.pool) {

@@ -39,13 +39,23 @@ EFFNET_INLINE F<L> one_plus_exp_minus(F<L> x) {
 }
 
 #if defined(__AVX512F__)
-// The same where a power of two may be any: no bounds, infinities come out right by themselves and a NaN stays.
+// 2^(i / 16).
+alignas(64) constexpr float sixteenths[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                                              1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                              1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+
+// The same from a table, with an instruction that takes any power of two: no bounds, infinities come out right by
+// themselves and a NaN stays. The relative error is under 1.5e-6 for |x| < 20.
+//
+// exp(-x) = 2^z = 2^n * 2^(i / 16) * 2^f with n the integer below z and f within 1/16. A sum with 1.5 * 2^19 rounded
+// downwards has i as its low bits; the instructions that look up and that scale take i and n out by themselves.
 EFFNET_INLINE __m512 one_plus_exp_minus_any(__m512 x) {
   const __m512 z = x * -1.44269504f;
-  // z less the nearest integer, 0 for an infinite z.
-  const __m512 f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEAREST_INT);
-  const __m512 n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT);
-  return _mm512_scalef_ps((__m512)exp2_fraction<16>((F<16>)f), n) + 1.0f;
+  const __m512 shifted = _mm512_add_round_ps(z, _mm512_set1_ps(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const __m512 power = _mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(sixteenths));
+  const __m512 f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | 4 << 4);
+  const __m512 fraction = (f * 0.24547958f + 0.69302422f) * f + 1.00000048f;
+  return _mm512_scalef_ps(power, z) * fraction + 1.0f;
 }
 #endif
 

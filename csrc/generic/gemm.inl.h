@@ -35,8 +35,12 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   constexpr int Pointers = (Rows + 2) / 3;
   const std::int64_t stride = gemm.a_row;
   const float* b = gemm.b + column;
-  // The next panel's line comes while this one's is used: weights are read once for a few rows, from far away.
-  const std::int64_t next_panel = (gemm.segments * gemm.segment_length - gemm.lacking) * effnet::panel_columns;
+  // A line of the next panel comes while this one's is used: weights are read once for a few rows, from far away.
+  const std::intptr_t next_panel =
+      gemm.next_b != nullptr
+          ? reinterpret_cast<std::intptr_t>(gemm.next_b) - reinterpret_cast<std::intptr_t>(gemm.b)
+          : static_cast<std::intptr_t>(sizeof(float)) * (gemm.segments * gemm.segment_length - gemm.lacking) *
+                effnet::panel_columns;
   // As do the next tile's rows, where they follow each other.
   const float* next_rows = place.a + Rows * stride;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
@@ -45,7 +49,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
       a[p.value] = place.a + segment * gemm.a_segment + 3 * p.value * stride;
     });
     const auto multiply = [&](F<L>(&to)[Rows * V]) EFFNET_INLINE_LAMBDA {
-      prefetch(b + next_panel);
+      prefetch(reinterpret_cast<const float*>(reinterpret_cast<std::intptr_t>(b) + next_panel));
       prefetch(next_rows);
       next_rows += Rows;
       F<L> panel[V];
