@@ -29,8 +29,12 @@ effnet::Padding padding_of(const Sides& sides) {
   return {false, left, right, top, bottom};
 }
 
-effnet::Execution execution(int threads, const char* isa) {
-  return {effnet::kernels_of(isa_or_selected(isa)), threads};
+// Calls an operator without the interpreter's lock.
+template <class Operator, class... Arguments>
+void unlocked(int threads, const char* isa, const Operator& call, const Arguments&... arguments) {
+  const effnet::Execution execution{effnet::kernels_of(isa_or_selected(isa)), threads};
+  const py::gil_scoped_release released;
+  call(arguments..., execution);
 }
 
 // Structs of operators.h as tuples; addresses are tensors' data_ptr(), 0 for one that is absent.
@@ -84,9 +88,7 @@ void pointwise_forward(const PixelsTuple& pixels, std::int64_t channels, std::in
                                       static_cast<effnet::Reduction>(reduction),
                                       pointer<float>(y),
                                       pointer<float>(partials)};
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::pointwise_forward(call, how);
+  unlocked(threads, isa, effnet::pointwise_forward, call);
 }
 
 void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::int64_t outputs,
@@ -106,9 +108,7 @@ void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::i
                                        pointer<float>(dx),
                                        pointer<float>(sums),
                                        pointer<float>(dweight)};
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::pointwise_backward(call, how);
+  unlocked(threads, isa, effnet::pointwise_backward, call);
 }
 
 // images, channels, height, width, out_height, out_width, kernel, stride, left, top
@@ -131,9 +131,7 @@ void depthwise_forward(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t
                                       static_cast<effnet::Reduction>(reduction),
                                       pointer<float>(y),
                                       pointer<float>(partials)};
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::depthwise_forward(call, how);
+  unlocked(threads, isa, effnet::depthwise_forward, call);
 }
 
 void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, std::uintptr_t x, std::uintptr_t weight,
@@ -149,56 +147,41 @@ void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, 
                                        pointer<float>(dz),
                                        pointer<float>(sums),
                                        pointer<float>(dweight)};
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::depthwise_backward(call, how);
+  unlocked(threads, isa, effnet::depthwise_backward, call);
 }
 
 void patches(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t to, int threads, const char* isa) {
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::patches(shape_of(shape), pointer<const float>(x), pointer<float>(to), how);
+  unlocked(threads, isa, effnet::patches, shape_of(shape), pointer<const float>(x), pointer<float>(to));
 }
 
 void merge(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
            std::uintptr_t keep, std::uintptr_t residual, std::uintptr_t to, int threads, const char* isa) {
-  const effnet::Prologue owed = prologue_of(prologue);
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::merge(pixels_of(pixels), channels, pointer<const float>(x), owed, pointer<const float>(keep),
-                pointer<const float>(residual), pointer<float>(to), how);
+  unlocked(threads, isa, effnet::merge, pixels_of(pixels), channels, pointer<const float>(x), prologue_of(prologue),
+           pointer<const float>(keep), pointer<const float>(residual), pointer<float>(to));
 }
 
 void squeeze(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
              std::uintptr_t factor, std::uintptr_t sums, int threads, const char* isa) {
-  const effnet::Prologue owed = prologue_of(prologue);
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::squeeze(pixels_of(pixels), channels, pointer<const float>(x), owed, pointer<const float>(factor),
-                  pointer<float>(sums), how);
+  unlocked(threads, isa, effnet::squeeze, pixels_of(pixels), channels, pointer<const float>(x), prologue_of(prologue),
+           pointer<const float>(factor), pointer<float>(sums));
 }
 
 void channel_statistics(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t y, std::uintptr_t partials,
                         int threads, const char* isa) {
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::channel_statistics(pixels_of(pixels), channels, pointer<const float>(y), pointer<float>(partials), how);
+  unlocked(threads, isa, effnet::channel_statistics, pixels_of(pixels), channels, pointer<const float>(y),
+           pointer<float>(partials));
 }
 
 void gradient_sums(const PixelsTuple& pixels, std::int64_t channels, const GradientTuple& gradient, std::uintptr_t mean,
                    std::uintptr_t sums, int threads, const char* isa) {
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::gradient_sums(pixels_of(pixels), channels, gradient_of(gradient), pointer<const float>(mean),
-                        pointer<float>(sums), how);
+  unlocked(threads, isa, effnet::gradient_sums, pixels_of(pixels), channels, gradient_of(gradient),
+           pointer<const float>(mean), pointer<float>(sums));
 }
 
 void apply_gradient(const PixelsTuple& pixels, std::int64_t channels, const GradientTuple& gradient,
                     std::uintptr_t residual, std::uintptr_t to, int threads, const char* isa) {
-  const effnet::Execution how = execution(threads, isa);
-  py::gil_scoped_release unlocked;
-  effnet::apply_gradient(pixels_of(pixels), channels, gradient_of(gradient), pointer<const float>(residual),
-                         pointer<float>(to), how);
+  unlocked(threads, isa, effnet::apply_gradient, pixels_of(pixels), channels, gradient_of(gradient),
+           pointer<const float>(residual), pointer<float>(to));
 }
 
 void merge_statistics(std::uintptr_t partials, std::int64_t count, std::int64_t channels, std::uintptr_t stats) {

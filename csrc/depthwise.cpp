@@ -10,10 +10,6 @@ constexpr std::int64_t most_slots = 16;
 constexpr std::int64_t ring_floats = 128 * 1024;
 constexpr std::int64_t least_units = 16;
 
-std::int64_t columns_of(std::int64_t panel, std::int64_t channels) {
-  return std::min(panel_columns, channels - panel * panel_columns);
-}
-
 // Padded rows of several panels: row r of panel p is at [p][r % rows], zero outside of [left, left + width).
 struct Ring {
   std::int64_t rows, left, width, padded;
@@ -35,6 +31,11 @@ struct Ring {
     }
   }
 };
+
+// Of the rows that the kernel reads for one output row.
+Ring input_ring(const ConvShape& s) {
+  return {s.kernel, s.left, s.width, std::max(s.left + s.width, (s.out_width - 1) * s.stride + s.kernel)};
+}
 
 // Channels in groups of panels, images in slots; a unit is a group of a slot's images.
 struct Cut {
@@ -71,8 +72,7 @@ class Forward {
       : call_(call),
         s_(call.shape),
         kernels_(kernels),
-        ring_{s_.kernel, s_.left, s_.width,
-              std::max(s_.left + s_.width, (s_.out_width - 1) * s_.stride + s_.kernel)},
+        ring_(input_ring(s_)),
         cut_(s_, ring_.panel_floats() + s_.out_width * panel_columns),
         taps_(cut_.panels * tap_floats()) {}
 
@@ -96,13 +96,13 @@ class Forward {
   void run(std::int64_t index, float* scratch) const {
     const Unit unit(s_, cut_, index);
     float* statistics = scratch + cut_.most_panels() * (ring_.panel_floats() + s_.out_width * panel_columns);
-    std::fill_n(statistics, unit.panels * 2 * panel_columns, 0.0f);
     ring_.clear_margins(scratch, unit.panels);
+    const bool pools = call_.reduction == Reduction::pool;
     std::int64_t count = 0;
     for (std::int64_t image = unit.first_image; image < unit.end_image; ++image) {
-      if (call_.reduction == Reduction::pool) std::fill_n(statistics, unit.panels * 2 * panel_columns, 0.0f);
+      if (pools || image == unit.first_image) std::fill_n(statistics, unit.panels * 2 * panel_columns, 0.0f);
       run_image(unit, image, count, statistics, scratch);
-      if (call_.reduction == Reduction::pool) write(unit, statistics, call_.partials + image * s_.channels);
+      if (pools) write(unit, statistics, call_.partials + image * s_.channels);
     }
     if (call_.reduction != Reduction::statistics) return;
     float* partials = call_.partials + unit.slot * 3 * s_.channels;
@@ -124,13 +124,10 @@ class Forward {
 
   void run_image(const Unit& unit, std::int64_t image, std::int64_t& count, float* statistics, float* ring) const {
     float* out = ring + cut_.most_panels() * ring_.panel_floats();
-    ActivateRows pay{};
-    pay.scale = offset(call_.prologue.scale, unit.channel);
-    pay.shift = offset(call_.prologue.shift, unit.channel);
+    ActivateRows pay = activate_rows(call_.prologue, image, s_.channels, unit.channel);
     pay.rows = s_.width;
     pay.channels = unit.channels;
     pay.fill = true;
-    pay.act = call_.prologue.act;
     ActivateRows store{};
     store.x = panel_rows(out, s_.out_width);
     store.rows = s_.out_width;
@@ -197,8 +194,7 @@ class Backward {
         s_(call.shape),
         kernels_(kernels),
         size_(phase_kernel(s_)),
-        x_ring_{s_.kernel, s_.left, s_.width,
-                std::max(s_.left + s_.width, (s_.out_width - 1) * s_.stride + s_.kernel)},
+        x_ring_(input_ring(s_)),
         // A phase's convolution reads from size - 1 outputs before the newest one on.
         g_ring_{size_, size_ - 1, s_.out_width,
                 size_ - 1 + std::max(s_.out_width, (s_.width - 1 + s_.left) / s_.stride + 1)},
@@ -287,13 +283,10 @@ class Backward {
     float* g_ring = x_ring + cut_.most_panels() * x_ring_.panel_floats();
     float* sums = g_ring + cut_.most_panels() * g_ring_.panel_floats();
     float* dx = sums + cut_.most_panels() * 2 * panel_columns;
-    ActivateRows pay{};
-    pay.scale = offset(call_.prologue.scale, unit.channel);
-    pay.shift = offset(call_.prologue.shift, unit.channel);
+    ActivateRows pay = activate_rows(call_.prologue, image, s_.channels, unit.channel);
     pay.rows = s_.width;
     pay.channels = unit.channels;
     pay.fill = true;
-    pay.act = call_.prologue.act;
     OutputGradient gradient = call_.gradient;
     GradientRows load = gradient_rows(gradient, image, s_.channels, dx + s_.width * panel_columns);
     for (const float** vector : {&load.factor, &load.offset, &load.scale, &load.shift, &load.alpha, &load.beta, &load.gamma}) {

@@ -13,17 +13,8 @@ int threads_of(const Pixels& pixels, std::int64_t channels, const Execution& exe
 
 std::int64_t pixel_of(const Pixels& pixels, const Part& part) { return part.group * pixels.group_rows() + part.begin; }
 
-ActivateRows activation(const Prologue& prologue, std::int64_t image, std::int64_t channels) {
-  ActivateRows pay{};
-  pay.scale = prologue.scale;
-  pay.shift = prologue.shift;
-  pay.factor = offset(prologue.gate, image * channels);
-  pay.channels = channels;
-  pay.act = prologue.act;
-  return pay;
-}
-
-// Calls f(part, panel, block) for the rows of each part as load(part, pixel, rows, panels) leaves them in panels.
+// Blocks of each part's rows, which load() leaves in panels and reduce() takes panel by panel. load() also gets memory
+// for [channels], reduce() the rows of the part before this block and the panel's first channel.
 template <class Load, class Reduce>
 void for_blocks(const Pixels& pixels, std::int64_t channels, const Execution& execution, const Load& load,
                 const Reduce& reduce) {
@@ -39,14 +30,14 @@ void for_blocks(const Pixels& pixels, std::int64_t channels, const Execution& ex
       load(part, pixel, rows, panels, panels + most_rows(pixels, wanted) * pitch);
       for (std::int64_t panel = 0; panel * panel_columns < channels; ++panel) {
         reduce(part, begin - part.begin, pixel, rows, panel * panel_columns,
-               std::min(panel_columns, channels - panel * panel_columns), panels + panel * rows * panel_columns);
+               columns_of(panel, channels), panels + panel * rows * panel_columns);
       }
     }
   };
   parallel_phases(threads_of(pixels, channels, execution), scratch, Phase<decltype(run)>{pixels.count(), run});
 }
 
-// `kinds` vectors of sums for each part, of which reductions add to one panel at a time.
+// Adds a panel's sums, or products, to those of its part, which the first block begins.
 void add_sums(PanelSums call, const Kernels& kernels, bool first, float* sums, float* products) {
   alignas(64) float of_block[2][panel_columns] = {};
   call.sums = of_block[0];
@@ -98,11 +89,8 @@ void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Pr
   const auto run = [&](std::int64_t index, float* factor) {
     const Part part = part_of(pixels, index);
     const std::int64_t pixel = pixel_of(pixels, part);
-    ActivateRows pay = activation(prologue, part.group, channels);
-    if (keep != nullptr) {
-      for (std::int64_t c = 0; c < channels; ++c) factor[c] = keep[part.group] * (pay.factor != nullptr ? pay.factor[c] : 1.0f);
-      pay.factor = factor;
-    }
+    ActivateRows pay = activate_rows(prologue, part.group, channels);
+    pay.factor = kept_gate(prologue.gate, keep, part.group, channels, factor);
     pay.x = map_rows(x, pixel, channels);
     pay.residual = map_rows(residual, pixel, channels);
     pay.to = map_rows(to, pixel, channels);
@@ -115,7 +103,7 @@ void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Pr
 void squeeze(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* factor,
              float* sums, const Execution& execution) {
   const auto load = [&](const Part& part, std::int64_t pixel, std::int64_t rows, float* panels, float*) {
-    ActivateRows pay = activation(prologue, part.group, channels);
+    ActivateRows pay = activate_rows(prologue, part.group, channels);
     pay.x = map_rows(x, pixel, channels);
     pay.to = panel_rows(panels, rows);
     pay.rows = rows;

@@ -17,10 +17,6 @@ constexpr std::int64_t least_units = 16;
 
 std::int64_t panels_of(std::int64_t channels) { return ceil_div(channels, panel_columns); }
 
-std::int64_t columns_of(std::int64_t panel, std::int64_t channels) {
-  return std::min(panel_columns, channels - panel * panel_columns);
-}
-
 std::int64_t block_rows(std::int64_t floats_a_row) {
   return std::max(least_rows, std::min(most_block_rows, block_floats / floats_a_row));
 }
@@ -55,6 +51,18 @@ void read_panels(Gemm& gemm, const float* panels, std::int64_t rows, std::int64_
   gemm.segments = panels_of(channels);
   gemm.segment_length = panel_columns;
   gemm.lacking = gemm.segments * panel_columns - channels;
+}
+
+// A panel of a product to the map, where the product could not write there itself.
+void store_panel(const Kernels& kernels, float* panel, std::int64_t rows, std::int64_t columns, const Rows& residual,
+                 const Rows& to) {
+  ActivateRows store{};
+  store.x = panel_rows(panel, rows);
+  store.residual = residual;
+  store.to = to;
+  store.rows = rows;
+  store.channels = columns;
+  kernels.activate_rows_f32(store);
 }
 
 class Forward {
@@ -115,7 +123,11 @@ class Forward {
     Gemm gemm{};
     if (pays_) {
       float* panels = scratch + most_ * panel_columns;
-      pay(part, pixel, rows, panels);
+      ActivateRows pay = activate_rows(call_.prologue, part.group, call_.channels);
+      pay.x = map_rows(call_.x, pixel, call_.channels);
+      pay.to = panel_rows(panels, rows);
+      pay.rows = rows;
+      kernels_.activate_rows_f32(pay);
       read_panels(gemm, panels, rows, call_.channels);
     } else {
       gemm.a = call_.x + pixel * call_.channels;
@@ -149,28 +161,8 @@ class Forward {
       if (call_.reduction == Reduction::statistics) {
         add_statistics(part, begin - part.begin, rows, panel, gemm.y, gemm.y_row);
       }
-      if (whole) continue;
-      ActivateRows store{};
-      store.x = panel_rows(panel_scratch, rows);
-      store.residual = residual;
-      store.to = to;
-      store.rows = rows;
-      store.channels = gemm.columns;
-      kernels_.activate_rows_f32(store);
+      if (!whole) store_panel(kernels_, panel_scratch, rows, gemm.columns, residual, to);
     }
-  }
-
-  void pay(const Part& part, std::int64_t pixel, std::int64_t rows, float* panels) const {
-    ActivateRows pay{};
-    pay.x = map_rows(call_.x, pixel, call_.channels);
-    pay.scale = call_.prologue.scale;
-    pay.shift = call_.prologue.shift;
-    pay.factor = offset(call_.prologue.gate, part.group * call_.channels);
-    pay.to = panel_rows(panels, rows);
-    pay.rows = rows;
-    pay.channels = call_.channels;
-    pay.act = call_.prologue.act;
-    kernels_.activate_rows_f32(pay);
   }
 
   void add_statistics(const Part& part, std::int64_t count, std::int64_t rows, std::int64_t panel,
@@ -283,16 +275,11 @@ class Backward {
 
   void add_weight_gradient(std::int64_t chunk, const Part& part, std::int64_t pixel, std::int64_t rows, bool adds,
                            const float* g, float* a) const {
-    ActivateRows pay{};
+    ActivateRows pay = activate_rows(call_.prologue, part.group, call_.channels);
     pay.x = map_rows(call_.x, pixel, call_.channels);
-    pay.scale = call_.prologue.scale;
-    pay.shift = call_.prologue.shift;
-    pay.factor = offset(call_.prologue.gate, part.group * call_.channels);
     pay.to = panel_rows(a, rows);
     pay.rows = rows;
-    pay.channels = call_.channels;
     pay.fill = true;
-    pay.act = call_.prologue.act;
     kernels_.activate_rows_f32(pay);
     float* to = gradients_.get() + chunk * gradient_floats();
     for (std::int64_t out = 0; out < out_panels_; ++out) {
@@ -325,13 +312,7 @@ class Backward {
       kernels_.gemm_f32_bias_act_residual_sum(gemm);
       if (whole) continue;
       if (call_.sums == nullptr) {
-        ActivateRows store{};
-        store.x = panel_rows(product, rows);
-        store.residual = residual;
-        store.to = to;
-        store.rows = rows;
-        store.channels = gemm.columns;
-        kernels_.activate_rows_f32(store);
+        store_panel(kernels_, product, rows, gemm.columns, residual, to);
         continue;
       }
       ThroughPanel through{};

@@ -239,7 +239,8 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, t
         model(torch.randn(4, 3, size, size, generator=generator))
     model.eval()
     torch.save(model.state_dict(), folder / "model.pt")
-    torch.save(freeze(from_peer(model)), folder / "engine.pt")
+    if not training:
+        torch.save(freeze(from_peer(model)), folder / "engine.pt")
     x = torch.randn(batch, 3, resolution, resolution, generator=generator)
     np.save(folder / "x.npy", x.numpy())
     if onnx:
@@ -354,13 +355,7 @@ def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, tas
     # What engines print is not an answer.
     sys.stdout = sys.stderr
     x = np.load(folder / "x.npy")
-    load = _load_ours if engine == OURS else {"onnxruntime": _load_onnxruntime, "openvino": _load_openvino}.get(engine)
-    if task == "train":
-        build = _load_training(engine, name, folder, x, threads)
-    elif load is not None:
-        build = load(name, folder, x, threads)
-    else:
-        build = _load_torch(engine, name, folder, x, threads)
+    build = _loader(engine, task)(engine, name, folder, x, threads)
     gc.collect()
     before = _resident("VmRSS", reset=True)
     call = build()
@@ -381,7 +376,15 @@ def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, tas
 Build = Callable[[], Callable[[], Any]]
 
 
-def _load_ours(name: str, folder: Path, x: Any, threads: int) -> Build:
+def _loader(engine: str, task: str) -> Callable[[str, str, Path, Any, int], Build]:
+    """What imports an engine and returns the function that builds its call."""
+    if task == "train":
+        return _load_training
+    loaders = {OURS: _load_ours, "onnxruntime": _load_onnxruntime, "openvino": _load_openvino}
+    return loaders.get(engine, _load_torch)
+
+
+def _load_ours(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
     import torch
 
     import effnet_kernels  # noqa: F401
@@ -448,7 +451,7 @@ def _without_gradients(model: Any, image: Any) -> Any:
         return model(image).numpy()
 
 
-def _load_onnxruntime(name: str, folder: Path, x: Any, threads: int) -> Build:
+def _load_onnxruntime(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
     import onnxruntime
 
     def build() -> Callable[[], Any]:
@@ -460,7 +463,7 @@ def _load_onnxruntime(name: str, folder: Path, x: Any, threads: int) -> Build:
     return build
 
 
-def _load_openvino(name: str, folder: Path, x: Any, threads: int) -> Build:
+def _load_openvino(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
     import openvino
 
     def build() -> Callable[[], Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.deferred import ACTIVATIONS, OutputGradient, Prologue
+from effnet_kernels.reference.deferred import fold_statistics
 
 ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
 # The system's allocator keeps what is smaller than this itself.
@@ -122,13 +123,9 @@ def gradient_addresses(
 
 def folded(prologue: Prologue) -> Prologue:
     """The prologue with running statistics, if any, as a scale and a shift, and both of them or neither."""
-    scale, shift, act, gate, statistics = prologue
-    if statistics is not None:
-        rstd = torch.rsqrt(statistics.var + statistics.eps)
-        scale = rstd if scale is None else scale * rstd
-        shift = -statistics.mean * scale if shift is None else shift - statistics.mean * scale
-    elif scale is None and shift is not None:
+    scale, shift = fold_statistics(prologue)
+    if scale is None and shift is not None:
         scale = torch.ones_like(shift)
     elif shift is None and scale is not None:
         shift = torch.zeros_like(scale)
-    return Prologue(scale, shift, act, gate)
+    return Prologue(scale, shift, prologue.act, prologue.gate)

@@ -32,14 +32,14 @@ def pay(x: Tensor, prologue: Prologue | None) -> Tensor:
     x = x.to(accumulation_dtype(x.dtype))
     if prologue is None:
         return x
-    x = activate(affine(x, *_folded(prologue)), prologue.act)
+    x = activate(affine(x, *fold_statistics(prologue)), prologue.act)
     return x if prologue.gate is None else x * prologue.gate[:, :, None, None]
 
 
 def finish(y: Tensor, epilogue: Epilogue | None, dtype: torch.dtype) -> Tensor:
     """``act(scale * y + shift) + residual``, rounded to ``dtype``: what a convolution stores."""
     if epilogue is not None:
-        y = activate(affine(y, *_folded(epilogue)), epilogue.act)
+        y = activate(affine(y, *fold_statistics(epilogue)), epilogue.act)
         if epilogue.residual is not None:
             y = y + epilogue.residual
     return y.to(dtype)
@@ -54,7 +54,7 @@ def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return x if shift is None else x + shift[:, None, None]
 
 
-def _folded(owed: Prologue | Epilogue) -> tuple[Tensor | None, Tensor | None]:
+def fold_statistics(owed: Prologue | Epilogue) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift, with the running statistics folded into them where there are any."""
     if owed.statistics is None:
         return owed.scale, owed.shift
