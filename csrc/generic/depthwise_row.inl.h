@@ -27,7 +27,7 @@ EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow& row, std::int64_
       constexpr int begin = offset < K ? 0 : (offset - K) / S + 1;
       constexpr int end = offset / S + 1 < T ? offset / S + 1 : T;
       if constexpr (begin < end) {
-        const F<L> value = load<L>(x + offset * pixel);
+        const F<L> value = load_once<L>(x + offset * pixel);
         unrolled<begin, end>([&](auto t) EFFNET_INLINE_LAMBDA {
           sums[t.value] += value * tap[offset - decltype(t)::value * S];
         });
