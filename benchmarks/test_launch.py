@@ -56,12 +56,11 @@ def test_block_forward(benchmark) -> None:
     from effnet_kernels import block
     from effnet_kernels.launch_config import H100, use_target
     from effnet_kernels.modules import MBConvConfig
-    from effnet_kernels.modules.conv_bn_act import ConvBnAct, plan_chain
+    from effnet_kernels.modules.chain import plan_chain
 
     config = MBConvConfig(6, 3, 1, 16, 16, 1)
     module = config.block(config, 0.0, nn.BatchNorm2d)
-    layers = [m for m in module.modules() if isinstance(m, ConvBnAct)]
-    plan = plan_chain(layers, (14, 14), next(m for m in module.modules() if hasattr(m, "fc1")), residual=True)
+    plan = plan_chain(module.parts(), (14, 14))
     x = torch.randn(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
     with stub_driver(), use_target(H100), torch.no_grad():
         benchmark(block.forward, plan.chain, x, None, plan.parameters, plan.buffers)

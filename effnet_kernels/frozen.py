@@ -176,7 +176,7 @@ def _layer(name: str, module: ConvBnAct) -> Layer:
     conv, norm = module.conv, module.norm
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{name}: expected a BatchNorm with running statistics, got {norm}")
-    depthwise = module.is_depthwise()
+    depthwise = module.part().kind() == "depthwise"
     if not depthwise and conv.groups != 1:
         raise ValueError(f"{name}: expected a dense or a depthwise convolution, got {conv}")
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effnet_kernels import EfficientNet, dispatch, triton
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
-from effnet_kernels.modules.conv_bn_act import ConvBnAct, plan_chain
+from effnet_kernels.modules.chain import plan_chain
 
 pytestmark = [
     pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}"),
@@ -84,8 +84,7 @@ def test_an_exported_program_has_standard_operators_only() -> None:
 def mbconv_plan(training: bool):
     config = MBConvConfig(2, 3, 1, 16, 16, 1)
     block = randomize(config.block(config, 0.0, nn.BatchNorm2d)).train(training)
-    layers = [module for module in block.modules() if isinstance(module, ConvBnAct)]
-    return plan_chain(layers, (7, 9), next(m for m in block.modules() if hasattr(m, "fc1")), residual=True)
+    return plan_chain(block.parts(), (7, 9))
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([0.0, 2.0])])

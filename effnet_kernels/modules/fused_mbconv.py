@@ -4,14 +4,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_kernels.deferred import Activation
-from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.block_config import BlockConfig
+from effnet_kernels.modules.chain import Parts
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode
 from effnet_kernels.modules.inverted_residual import InvertedResidual
-from effnet_kernels.modules.operator_module import kernels
 
 
 class FusedMBConvConfig(BlockConfig):
@@ -71,20 +70,11 @@ class FusedMBConv(InvertedResidual):
         super().__init__(cnf, stochastic_depth_prob, layers)
         self.expands = expanded != cnf.input_channels
 
-    def forward_operators(self, input: Tensor) -> Tensor:
-        x, owed = input, None
-        if self.expands:
-            x, owed, _ = cast(ConvBnAct, self.block[0]).deferred(x)
-        return self.project_and_merge(cast(ConvBnAct, self.block[-1]), x, owed, input)
-
-    def forward_chain(self, input: Tensor) -> Tensor:
-        return self.run_block([cast(ConvBnAct, layer) for layer in self.block], input)
+    def parts(self) -> Parts:
+        return self.parts_of([cast(ConvBnAct, layer) for layer in self.block])
 
     def find_obstacle(self) -> str | None:
         obstacle = self.layers_obstacle([ConvBnAct] * (1 + self.expands))
-        if obstacle is None and self.expands and not cast(ConvBnAct, self.block[1]).is_pointwise():
+        if obstacle is None and self.expands and cast(ConvBnAct, self.block[1]).part().kind() != "pointwise":
             return "project is not a 1x1 convolution"
         return obstacle
-
-    def kernel_reason(self, backend: Backend) -> str:
-        return f"the dense convolution by torch, the rest by {kernels(backend)}"

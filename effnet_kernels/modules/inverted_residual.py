@@ -5,17 +5,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from effnet_kernels import ops
-from effnet_kernels.deferred import Prologue
-from effnet_kernels.modules.batch_norm import uses_batch_statistics
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.conv_bn_act import ConvBnAct, plan_chain, run_chain
-from effnet_kernels.modules.operator_module import OperatorModule, children_obstacle
+from effnet_kernels.modules.chain import ChainModule, Parts
+from effnet_kernels.modules.conv_bn_act import ConvBnAct
+from effnet_kernels.modules.operator_module import children_obstacle
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
 from effnet_kernels.modules.stochastic_depth import StochasticDepth
 
 
-class InvertedResidual(OperatorModule):
+class InvertedResidual(ChainModule):
     """A sequence of layers that ends in a projection, with a residual around it where shapes allow.
 
     Args:
@@ -42,25 +40,14 @@ class InvertedResidual(OperatorModule):
             result += input
         return result
 
-    def project_and_merge(self, project: ConvBnAct, x: Tensor, owed: Prologue | None, input: Tensor) -> Tensor:
-        """The end of the block: project, stochastic depth, residual."""
-        residual, keep = None, None
-        if self.use_res_connect:
-            residual = input
-            keep = self.stochastic_depth.keep(input)
-        if keep is None and not uses_batch_statistics(project.norm):
-            return project.deferred(x, owed, residual)[0]
-        y, owed, _ = project.deferred(x, owed)
-        return ops.merge(y, owed, residual, keep)
-
-    def run_block(
-        self, layers: Sequence[ConvBnAct], input: Tensor, excitation: SqueezeExcitation | None = None
-    ) -> Tensor:
-        """The layers, stochastic depth and the residual as one fused chain."""
-        keep = self.stochastic_depth.keep(input) if self.use_res_connect else None
-        size = (input.shape[2], input.shape[3])
-        plan = self.plan(size, lambda: plan_chain(layers, size, excitation, self.use_res_connect))
-        return run_chain(plan, input, keep)
+    def parts_of(self, layers: Sequence[ConvBnAct], excitation: SqueezeExcitation | None = None) -> Parts:
+        """The layers, with stochastic depth and the residual around them."""
+        return Parts(
+            tuple(layer.part() for layer in layers),
+            None if excitation is None else excitation.layers(),
+            self.use_res_connect,
+            self.stochastic_depth.keep,
+        )
 
     def layers_obstacle(self, expected: Sequence[type[ConvBnAct] | type[SqueezeExcitation]]) -> str | None:
         """Why the operators cannot stand for the layers, which should be of these classes, or None."""

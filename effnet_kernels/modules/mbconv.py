@@ -4,16 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from effnet_kernels import ops
-from effnet_kernels.deferred import Activation, Prologue
-from effnet_kernels.dispatch import Backend
+from effnet_kernels.deferred import Activation
 from effnet_kernels.modules.block_config import BlockConfig
+from effnet_kernels.modules.chain import Parts
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
-from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
 
 
 class MBConvConfig(BlockConfig):
@@ -86,23 +84,12 @@ class MBConv(InvertedResidual):
         self.expands = expanded != cnf.input_channels
         self.excites = cnf.squeeze_ratio is not None
 
-    def forward_operators(self, input: Tensor) -> Tensor:
-        expand, depthwise, excitation, project = self._parts()
-        x, owed = input, None
-        if expand is not None:
-            x, owed, _ = expand.deferred(x)
-        x, owed, pooled = depthwise.deferred(x, owed, pool=excitation is not None)
-        if excitation is not None:
-            gate = excitation.gate(ops.squeeze(x, owed) if pooled is None else pooled)
-            owed = (owed or Prologue())._replace(gate=gate)
-        return self.project_and_merge(project, x, owed, input)
+    def parts(self) -> Parts:
+        expand, depthwise, excitation, project = self._layers()
+        layers = (depthwise, project) if expand is None else (expand, depthwise, project)
+        return self.parts_of(layers, excitation)
 
-    def forward_chain(self, input: Tensor) -> Tensor:
-        expand, depthwise, excitation, project = self._parts()
-        layers = [depthwise, project] if expand is None else [expand, depthwise, project]
-        return self.run_block(layers, input, excitation)
-
-    def _parts(self) -> tuple[ConvBnAct | None, ConvBnAct, SqueezeExcitation | None, ConvBnAct]:
+    def _layers(self) -> tuple[ConvBnAct | None, ConvBnAct, SqueezeExcitation | None, ConvBnAct]:
         layers = iter(self.block)
         expand = cast(ConvBnAct, next(layers)) if self.expands else None
         depthwise = cast(ConvBnAct, next(layers))
@@ -110,16 +97,11 @@ class MBConv(InvertedResidual):
         return expand, depthwise, excitation, cast(ConvBnAct, next(layers))
 
     def find_obstacle(self) -> str | None:
-        expand, excite = [ConvBnAct] * self.expands, [SqueezeExcitation] * self.excites
-        obstacle = self.layers_obstacle([*expand, ConvBnAct, *excite, ConvBnAct])
+        expands, excites = [ConvBnAct] * self.expands, [SqueezeExcitation] * self.excites
+        obstacle = self.layers_obstacle([*expands, ConvBnAct, *excites, ConvBnAct])
         if obstacle is not None:
             return obstacle
-        expand_conv, depthwise, _, project = self._parts()
-        if not project.is_pointwise() or not (expand_conv is None or expand_conv.is_pointwise()):
+        expand, depthwise, _, project = self._layers()
+        if project.part().kind() != "pointwise" or not (expand is None or expand.part().kind() == "pointwise"):
             return "expand or project is not a 1x1 convolution"
-        return None if depthwise.is_depthwise() else "the middle convolution is not depthwise"
-
-    def kernel_obstacle(self, backend: Backend) -> str | None:
-        conv = self._parts()[1].conv
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
-        return None if has_depthwise(backend, kernel, stride) else no_depthwise(kernel, stride)
+        return None if depthwise.part().kind() == "depthwise" else "the middle convolution is not depthwise"

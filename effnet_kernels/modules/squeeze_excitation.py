@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from effnet_kernels import ops
+from effnet_kernels.modules.chain import ExcitationLayers
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
 
 
@@ -38,13 +38,12 @@ class SqueezeExcitation(nn.Module):
         scale = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(input)))))
         return scale * input
 
-    def gate(self, pooled: Tensor) -> Tensor:
-        """The gate [N, C] of the pooled activation [N, C], on the operators."""
-        act = ACTIVATION_NAMES[type(self.activation)]
-        return ops.excite(pooled, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
+    def layers(self) -> ExcitationLayers:
+        """The module as a part of a chain."""
+        return ExcitationLayers(self.fc1, self.fc2, ACTIVATION_NAMES[type(self.activation)])
 
     def find_obstacle(self) -> str | None:
-        """Why :meth:`gate` cannot stand for :meth:`forward`, or None."""
+        """Why the operators cannot stand for :meth:`forward`, or None."""
         children = self._modules
         return children_obstacle((name, children.get(name), expected) for name, expected in _CHILDREN.items())
 

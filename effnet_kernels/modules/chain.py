@@ -1,0 +1,243 @@
+"""Chains of convolutions as modules have them: each with its BatchNorm and activation, whoever's modules they are."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels import ops, registration
+from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue, Reduction
+from effnet_kernels.dispatch import Backend
+from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
+from effnet_kernels.modules.operator_module import OperatorModule, kernels
+from effnet_kernels.ops.checks import output_size, resolve_padding
+from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
+
+if TYPE_CHECKING:
+    from effnet_kernels import block
+
+
+class ConvNorm(NamedTuple):
+    """A convolution, its BatchNorm and its activation.
+
+    Attributes:
+        padding: an integer, (left, right, top, bottom) or ``"same"``, as the module pads; ``conv``'s own is not asked.
+        skip_nonfinite: see ``ConvBnAct.skip_nonfinite_statistics``.
+    """
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    act: Activation
+    padding: int | Padding | Literal["same"]
+    skip_nonfinite: bool = False
+
+    def kind(self) -> Literal["pointwise", "depthwise", "dense"]:
+        conv = self.conv
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+            return "pointwise"
+        if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels and conv.bias is None:
+            return "depthwise"
+        return "dense"
+
+    def kernel_obstacle(self, backend: Backend) -> str | None:
+        conv = self.conv
+        if self.kind() == "depthwise":
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            return None if has_depthwise(backend, kernel, stride) else no_depthwise(kernel, stride)
+        return None if conv.groups == 1 else "a grouped convolution, which torch computes"
+
+    def deferred(
+        self, x: Tensor, owed: Prologue | None = None, residual: Tensor | None = None, pool: bool = False
+    ) -> tuple[Tensor, Prologue | None, Tensor | None]:
+        """The convolution of what ``x`` with its debt stands for, with what is owed to the output in turn.
+
+        Where BatchNorm needs the batch's statistics, the output is raw and owes the BatchNorm and the activation.
+        Where its statistics are known, both are in the output, ``residual`` is added and, with ``pool``, the spatial
+        mean [N, C] is the third result.
+        """
+        norm = self.norm
+        if uses_batch_statistics(norm):
+            y, stats = self._convolve(x, owed, None, "statistics")
+            check_batch(norm, y)
+            scale, shift = fold(norm, stats)
+            return y, Prologue(scale, shift, self.act), None
+        scale, shift = fold(norm, None)
+        y, pooled = self._convolve(x, owed, Epilogue(scale, shift, self.act, residual), "pool" if pool else "none")
+        return y, None, pooled
+
+    def _convolve(
+        self, x: Tensor, owed: Prologue | None, epilogue: Epilogue | None, reduction: Reduction
+    ) -> tuple[Tensor, Tensor | None]:
+        conv, kind = self.conv, self.kind()
+        if kind == "pointwise":
+            return ops.pointwise_conv(x, conv.weight, conv.bias, owed, epilogue, reduction)
+        padding = self.padding_of((x.shape[2], x.shape[3]))
+        if kind == "depthwise":
+            return ops.depthwise_conv(x, conv.weight, conv.stride[0], padding, owed, epilogue, reduction)
+        # A dense convolution is torch's own; what surrounds it is ours.
+        assert owed is None
+        padded = nn.functional.pad(x, padding)
+        y = nn.functional.conv2d(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+        if epilogue is not None:
+            y = ops.merge(y, Prologue(epilogue.scale, epilogue.shift, epilogue.act), epilogue.residual)
+        return y, ops.channel_statistics(y) if reduction == "statistics" else None
+
+    def padding_of(self, size: tuple[int, int]) -> Padding:
+        """For maps of ``size`` (H, W)."""
+        return resolve_padding(self.padding, size, self.conv.kernel_size[0], self.conv.stride[0])
+
+
+class ExcitationLayers(NamedTuple):
+    """The two layers of squeeze-and-excitation, 1x1 convolutions, with an activation between and a sigmoid behind."""
+
+    fc1: nn.Conv2d
+    fc2: nn.Conv2d
+    act: Activation
+
+
+class Parts(NamedTuple):
+    """What a module computes: a chain of convolutions, and what is around it.
+
+    Attributes:
+        layers: the convolutions; a dense one can only be the first.
+        excitation: squeeze-and-excitation of the input of the last of them, which then is a 1x1 convolution.
+        residual: whether the input is added to the output.
+        keep: draws stochastic depth's factors [N] for an input, or None where it would change nothing.
+    """
+
+    layers: tuple[ConvNorm, ...]
+    excitation: ExcitationLayers | None = None
+    residual: bool = False
+    keep: Callable[[Tensor], Tensor | None] | None = None
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        return None if self.keep is None or not self.residual else self.keep(x)
+
+
+class ChainPlan(NamedTuple):
+    """A chain, the tensors of its layers, and the parts that they came from."""
+
+    chain: "block.Chain"
+    parameters: "list[block.Parameters]"
+    buffers: "list[block.Buffers]"
+    parts: Parts
+
+
+def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> ChainPlan:
+    """The parts as one fused chain for inputs of ``size`` (H, W)."""
+    from effnet_kernels import block
+
+    layers: list[block.Layer] = []
+    parameters: list[block.Parameters] = []
+    buffers: list[block.Buffers] = []
+    for index, part in enumerate(parts.layers):
+        conv, norm = part.conv, part.norm
+        excitation = parts.excitation if index == len(parts.layers) - 2 else None
+        padding = part.padding_of(size)
+        batch_statistics = uses_batch_statistics(norm)
+        layers.append(
+            block.Layer(
+                part.kind(),
+                conv.stride[0],
+                padding,
+                part.act,
+                norm.eps,
+                norm.momentum,
+                batch_statistics,
+                part.skip_nonfinite,
+                None if excitation is None else excitation.act,
+            )
+        )
+        own = block.Parameters(conv.weight, conv.bias, norm.weight, norm.bias)
+        if excitation is not None:
+            fc1, fc2 = excitation.fc1, excitation.fc2
+            own = block.Parameters(*own[:4], fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        parameters.append(own)
+        reads = not batch_statistics or (norm.training and norm.track_running_stats)
+        buffers.append(
+            block.Buffers(norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            if reads
+            else block.Buffers(None, None, None)
+        )
+        left, right, top, bottom = padding
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        size = (output_size(size[0], kernel, stride, top, bottom), output_size(size[1], kernel, stride, left, right))
+    return ChainPlan(block.Chain(tuple(layers), parts.residual, pool), parameters, buffers, parts)
+
+
+def run_chain(plan: ChainPlan, x: Tensor) -> Tensor:
+    """The chain of x [N, C, H, W] in channels-last strides, called or traced.
+
+    Raises ValueError where the channels or the device are not those of the weights, which a kernel would not notice.
+    """
+    weight = plan.parameters[0].weight
+    channels = weight.shape[0] if plan.chain.layers[0].kind == "depthwise" else weight.shape[1]
+    if x.shape[1] != channels:
+        raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
+    keep = plan.parts.draw(x)
+    if torch.compiler.is_compiling():
+        return registration.run_traced(plan.chain, x, keep, plan.parameters, plan.buffers)
+    from effnet_kernels import block
+
+    return block.run(plan.chain, x, keep, plan.parameters, plan.buffers)
+
+
+class ChainModule(OperatorModule):
+    """Base of the modules that are a chain: a subclass has ``parts``, ``forward_modules`` and ``find_obstacle``."""
+
+    def parts(self) -> Parts:
+        """What the module computes, where there is no obstacle."""
+        raise NotImplementedError
+
+    def forward_operators(self, input: Tensor) -> Tensor:
+        parts = self.parts()
+        x, owed, pooled = input, None, None
+        for index, layer in enumerate(parts.layers[:-1]):
+            excited = parts.excitation is not None and index == len(parts.layers) - 2
+            x, owed, pooled = layer.deferred(x, owed, pool=excited)
+        if parts.excitation is not None:
+            fc1, fc2, act = parts.excitation
+            pooled = ops.squeeze(x, owed) if pooled is None else pooled
+            gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act)
+            owed = (owed or Prologue())._replace(gate=gate)
+        last, residual, keep = parts.layers[-1], input if parts.residual else None, parts.draw(input)
+        if keep is None and not uses_batch_statistics(last.norm):
+            return last.deferred(x, owed, residual)[0]
+        y, owed, _ = last.deferred(x, owed)
+        return ops.merge(y, owed or Prologue(), residual, keep)
+
+    def forward_chain(self, input: Tensor) -> Tensor:
+        return self.run_chain(input, pool=False)
+
+    def run_chain(self, input: Tensor, pool: bool) -> Tensor:
+        size = (input.shape[2], input.shape[3])
+        return run_chain(self.plan((size, pool), lambda: plan_chain(self.parts(), size, pool)), input)
+
+    def kernel_obstacle(self, backend: Backend) -> str | None:
+        return self.plan(("obstacle", backend), lambda: self._kernel_obstacle(backend))
+
+    def kernel_reason(self, backend: Backend) -> str:
+        return self.plan(("reason", backend), lambda: self._kernel_reason(backend))
+
+    def _kernel_obstacle(self, backend: Backend) -> str | None:
+        found = (layer.kernel_obstacle(backend) for layer in self.parts().layers)
+        return next((obstacle for obstacle in found if obstacle is not None), None)
+
+    def _kernel_reason(self, backend: Backend) -> str:
+        if self.parts().layers[0].kind() == "dense":
+            return f"the dense convolution by torch, the rest by {kernels(backend)}"
+        return kernels(backend)
+
+
+def convolution_obstacle(name: str, conv: nn.Conv2d) -> str | None:
+    """Why the operators do not compute a convolution, or None."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
+        return f"{name} has a padding mode or a dilation that the operators do not know"
+    if any(pair[0] != pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding)):
+        return f"{name} has a rectangular kernel, stride or padding"
+    if conv.kernel_size[0] == 1 and conv.padding[0] != 0:
+        return f"{name} pads a 1x1 convolution"
+    return None
