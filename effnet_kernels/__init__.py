@@ -1,5 +1,6 @@
 """EfficientNet, the same network, weights and numbers as everybody's, computed faster."""
 
+from effnet_kernels.acceleration import accelerate, restore
 from effnet_kernels.cpu import NativeExtensionWarning
 from effnet_kernels.dispatch import BackendError, use_backend
 from effnet_kernels.explain import explain
@@ -29,8 +30,10 @@ __all__ = [
     "NativeExtensionWarning",
     "SqueezeExcitation",
     "StochasticDepth",
+    "accelerate",
     "explain",
     "freeze",
+    "restore",
     "use_backend",
     "warmup",
 ]

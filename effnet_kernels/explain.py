@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
+from effnet_kernels.acceleration import why_left_alone
 from effnet_kernels.dispatch import Backend, Call
 from effnet_kernels.modules.operator_module import OperatorModule
+from effnet_kernels.peer_blocks import reader_of
 
 
 class Row(NamedTuple):
@@ -31,33 +34,44 @@ class Explanation(list[Row]):
         )
 
 
-def explain(model: nn.Module, x: Tensor) -> Explanation:
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Which backend would compute each layer of ``model(x)`` in the model's present mode, and why.
 
     Nothing is run: the answer follows from the model, from the dtype, device and rank of ``x`` and from what
-    is forced. Layers that are not this package's are torch's own.
+    is forced. Layers that are not this package's are torch's own; where :func:`~effnet_kernels.accelerate` knows a
+    block and has not switched it, the reason says why.
 
     Args:
         model: any module; this package's layers are recognised wherever they are in it.
-        x: the model's input, [N, C, H, W].
+        x: the model's input, [N, C, H, W]; None for one of the device and dtype of the model's parameters.
 
     Raises:
         BackendError: a backend is forced that cannot run one of the layers.
     """
     rows = Explanation()
-    call = Call.of(x)
+    call = _call(model) if x is None else Call.of(x)
     for name, layer in _layers(model, ""):
         if isinstance(layer, OperatorModule):
             decision = dispatch.decide(layer, call)
+        elif reader_of(type(layer)) is not None:
+            obstacle = why_left_alone(layer)
+            decision = dispatch.Decision("torch", f"left alone: {obstacle}" if obstacle else "not accelerated")
         else:
             decision = dispatch.Decision("torch", "not a layer of this package")
         rows.append(Row(name or "(model)", type(layer).__name__, *decision))
     return rows
 
 
+def _call(model: nn.Module) -> Call:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return Call("cpu", torch.float32, None)
+    return Call(parameter.device.type, parameter.dtype, None)
+
+
 def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     children = list(module.named_children())
-    if isinstance(module, OperatorModule) or not children:
+    if isinstance(module, OperatorModule) or reader_of(type(module)) is not None or not children:
         yield name, module
         return
     for child_name, child in children:

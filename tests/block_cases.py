@@ -9,7 +9,7 @@ from conftest import assert_buffers_close, randomize
 from gpu.compare import assert_accurate
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
+from effnet_kernels import accelerate, dispatch
 from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
 
 BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
@@ -44,6 +44,34 @@ BLOCKS = {
 }
 
 
+def torchvision_block() -> nn.Module:
+    from torchvision.models.efficientnet import MBConv
+    from torchvision.models.efficientnet import MBConvConfig as Config
+
+    return MBConv(Config(4, 3, 1, 16, 16, 1), 0.5, BatchNorm)
+
+
+def timm_block() -> nn.Module:
+    from timm.layers import BatchNormAct2d
+    from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+
+    layers = {"act_layer": nn.SiLU, "norm_layer": BatchNormAct2d, "se_layer": SqueezeExcite}
+    return InvertedResidual(16, 24, 5, 2, pad_type="same", exp_ratio=4.0, **layers)
+
+
+def lukemelas_block() -> nn.Module:
+    from efficientnet_pytorch import EfficientNet
+
+    return EfficientNet.from_name("efficientnet-b0")._blocks[2]
+
+
+PEERS_BLOCKS = {
+    "torchvision": (lambda: accelerate(torchvision_block()), (4, 16, 7, 7)),
+    "timm": (lambda: accelerate(timm_block()), (1, 16, 14, 15)),
+    "efficientnet_pytorch": (lambda: accelerate(lukemelas_block()), (1, 24, 7, 7)),
+}
+
+
 def run(block: nn.Module, x: Tensor, grad: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
     """The output and the input's gradient; from one seed, so that stochastic depth draws the same."""
     torch.manual_seed(1)
@@ -59,7 +87,7 @@ def compare(
     name: str, backend: str, channels_last: Callable[..., Tensor], dtype: torch.dtype, training: bool, with_grad: bool
 ) -> None:
     """A block against the textbook modules in float64: the output, every gradient, the running statistics."""
-    make, shape = BLOCKS[name]
+    make, shape = (BLOCKS | PEERS_BLOCKS)[name]
     block = randomize(make()).train(training)
     x = channels_last(*shape, dtype=dtype)
     # Parameters stay float32 with lower-precision maps, as under autocast; torch itself wants them alike.

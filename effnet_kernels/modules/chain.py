@@ -1,7 +1,7 @@
 """Chains of convolutions as modules have them: each with its BatchNorm and activation, whoever's modules they are."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,25 +103,24 @@ class Parts(NamedTuple):
         layers: the convolutions; a dense one can only be the first.
         excitation: squeeze-and-excitation of the input of the last of them, which then is a 1x1 convolution.
         residual: whether the input is added to the output.
-        keep: draws stochastic depth's factors [N] for an input, or None where it would change nothing.
+        keep: draws stochastic depth's factors [N] for a module's arguments, or None where it would change nothing.
     """
 
     layers: tuple[ConvNorm, ...]
     excitation: ExcitationLayers | None = None
     residual: bool = False
-    keep: Callable[[Tensor], Tensor | None] | None = None
+    keep: Callable[..., Tensor | None] | None = None
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        return None if self.keep is None or not self.residual else self.keep(x)
+    def draw(self, *arguments: Any, **named: Any) -> Tensor | None:
+        return None if self.keep is None or not self.residual else self.keep(*arguments, **named)
 
 
 class ChainPlan(NamedTuple):
-    """A chain, the tensors of its layers, and the parts that they came from."""
+    """A chain and the tensors of its layers."""
 
     chain: "block.Chain"
     parameters: "list[block.Parameters]"
     buffers: "list[block.Buffers]"
-    parts: Parts
 
 
 def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> ChainPlan:
@@ -163,10 +162,10 @@ def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> Chain
         left, right, top, bottom = padding
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         size = (output_size(size[0], kernel, stride, top, bottom), output_size(size[1], kernel, stride, left, right))
-    return ChainPlan(block.Chain(tuple(layers), parts.residual, pool), parameters, buffers, parts)
+    return ChainPlan(block.Chain(tuple(layers), parts.residual, pool), parameters, buffers)
 
 
-def run_chain(plan: ChainPlan, x: Tensor) -> Tensor:
+def run_chain(plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
     """The chain of x [N, C, H, W] in channels-last strides, called or traced.
 
     Raises ValueError where the channels or the device are not those of the weights, which a kernel would not notice.
@@ -177,12 +176,29 @@ def run_chain(plan: ChainPlan, x: Tensor) -> Tensor:
         raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
-    keep = plan.parts.draw(x)
     if torch.compiler.is_compiling():
         return registration.run_traced(plan.chain, x, keep, plan.parameters, plan.buffers)
     from effnet_kernels import block
 
     return block.run(plan.chain, x, keep, plan.parameters, plan.buffers)
+
+
+def run_operators(parts: Parts, input: Tensor, keep: Tensor | None) -> Tensor:
+    """The same operator by operator, for the reference."""
+    x, owed, pooled = input, None, None
+    for index, layer in enumerate(parts.layers[:-1]):
+        excited = parts.excitation is not None and index == len(parts.layers) - 2
+        x, owed, pooled = layer.deferred(x, owed, pool=excited)
+    if parts.excitation is not None:
+        fc1, fc2, act = parts.excitation
+        pooled = ops.squeeze(x, owed) if pooled is None else pooled
+        gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act)
+        owed = (owed or Prologue())._replace(gate=gate)
+    last, residual = parts.layers[-1], input if parts.residual else None
+    if keep is None and not uses_batch_statistics(last.norm):
+        return last.deferred(x, owed, residual)[0]
+    y, owed, _ = last.deferred(x, owed)
+    return ops.merge(y, owed or Prologue(), residual, keep)
 
 
 class ChainModule(OperatorModule):
@@ -194,27 +210,16 @@ class ChainModule(OperatorModule):
 
     def forward_operators(self, input: Tensor) -> Tensor:
         parts = self.parts()
-        x, owed, pooled = input, None, None
-        for index, layer in enumerate(parts.layers[:-1]):
-            excited = parts.excitation is not None and index == len(parts.layers) - 2
-            x, owed, pooled = layer.deferred(x, owed, pool=excited)
-        if parts.excitation is not None:
-            fc1, fc2, act = parts.excitation
-            pooled = ops.squeeze(x, owed) if pooled is None else pooled
-            gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act)
-            owed = (owed or Prologue())._replace(gate=gate)
-        last, residual, keep = parts.layers[-1], input if parts.residual else None, parts.draw(input)
-        if keep is None and not uses_batch_statistics(last.norm):
-            return last.deferred(x, owed, residual)[0]
-        y, owed, _ = last.deferred(x, owed)
-        return ops.merge(y, owed or Prologue(), residual, keep)
+        return run_operators(parts, input, parts.draw(input))
 
     def forward_chain(self, input: Tensor) -> Tensor:
-        return self.run_chain(input, pool=False)
+        return self.run_chain(input)
 
-    def run_chain(self, input: Tensor, pool: bool) -> Tensor:
+    def run_chain(self, input: Tensor, pool: bool = False) -> Tensor:
         size = (input.shape[2], input.shape[3])
-        return run_chain(self.plan((size, pool), lambda: plan_chain(self.parts(), size, pool)), input)
+        parts = self.plan("parts", self.parts)
+        plan = self.plan((size, pool), lambda: plan_chain(parts, size, pool))
+        return run_chain(plan, input, parts.draw(input))
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
         return self.plan(("obstacle", backend), lambda: self._kernel_obstacle(backend))

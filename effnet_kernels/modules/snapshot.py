@@ -33,9 +33,12 @@ class Snapshot(Generic[Finding]):
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         ]
 
+        # Hooks come and go inside of the same dictionaries, which do not show it.
+        self.hooked = any(self.hooks)
+
     def holds(self) -> bool:
         """Whether all is as it was. Hooks on the module itself fire by themselves and do not matter."""
-        if any(self.hooks) or list(map(type, self.inner)) != self.types:
+        if self.hooked or any(self.hooks) or list(map(type, self.inner)) != self.types:
             return False
         now = [t for d in self.members for t in d.values()]
         if len(now) != len(self.tensors) or not all(map(operator.is_, now, self.tensors)):

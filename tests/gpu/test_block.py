@@ -6,7 +6,7 @@ from functools import partial
 import block_cases
 import pytest
 import torch
-from block_cases import BLOCKS, BatchNorm, mbconv, run
+from block_cases import BLOCKS, PEERS_BLOCKS, BatchNorm, mbconv, run
 from conftest import assert_buffers_close, randomize
 from torch import nn
 
@@ -36,6 +36,13 @@ def test_inference(name: str) -> None:
 @pytest.mark.parametrize("name", ["expand", "no expand", "fused", "head"])
 def test_inference_in_half_precision(name: str) -> None:
     compare(name, dtype=torch.float16, training=False, with_grad=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PEERS_BLOCKS)
+def test_accelerated_blocks(name: str, training: bool) -> None:
+    pytest.importorskip(name, reason="accelerates its blocks, the extra 'peers'")
+    compare(name, dtype=torch.float32, training=training, with_grad=training)
 
 
 @pytest.mark.parametrize("name", ["expand", "fused"])

@@ -1,0 +1,422 @@
+"""accelerate(): other packages' networks with the same numbers, keys and classes, and what people do with them."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
+from torch import nn
+
+import effnet_kernels as ek
+from effnet_kernels.acceleration import Accelerated
+
+tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'peers'")
+timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'peers'")
+lukemelas = pytest.importorskip("efficientnet_pytorch", reason="accelerates its networks, the extra 'peers'")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A network, and how many of its blocks are switched.
+NETWORKS = {
+    "torchvision efficientnet_b0": (lambda: tv.efficientnet_b0(), 18),
+    "torchvision efficientnet_v2_s": (lambda: tv.efficientnet_v2_s(), 42),
+    "torchvision mobilenet_v2": (lambda: tv.mobilenet_v2(), 19),
+    "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0", drop_path_rate=0.2), 16),
+    "timm tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0", drop_path_rate=0.2), 16),
+    "timm tf_efficientnet_lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 16),
+    "timm tf_efficientnetv2_b0": (lambda: timm.create_model("tf_efficientnetv2_b0"), 21),
+    "timm mobilenetv2_050": (lambda: timm.create_model("mobilenetv2_050"), 17),
+    "timm mnasnet_small": (lambda: timm.create_model("mnasnet_small"), 15),
+    "efficientnet_pytorch b0": (lambda: lukemelas.EfficientNet.from_name("efficientnet-b0"), 16),
+}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(NETWORKS[name][0]())
+
+
+def small() -> nn.Module:
+    """A network of two blocks and a stem, of torchvision's classes."""
+    from torchvision.models.efficientnet import MBConvConfig
+
+    torch.manual_seed(0)
+    settings = [MBConvConfig(1, 3, 1, 16, 16, 1), MBConvConfig(4, 5, 2, 16, 24, 2)]
+    return randomize(tv.EfficientNet(settings, dropout=0.2, last_channel=64, num_classes=5))
+
+
+def switched(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, Accelerated)]
+
+
+def backends(model: nn.Module, x: torch.Tensor) -> list[str]:
+    return [row.backend for row in ek.explain(model, x) if "MBConv" in row.module]
+
+
+def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    y = model(x)
+    y.square().mean().backward()
+    return y.detach()
+
+
+def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """An untouched copy, and the model accelerated."""
+    return copy.deepcopy(model), ek.accelerate(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inference_computes_the_same(name: str) -> None:
+    untouched, model = pair(network(name).eval())
+    assert len(switched(model)) == NETWORKS[name][1]
+    assert list(model.state_dict()) == list(untouched.state_dict())
+    for (key, a), (_, b) in zip(model.named_modules(), untouched.named_modules(), strict=True):
+        assert isinstance(a, type(b)), key
+    for size in ((64, 64), (65, 97)):
+        x = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            expected = untouched(x)
+            assert_close(model(x), expected)
+            assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+# ReLU's derivative jumps, and a rounding decides to which side: of such networks gradients agree only on the whole.
+SMOOTH = [n for n in NETWORKS if "efficientnet" in n and "lite" not in n and "v2_s" not in n]
+
+
+@pytest.mark.parametrize(
+    "name", [*SMOOTH, "torchvision mobilenet_v2", "timm tf_efficientnet_lite0", "timm mnasnet_small"]
+)
+def test_training_computes_the_same(name: str) -> None:
+    """Outputs, gradients, running statistics, and the draws of dropout and stochastic depth."""
+    untouched, model = pair(network(name).train())
+    x = torch.randn(4, 3, 96, 96)
+    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    if name in SMOOTH:
+        assert_gradients_close(model, untouched)
+    else:
+        gradients = [torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, untouched)]
+        assert_close(*gradients, tolerance=5e-2)
+    assert_buffers_close(model, untouched, tolerance=1e-4)
+
+
+def test_restore_undoes_it_exactly() -> None:
+    model = small()
+    before = [(type(module), dict(module.__dict__)) for module in model.modules()]
+    assert ek.restore(ek.accelerate(model)) is model
+    for (kind, attributes), module in zip(before, model.modules(), strict=True):
+        assert type(module) is kind
+        assert module.__dict__.keys() == attributes.keys()
+
+
+def test_switching_twice_changes_nothing() -> None:
+    model = ek.accelerate(small())
+    kinds = [type(module) for module in model.modules()]
+    assert [type(module) for module in ek.accelerate(model).modules()] == kinds
+
+
+def test_copies_and_pickles() -> None:
+    model, x = ek.accelerate(small().eval()), torch.randn(1, 3, 32, 32)
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(written, weights_only=False),
+    ):
+        assert len(switched(other)) == len(switched(model)) == 5
+        assert torch.equal(other(x), model(x))
+    for block in switched(model):
+        assert pickle.loads(pickle.dumps(type(block))) is type(block)
+
+
+def test_another_process_reads_a_pickle(tmp_path) -> None:
+    model, x = ek.accelerate(small().eval()), torch.randn(1, 3, 32, 32)
+    torch.save({"model": model, "x": x, "y": model(x)}, tmp_path / "saved.pt")
+    script = f"import torch; s = torch.load({str(tmp_path / 'saved.pt')!r}, weights_only=False); "
+    script += "torch.set_num_threads(1); assert torch.equal(s['model'](s['x']), s['y'])"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_subclass_that_keeps_the_forward_is_known() -> None:
+    from torchvision.models.efficientnet import MBConv
+
+    model = small()
+    block = model.features[1][0]
+    block.__class__ = type("Tagged", (MBConv,), {})
+    assert isinstance(ek.accelerate(model).features[1][0], Accelerated)
+    other = small()
+    other.features[1][0].__class__ = type(
+        "Doubled", (MBConv,), {"forward": lambda self, x: MBConv.forward(self, 2 * x)}
+    )
+    assert not isinstance(ek.accelerate(other).features[1][0], Accelerated)
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "reason"),
+    [
+        ("features.2.0.block.1.2", nn.Mish(), "block.1.2 is a Mish"),
+        ("features.2.0.block.1.1", nn.GroupNorm(4, 64), "block.1.1 is a GroupNorm"),
+        ("features.2.0.block.2", nn.Identity(), "block.2 is a Identity"),
+        ("features.2.0.block.2.scale_activation", nn.Hardsigmoid(), "scale_activation is a Hardsigmoid"),
+        ("features.2.0.stochastic_depth", nn.Dropout(0.1), "stochastic_depth is a Dropout"),
+        ("features.2.0.block.0.0", nn.Conv2d(16, 64, 1, padding=1), "pads a 1x1 convolution"),
+    ],
+)
+def test_an_unknown_part_leaves_its_block_alone_with_a_reason(path: str, part: nn.Module, reason: str) -> None:
+    model = small()
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, part)
+    ek.accelerate(model)
+    assert not isinstance(model.features[2][0], Accelerated)
+    assert len(switched(model)) == 4
+    rows = {row.name: row for row in ek.explain(model)}
+    assert rows["features.2.0"].backend == "torch"
+    assert reason in rows["features.2.0"].reason
+    assert rows["features.2.1"].backend == "cpu"
+
+
+def test_nothing_to_switch_warns() -> None:
+    with pytest.warns(UserWarning, match="nothing in Linear"):
+        ek.accelerate(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
+        ek.accelerate("efficientnet_b0")  # type: ignore[type-var]
+
+
+def test_explain_without_an_input() -> None:
+    model = small()
+    assert {row.reason for row in ek.explain(model) if "MBConv" in row.module} == {"not accelerated"}
+    assert {row.backend for row in ek.explain(ek.accelerate(model)) if "MBConv" in row.module} == {"cpu"}
+
+
+def forward_hook(block: nn.Module, calls: list[str]):
+    return block.get_submodule("block.0.0").register_forward_hook(lambda *_: calls.append("hook"))
+
+
+def backward_hook(block: nn.Module, calls: list[str]):
+    return block.get_submodule("block.1").register_full_backward_hook(lambda *_: calls.append("hook"))
+
+
+def global_hook(block: nn.Module, calls: list[str]):
+    return nn.modules.module.register_module_forward_hook(lambda *_: calls.append("hook"))
+
+
+@pytest.mark.parametrize("register", [forward_hook, backward_hook, global_hook])
+def test_hooks_inside_a_block_fire(register) -> None:
+    untouched, model = pair(small())
+    x = torch.randn(2, 3, 32, 32)
+    assert backends(model, x) == ["cpu"] * 3
+    calls: list[str] = []
+    handle = register(model.features[1][0], calls)
+    assert backends(model, x)[0] == "torch"
+    step(model, x)
+    assert calls
+    handle.remove()
+    assert backends(model, x) == ["cpu"] * 3
+    del calls[:]
+    step(untouched, x)
+    assert_close(step(model.eval(), x), step(untouched.eval(), x))
+    assert not calls
+
+
+def test_hooks_on_a_block_fire() -> None:
+    model, seen = ek.accelerate(small().eval()), []
+    handle = model.features[1][0].register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    model(torch.randn(1, 3, 32, 32))
+    handle.remove()
+    assert seen == [(1, 16, 16, 16)]
+
+
+def parametrized(model: nn.Module) -> None:
+    from torch.nn.utils.parametrizations import weight_norm
+
+    weight_norm(model.features[1][0].block[0][0])
+
+
+def pruned(model: nn.Module) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model.features[1][0].block[0][0], "weight", 0.5)
+
+
+def sharded(model: nn.Module) -> None:
+    """What FSDP leaves of a parameter while a module runs: an attribute."""
+    conv = model.features[1][0].block[0][0]
+    weight = conv.weight
+    del conv.weight
+    conv.weight = weight.data.view_as(weight)
+
+
+def subclassed(model: nn.Module) -> None:
+    class Marked(nn.Parameter):
+        pass
+
+    conv = model.features[1][0].block[0][0]
+    conv._parameters["weight"] = conv.weight.detach().as_subclass(Marked)
+
+
+@pytest.mark.parametrize("change", [parametrized, pruned, sharded, subclassed])
+@pytest.mark.parametrize("before", [True, False])
+def test_weights_that_are_not_plain_make_a_block_compute_as_it_did(change, before: bool) -> None:
+    untouched, model = small().eval(), small().eval()
+    change(untouched)
+    if before:
+        change(model)
+    ek.accelerate(model)
+    if not before:
+        change(model)
+    x = torch.randn(2, 3, 32, 32)
+    assert backends(model, x) == ["torch", "cpu", "cpu"]
+    with torch.no_grad():
+        assert_close(model(x), untouched(x))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_sync_batch_norm_conversion(before: bool) -> None:
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    untouched, model = small(), small()
+    x = torch.randn(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # converted before, there is nothing to switch
+        model = ek.accelerate(convert(model)) if before else convert(ek.accelerate(model))
+        assert backends(model, x) == ["torch"] * 3
+        with torch.no_grad():
+            assert_close(model.eval()(x), untouched.eval()(x))
+
+
+def test_frozen_parts() -> None:
+    """BatchNorms in eval mode while the rest trains, and parameters without gradients."""
+    untouched, model = pair(small())
+    for each in (untouched, model):
+        each.train()
+        for module in each.features[1].modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        for parameter in each.features[:2].parameters():
+            parameter.requires_grad = False
+    x = torch.randn(4, 3, 64, 64)
+    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert backends(model, x) == ["cpu"] * 3
+    assert_gradients_close(model, untouched)
+    assert_buffers_close(model, untouched)
+
+
+def test_an_optimizer_built_before_trains_the_model() -> None:
+    models, losses = [small(), small()], []
+    x, target = torch.randn(8, 3, 64, 64), torch.randint(5, (8,))
+    for model, accelerates in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        if accelerates:
+            ek.accelerate(model)
+        torch.manual_seed(3)
+        own = []
+        for _ in range(4):
+            loss = nn.functional.cross_entropy(model.train()(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            averaged.update_parameters(model)
+            own.append(loss.item())
+        losses.append(own)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_checkpointing() -> None:
+    torch.manual_seed(0)
+    untouched, model = pair(randomize(timm.create_model("efficientnet_b0")).train())
+    model.set_grad_checkpointing()
+    x = torch.randn(4, 3, 64, 64)
+    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert_gradients_close(model, untouched)
+
+
+def test_distributed_data_parallel(tmp_path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        untouched, model = pair(small())
+        x = torch.randn(4, 3, 64, 64)
+        assert_close(step(nn.parallel.DistributedDataParallel(model), x), step(untouched, x), tolerance=1e-4)
+        assert_gradients_close(model, untouched)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_and_export(training: bool) -> None:
+    untouched, model = pair(small().train(training))
+    for module in [*untouched.modules(), *model.modules()]:
+        if type(module).__name__ in ("StochasticDepth", "Dropout"):
+            module.p = 0.0
+    x = torch.randn(2, 3, 64, 64)
+    expected = untouched(x)
+    assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected, tolerance=1e-4)
+    program = torch.export.export(model, (x,))
+    assert "effnet_kernels" not in str(program.graph)
+    assert_close(program.module()(x), model(x), tolerance=1e-4)
+
+
+def test_torch_func() -> None:
+    untouched, model = pair(small().eval())
+    parameters, x = dict(model.named_parameters()), torch.randn(2, 3, 32, 32)
+
+    def loss(values, network):
+        return torch.func.functional_call(network, values, (x,)).square().mean()
+
+    expected, actual = (torch.func.grad(loss)(parameters, network) for network in (untouched, model))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, msg=name)
+
+
+def test_static_padding_is_carried_layer_by_layer() -> None:
+    """efficientnet_pytorch pads for a nominal size, whatever the size of the image is."""
+    torch.manual_seed(0)
+    model = lukemelas.EfficientNet.from_name("efficientnet-b1", image_size=240)
+    untouched, model = pair(randomize(model).eval())
+    x = torch.randn(1, 3, 117, 90)
+    with torch.inference_mode():
+        assert_close(model(x), untouched(x))
+
+
+@pytest.mark.parametrize("memory_efficient", [True, False])
+def test_swish_may_be_set(memory_efficient: bool) -> None:
+    model = ek.accelerate(network("efficientnet_pytorch b0").eval())
+    model.set_swish(memory_efficient)
+    assert backends(model, torch.randn(1, 3, 32, 32)) == ["cpu"] * 16
+
+
+def test_feature_maps() -> None:
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("tf_efficientnet_b0", features_only=True, out_indices=(1, 2, 4)))
+    untouched, model = pair(model.eval())
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    expected, actual = untouched(x), model(x)
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b)
+    gradients = [torch.autograd.grad([y.mean() for y in maps], x)[0] for maps in (actual, expected)]
+    assert_close(gradients[0], gradients[1])
+
+
+def test_detection_pyramid() -> None:
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    backbone = tv.efficientnet_b0().features
+    torch.manual_seed(0)
+    body = randomize(BackboneWithFPN(backbone, {"2": "0", "3": "1", "5": "2"}, [24, 40, 112], 32).eval())
+    untouched, model = pair(body)
+    x = torch.randn(1, 3, 96, 96)
+    expected, actual = untouched(x), model(x)
+    assert list(actual) == list(expected)
+    for name, y in expected.items():
+        assert_close(actual[name], y)
+    for each in (untouched, model):
+        sum(y.square().mean() for y in each(x).values()).backward()
+    assert_gradients_close(model, untouched)
