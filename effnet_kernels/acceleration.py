@@ -62,9 +62,11 @@ def why_left_alone(block: nn.Module) -> str | None:
 
 def _unreadable(block: nn.Module, reader: Reader) -> str | None:
     try:
-        reader(block)
+        excitation = reader(block).excitation
     except (UnknownPart, AttributeError) as reason:
         return str(reason)
+    if excitation is not None and excitation.gate != "sigmoid":
+        return f"the operators have no {excitation.gate} gate"
     return None
 
 

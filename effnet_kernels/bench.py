@@ -224,7 +224,7 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, t
     import numpy as np
     import torch
 
-    from effnet_kernels import freeze, from_peer
+    from effnet_kernels import freeze
 
     generator = torch.Generator().manual_seed(0)
     model = _peer(name).eval()
@@ -240,7 +240,7 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, t
     model.eval()
     torch.save(model.state_dict(), folder / "model.pt")
     if not training:
-        torch.save(freeze(from_peer(model)), folder / "engine.pt")
+        torch.save(freeze(model), folder / "engine.pt")
     x = torch.randn(batch, 3, resolution, resolution, generator=generator)
     np.save(folder / "x.npy", x.numpy())
     if onnx:

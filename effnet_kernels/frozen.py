@@ -1,8 +1,9 @@
 """freeze(): a trained network as an engine for inference."""
 
 import copy
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +11,23 @@ from torch import Tensor, nn
 from effnet_kernels import cpu
 from effnet_kernels.cpu.network import Excitation, Layer, Network, StepProfile
 from effnet_kernels.dispatch import BackendError
-from effnet_kernels.models.efficientnet import EfficientNet
-from effnet_kernels.modules.conv_bn_act import Conv2dSame, ConvBnAct
-from effnet_kernels.modules.fused_mbconv import FusedMBConv
-from effnet_kernels.modules.inverted_residual import InvertedResidual
-from effnet_kernels.modules.mbconv import MBConv
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, memory_format
-from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
+from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts
+from effnet_kernels.modules.operator_module import memory_format
+from effnet_kernels.peer_networks import read_network
 
 
-def freeze(model: nn.Module) -> "FrozenEfficientNet":
+def freeze(model: nn.Module, features: bool = False) -> "FrozenEfficientNet":
     """The network as an engine for inference on the CPU: one native call, BatchNorm folded, weights packed.
 
     The engine has the model's weights of this moment; the model is left as it is. Whether it is in train or eval mode
     does not matter: the engine computes what it computes in eval mode. Dropout and stochastic depth are gone.
 
     Args:
-        model: an :class:`EfficientNet` on the CPU, in float32. A classifier that is not a linear layer stays a module.
+        model: an EfficientNet on the CPU, in float32: this package's, torchvision's, timm's or
+            ``efficientnet_pytorch``'s, and torchvision's MobileNets and timm's other networks of the same class;
+            accelerated or not. A classifier that is not a linear layer stays a module.
+        features: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
+            finest first, without the head. Models that return maps themselves keep to their own choice.
 
     Returns a module of images [N, C, H, W], float32, of any batch size, resolution and strides, to what the model
     returns. It has no parameters and no gradients, is pickled with its weights, and may be called by several threads.
@@ -36,8 +37,7 @@ def freeze(model: nn.Module) -> "FrozenEfficientNet":
         ValueError: for a part that the engine does not know, or weights that are not float32 on the CPU.
         BackendError: where the native extension is missing.
     """
-    if not isinstance(model, EfficientNet):
-        raise TypeError(f"expected an effnet_kernels.EfficientNet, got {type(model).__module__}.{type(model).__name__}")
+    network = read_network(model)
     reason = cpu.unavailable_reason()
     if reason is not None:
         raise BackendError(f"freeze() needs the native extension: {reason}")
@@ -45,20 +45,33 @@ def freeze(model: nn.Module) -> "FrozenEfficientNet":
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise ValueError(f"{name}: expected float32 on the CPU, got {tensor.dtype} on {tensor.device}")
     layers: list[Layer] = []
-    ends = [_append(layers, f"features.{name}", layer) for name, layer in model.features.named_children()]
-    if model.features_only:
-        return FrozenEfficientNet(Network(layers, [ends[i] for i in model.feature_layers]), None, True)
+    ends, strides = [], []
+    for stage in ([network.stem], *network.stages):
+        before = len(layers)
+        for name, parts in stage:
+            _append(layers, name, parts)
+        ends.append(len(layers))
+        strides.append(math.prod(layer.stride for layer in layers[before:]))
+    maps = network.maps
+    if maps is None and features:
+        # The last of each resolution: before one that strides, and the very last.
+        maps = [i for i in range(len(ends)) if i + 1 == len(ends) or strides[i + 1] > 1]
+    if maps is not None:
+        chosen = [ends[i] for i in maps]
+        return FrozenEfficientNet(Network(layers[: max(chosen)], chosen), None, True)
+    assert network.head is not None
+    _append(layers, *network.head)
     if layers[-1].weight.shape[-1] != 1:
-        raise ValueError(f"features.{len(ends) - 1}: expected a 1x1 convolution as head, got {model.features[-1]}")
+        raise ValueError(
+            f"{network.head[0]}: expected a 1x1 convolution as head, got {network.head[1].layers[-1].conv}"
+        )
     layers[-1] = layers[-1]._replace(pool=True)
-    classifier: nn.Module | None = model.classifier
-    linear = _linear(model.classifier)
-    if linear is not None:
-        classifier = None
-        if isinstance(linear, nn.Linear):
-            bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-            layers.append(Layer(linear.weight[:, :, None, None], bias))
-    return FrozenEfficientNet(Network(layers, [len(layers)]), copy.deepcopy(classifier))
+    classifier = network.classifier
+    if type(classifier) is nn.Linear:
+        bias = torch.zeros(classifier.out_features) if classifier.bias is None else classifier.bias
+        layers.append(Layer(classifier.weight[:, :, None, None], bias))
+    left = None if type(classifier) in (nn.Linear, nn.Identity) else copy.deepcopy(classifier)
+    return FrozenEfficientNet(Network(layers, [len(layers)]), left)
 
 
 class ProfileRow(NamedTuple):
@@ -146,37 +159,24 @@ def _median(steps: Sequence[StepProfile]) -> StepProfile:
     return sorted(steps, key=lambda step: step.seconds)[len(steps) // 2]
 
 
-def _append(layers: list[Layer], name: str, module: nn.Module) -> int:
-    """Appends the layers of a part of the network and returns the tensor that it ends with."""
-    if type(module) is nn.Sequential:
-        for inner, child in module.named_children():
-            _append(layers, f"{name}.{inner}", child)
-        return len(layers)
-    if not isinstance(module, ConvBnAct | MBConv | FusedMBConv):
-        raise ValueError(f"{name}: expected ConvBnAct, MBConv or FusedMBConv, got {type(module).__name__}")
-    obstacle = module.find_obstacle()
-    if obstacle is not None:
-        raise ValueError(f"{name}: {obstacle}")
-    if isinstance(module, ConvBnAct):
-        layers.append(_layer(name, module))
-        return len(layers)
+def _append(layers: list[Layer], name: str, parts: Parts) -> None:
+    """Appends the layers of a block."""
     before = len(layers)
-    for inner, child in module.block.named_children():
-        if isinstance(child, SqueezeExcitation):
-            layers[-1] = layers[-1]._replace(excitation=_excitation(child))
-        else:
-            layers.append(_layer(f"{name}.block.{inner}", cast(ConvBnAct, child)))
-    if cast(InvertedResidual, module).use_res_connect:
+    for index, part in enumerate(parts.layers):
+        layer = _layer(name, part)
+        if parts.excitation is not None and index == len(parts.layers) - 2:
+            layer = layer._replace(excitation=_excitation(parts.excitation))
+        layers.append(layer)
+    if parts.residual:
         layers[-1] = layers[-1]._replace(residual=before)
-    return len(layers)
 
 
-def _layer(name: str, module: ConvBnAct) -> Layer:
+def _layer(name: str, part: ConvNorm) -> Layer:
     """The convolution with its BatchNorm folded in, in float64."""
-    conv, norm = module.conv, module.norm
+    conv, norm = part.conv, part.norm
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{name}: expected a BatchNorm with running statistics, got {norm}")
-    depthwise = module.part().kind() == "depthwise"
+    depthwise = part.kind() == "depthwise"
     if not depthwise and conv.groups != 1:
         raise ValueError(f"{name}: expected a dense or a depthwise convolution, got {conv}")
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -187,28 +187,18 @@ def _layer(name: str, module: ConvBnAct) -> Layer:
         shift = shift + norm.bias.double()
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
-    pad = int(conv.padding[0])
-    act = ACTIVATION_NAMES[type(module._modules["2"])] if len(module) == 3 else "none"
+    padding = part.padding
     return Layer(
         (conv.weight.double() * scale[:, None, None, None]).detach().float(),
         shift.detach().float(),
         depthwise,
         conv.stride[0],
-        "same" if isinstance(conv, Conv2dSame) else (pad, pad, pad, pad),
-        act,
+        (padding, padding, padding, padding) if isinstance(padding, int) else padding,
+        part.act,
     )
 
 
-def _excitation(module: SqueezeExcitation) -> Excitation:
-    fc1, fc2 = module.fc1, module.fc2
+def _excitation(layers: ExcitationLayers) -> Excitation:
+    fc1, fc2, act, gate = layers
     biases = [torch.zeros(fc.out_channels) if fc.bias is None else fc.bias for fc in (fc1, fc2)]
-    act = ACTIVATION_NAMES[type(module.activation)]
-    return Excitation(fc1.weight.flatten(1), biases[0], fc2.weight.flatten(1), biases[1], act)
-
-
-def _linear(classifier: nn.Module) -> nn.Module | None:
-    """The layer behind the dropout, where that is all there is."""
-    if type(classifier) is nn.Sequential and len(classifier) == 2 and type(classifier[0]) is nn.Dropout:
-        layer = classifier[1]
-        return layer if type(layer) in (nn.Linear, nn.Identity) else None
-    return None
+    return Excitation(fc1.weight.flatten(1), biases[0], fc2.weight.flatten(1), biases[1], act, gate)

@@ -3,7 +3,7 @@
 Classes are known by name, so that nothing has to be installed that a model does not bring along.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -25,13 +25,14 @@ class UnknownPart(Exception):
 def reader_of(kind: type) -> Reader | None:
     """What reads blocks of a class, or of one that it derives its ``forward`` from; None for other modules."""
     for base in kind.__mro__:
-        reader = _READERS.get(_name(base))
+        reader = _READERS.get(name_of(base))
         if reader is not None or "forward" in base.__dict__:
             return reader
     return None
 
 
-def _name(kind: type) -> str:
+def name_of(kind: type) -> str:
+    """A class's full name."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -54,7 +55,7 @@ def _is_identity(block: nn.Module, path: str) -> bool:
 
 def _convolution(block: nn.Module, path: str) -> tuple[nn.Conv2d, int | Padding | Literal["same"]]:
     conv = _child(block, path)
-    name = _name(type(conv))
+    name = name_of(type(conv))
     padding: int | Padding | Literal["same"] = "same"
     if type(conv) is nn.Conv2d:
         padding = conv.padding[0] if isinstance(conv.padding[0], int) else 0
@@ -76,7 +77,7 @@ def _convolution(block: nn.Module, path: str) -> tuple[nn.Conv2d, int | Padding 
 
 def _activation(block: nn.Module, path: str) -> Activation:
     module = _child(block, path)
-    act = ACTIVATION_NAMES.get(type(module)) or _ACTIVATIONS.get(_name(type(module)))
+    act = ACTIVATION_NAMES.get(type(module)) or _ACTIVATIONS.get(name_of(type(module)))
     if act is None:
         raise _unknown(path, module)
     return act
@@ -87,7 +88,7 @@ def _norm(block: nn.Module, path: str) -> tuple[nn.BatchNorm2d, Activation]:
     norm = _child(block, path)
     if type(norm) is nn.BatchNorm2d:
         return norm, "none"
-    if _name(type(norm)) != "timm.layers.norm_act.BatchNormAct2d":
+    if name_of(type(norm)) != "timm.layers.norm_act.BatchNormAct2d":
         raise _unknown(path, norm)
     if not _is_identity(norm, "drop"):
         raise _unknown(f"{path}.drop", norm.get_submodule("drop"))
@@ -106,11 +107,11 @@ def _excitation(block: nn.Module, fc1: str, act: str, fc2: str, gate: str | None
     for path, conv in ((fc1, first), (fc2, second)):
         if conv.kernel_size != (1, 1) or conv.groups != 1:
             raise UnknownPart(f"{path} is not a 1x1 convolution")
-    if gate is not None:
-        module = _child(block, gate)
-        if _name(type(module)) not in _SIGMOIDS:
-            raise _unknown(gate, module)
-    return ExcitationLayers(first, second, _activation(block, act))
+    module = None if gate is None else _child(block, gate)
+    kind = "sigmoid" if module is None else _GATES.get(name_of(type(module)))
+    if kind is None:
+        raise _unknown(cast(str, gate), cast(nn.Module, module))
+    return ExcitationLayers(first, second, _activation(block, act), kind)
 
 
 def _checked(parts: Parts) -> Parts:
@@ -141,7 +142,7 @@ def _torchvision_layers(block: nn.Module, sequence: str) -> tuple[tuple[ConvNorm
     for index, child in enumerate(children):
         path = f"{sequence}.{child}"
         module = _child(block, path)
-        name = _name(type(module))
+        name = name_of(type(module))
         if name in _TORCHVISION_LAYERS:
             layers.append(_torchvision_layer(block, f"{path}."))
         elif type(module) is nn.Conv2d and index == len(children) - 2:
@@ -166,7 +167,7 @@ def _read_torchvision(block: nn.Module, sequence: str) -> Parts:
     keep = None
     if "stochastic_depth" in block._modules:
         drop = _child(block, "stochastic_depth")
-        if _name(type(drop)) != "torchvision.ops.stochastic_depth.StochasticDepth":
+        if name_of(type(drop)) != "torchvision.ops.stochastic_depth.StochasticDepth":
             raise _unknown("stochastic_depth", drop)
         keep = partial(_stochastic_depth, drop)
     return _checked(Parts(layers, excitation, bool(block.use_res_connect), keep))
@@ -194,17 +195,22 @@ def _read_timm(block: nn.Module, *layers: tuple[str, str]) -> Parts:
     excitation = None
     if "se" in block._modules and not _is_identity(block, "se"):
         excite = _child(block, "se")
-        if _name(type(excite)) != "timm.models._efficientnet_blocks.SqueezeExcite":
+        if name_of(type(excite)) != "timm.models._efficientnet_blocks.SqueezeExcite":
             raise _unknown("se", excite)
         excitation = _excitation(excite, "conv_reduce", "act1", "conv_expand", "gate")
     keep = None
     if not _is_identity(block, "drop_path"):
         drop = _child(block, "drop_path")
-        if _name(type(drop)) != "timm.layers.drop.DropPath":
+        if name_of(type(drop)) != "timm.layers.drop.DropPath":
             raise _unknown("drop_path", drop)
         keep = partial(_drop_path, drop)
     read = tuple(_layer(block, conv, norm) for conv, norm in layers)
     return _checked(Parts(read, excitation, bool(block.has_skip), keep))
+
+
+def timm_layer(model: nn.Module, conv: str, norm: str) -> Parts:
+    """The stem or the head of a timm network."""
+    return Parts((_layer(model, conv, norm),))
 
 
 def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
@@ -233,6 +239,11 @@ def _read_lukemelas(block: nn.Module) -> Parts:
     return _checked(Parts(tuple(layers), excitation, bool(residual), partial(_drop_connect, block.training)))
 
 
+def lukemelas_layer(model: nn.Module, conv: str, norm: str) -> Parts:
+    """The stem or the head of an ``efficientnet_pytorch`` network."""
+    return Parts((_layer(model, conv, norm, _activation(model, "_swish")),))
+
+
 def _drop_connect(training: bool, x: Tensor, drop_connect_rate: float | None = None) -> Tensor | None:
     # The draws of that package's own function.
     if not training or not drop_connect_rate:
@@ -246,7 +257,12 @@ _TORCHVISION_LAYERS = {"torchvision.ops.misc.Conv2dNormActivation"}
 _LUKEMELAS = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 _SAME_PADDING = {"timm.layers.conv2d_same.Conv2dSame", *(f"{m}.Conv2dDynamicSamePadding" for m in _LUKEMELAS)}
 _STATIC_PADDING = {f"{m}.Conv2dStaticSamePadding" for m in _LUKEMELAS}
-_SIGMOIDS = {"torch.nn.modules.activation.Sigmoid", "timm.layers.activations.Sigmoid"}
+_GATES: dict[str, Literal["sigmoid", "hardsigmoid"]] = {
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
+    "timm.layers.activations.HardSigmoid": "hardsigmoid",
+}
 _ACTIVATIONS: dict[str, Activation] = {
     "timm.layers.activations.Swish": "silu",
     "timm.layers.activations.HardSwish": "hardswish",
@@ -269,8 +285,3 @@ _READERS: dict[str, Reader] = {
     "efficientnet_pytorch.model.MBConvBlock": _read_lukemelas,
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": _read_lukemelas,
 }
-
-
-def known_classes() -> Iterator[str]:
-    """The full names of the classes that can be read."""
-    return iter(_READERS)

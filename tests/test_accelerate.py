@@ -164,7 +164,7 @@ def test_a_subclass_that_keeps_the_forward_is_known() -> None:
         ("features.2.0.block.1.2", nn.Mish(), "block.1.2 is a Mish"),
         ("features.2.0.block.1.1", nn.GroupNorm(4, 64), "block.1.1 is a GroupNorm"),
         ("features.2.0.block.2", nn.Identity(), "block.2 is a Identity"),
-        ("features.2.0.block.2.scale_activation", nn.Hardsigmoid(), "scale_activation is a Hardsigmoid"),
+        ("features.2.0.block.2.scale_activation", nn.Hardsigmoid(), "no hardsigmoid gate"),
         ("features.2.0.stochastic_depth", nn.Dropout(0.1), "stochastic_depth is a Dropout"),
         ("features.2.0.block.0.0", nn.Conv2d(16, 64, 1, padding=1), "pads a 1x1 convolution"),
     ],

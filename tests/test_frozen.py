@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import randomize, relative_rms, run_python
+from conftest import assert_close, randomize, relative_rms, run_python
 from native_cases import needs_linux, needs_native
 from test_features import small
 from torch import nn
@@ -220,7 +220,7 @@ def test_images_that_it_refuses():
 
 
 def test_models_that_it_refuses(monkeypatch):
-    with pytest.raises(TypeError, match=r"expected an effnet_kernels\.EfficientNet, got torch\.nn.*Linear"):
+    with pytest.raises(TypeError, match=r"expected an EfficientNet of effnet_kernels, .*got torch\.nn.*Linear"):
         ek.freeze(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"features\.0\.0\.weight: expected float32 on the CPU, got torch\.float64"):
         ek.freeze(small().double())
@@ -230,7 +230,7 @@ def test_models_that_it_refuses(monkeypatch):
         ek.freeze(model)
     model = small()
     model.features[2][0] = nn.Conv2d(8, 16, 3)
-    with pytest.raises(ValueError, match=r"features\.2\.0: expected ConvBnAct, MBConv or FusedMBConv, got Conv2d"):
+    with pytest.raises(ValueError, match=r"features\.2\.0: expected a block of an EfficientNet, got Conv2d"):
         ek.freeze(model)
     model = small()
     model.features[3][0].block[0][2] = nn.GELU()
@@ -239,3 +239,72 @@ def test_models_that_it_refuses(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler")
     with pytest.raises(ek.BackendError, match=r"freeze\(\) needs the native extension: no compiler"):
         ek.freeze(small())
+
+
+def peer(package: str, name: str, **options) -> nn.Module:
+    module = pytest.importorskip(package, reason="freezes its networks, the extra 'peers'")
+    torch.manual_seed(0)
+    if package == "torchvision.models":
+        model = getattr(module, name)(**options)
+    elif package == "timm":
+        model = module.create_model(name, **options)
+    else:
+        model = module.EfficientNet.from_name(name, **options)
+    return randomize(model).eval()
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("torchvision.models", "efficientnet_b0"),
+        ("torchvision.models", "efficientnet_v2_s"),
+        ("torchvision.models", "mobilenet_v2"),
+        ("torchvision.models", "mobilenet_v3_small"),
+        ("timm", "efficientnet_b0"),
+        ("timm", "tf_efficientnet_b1"),
+        ("timm", "efficientnet_lite0"),
+        ("timm", "tf_efficientnetv2_b0"),
+        ("timm", "mnasnet_small"),
+        ("efficientnet_pytorch", "efficientnet-b0"),
+    ],
+)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_networks_of_other_packages(package, name, accelerated):
+    """Each keeps its own padding: efficientnet_pytorch's is for the nominal size, whatever an image's is."""
+    model = peer(package, name)
+    images = [torch.randn(2, 3, *size) for size in ((64, 64), (65, 98))]
+    with torch.inference_mode():
+        expected = [model(x) for x in images]
+        engine = ek.freeze(ek.accelerate(model) if accelerated else model)
+        for x, y in zip(images, expected, strict=True):
+            assert_close(engine(x), y, tolerance=1e-4)
+
+
+def test_feature_maps_of_other_packages():
+    x = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        maps, model = peer("timm", "efficientnet_b0", features_only=True), peer("timm", "efficientnet_b0")
+        maps.load_state_dict(model.state_dict(), strict=False)
+        for engine in (ek.freeze(maps), ek.freeze(model, features=True)):
+            for actual, expected in zip(engine(x), maps(x), strict=True):
+                assert_close(actual, expected)
+        model = peer("efficientnet_pytorch", "efficientnet-b0")
+        expected = list(model.extract_endpoints(x).values())[:5]
+        for actual, y in zip(ek.freeze(model, features=True)(x), expected, strict=True):
+            assert_close(actual, y)
+        ours = randomize(ek.efficientnet_b0(features_only=True)).eval()
+        for actual, y in zip(ek.freeze(ours)(x), ours(x), strict=True):
+            assert_close(actual, y)
+
+
+def test_parts_of_other_packages_that_it_refuses():
+    model = peer("timm", "efficientnet_b0")
+    model.blocks[2][0].bn2.act = nn.GELU()
+    with pytest.raises(ValueError, match=r"blocks\.2\.0: bn2\.act is a GELU|blocks\.2\.0: act is a GELU"):
+        ek.freeze(model)
+    model = peer("timm", "efficientnet_b0", global_pool="max")
+    with pytest.raises(ValueError, match="global_pool: expected the mean, got 'max'"):
+        ek.freeze(model)
+    model = peer("efficientnet_pytorch", "efficientnet-b0", include_top=False)
+    with pytest.raises(ValueError, match="include_top: expected a network with its classifier"):
+        ek.freeze(model)

@@ -89,11 +89,15 @@ class ConvNorm(NamedTuple):
 
 
 class ExcitationLayers(NamedTuple):
-    """The two layers of squeeze-and-excitation, 1x1 convolutions, with an activation between and a sigmoid behind."""
+    """The two layers of squeeze-and-excitation, 1x1 convolutions, with an activation between and a gate behind.
+
+    The operators have the sigmoid alone, frozen networks both gates.
+    """
 
     fc1: nn.Conv2d
     fc2: nn.Conv2d
     act: Activation
+    gate: Literal["sigmoid", "hardsigmoid"] = "sigmoid"
 
 
 class Parts(NamedTuple):
@@ -190,7 +194,7 @@ def run_operators(parts: Parts, input: Tensor, keep: Tensor | None) -> Tensor:
         excited = parts.excitation is not None and index == len(parts.layers) - 2
         x, owed, pooled = layer.deferred(x, owed, pool=excited)
     if parts.excitation is not None:
-        fc1, fc2, act = parts.excitation
+        fc1, fc2, act, _ = parts.excitation
         pooled = ops.squeeze(x, owed) if pooled is None else pooled
         gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act)
         owed = (owed or Prologue())._replace(gate=gate)

@@ -1,0 +1,130 @@
+"""Whole networks, this package's and others', read as chains: stem, stages, head, classifier."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+from effnet_kernels.models.efficientnet import EfficientNet
+from effnet_kernels.modules.chain import ChainModule, Parts
+from effnet_kernels.peer_blocks import UnknownPart, lukemelas_layer, name_of, reader_of, timm_layer
+
+
+class Network(NamedTuple):
+    """A network's parts, by their names in the model.
+
+    Attributes:
+        stem: the first convolution.
+        stages: the blocks, in groups whose last outputs are the model's own feature maps.
+        head: the convolution whose output is pooled, or None where the model ends in maps.
+        classifier: of the pooled features, or None where the model ends in maps.
+        maps: which outputs the model returns of the stem (0) and the stages (1, 2, ...); None where it classifies.
+    """
+
+    stem: tuple[str, Parts]
+    stages: list[list[tuple[str, Parts]]]
+    head: tuple[str, Parts] | None
+    classifier: nn.Module | None
+    maps: list[int] | None
+
+
+def read_network(model: nn.Module) -> Network:
+    """The parts of an EfficientNet of ours, torchvision, timm or ``efficientnet_pytorch``, or of a relative of it.
+
+    Raises:
+        TypeError: for another model.
+        ValueError: for a part that is not known, by its name.
+    """
+    for base in type(model).__mro__:
+        reader = _READERS.get(name_of(base))
+        if reader is not None:
+            return reader(model)
+        if "forward" in base.__dict__:
+            break
+    raise TypeError(
+        "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
+        f"got {type(model).__module__}.{type(model).__name__}"
+    )
+
+
+def read_block(name: str, module: nn.Module) -> Parts:
+    """The parts of a block; raises ValueError with its name for one that is not known."""
+    reader = reader_of(type(module))
+    if isinstance(module, ChainModule):
+        obstacle = module.find_obstacle()
+        if obstacle is None:
+            return module.parts()
+    elif reader is not None:
+        try:
+            return reader(module)
+        except UnknownPart as reason:
+            obstacle = str(reason)
+    else:
+        obstacle = f"expected a block of an EfficientNet, got {type(module).__name__}"
+    raise ValueError(f"{name}: {obstacle}")
+
+
+def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, Parts]]:
+    if type(module) is nn.Sequential:
+        for inner, child in module.named_children():
+            yield from _blocks(f"{name}.{inner}", child)
+    else:
+        yield name, read_block(name, module)
+
+
+def _read_features(model: Any) -> Network:
+    """A sequence ``features`` of stem, stages and head: ours, torchvision's."""
+    names = list(model.features._modules)
+    parts = [list(_blocks(f"features.{name}", model.features._modules[name])) for name in names]
+    [stem], *stages = parts
+    if getattr(model, "features_only", False):
+        return Network(stem, stages, None, None, list(model.feature_layers))
+    [head] = stages.pop()
+    return Network(stem, stages, head, _behind_dropout(model.classifier), None)
+
+
+def _behind_dropout(classifier: nn.Module) -> nn.Module:
+    """The layer behind the dropout, where that is all there is."""
+    if type(classifier) is nn.Sequential and len(classifier) == 2 and type(classifier[0]) is nn.Dropout:
+        return classifier[1]
+    return classifier
+
+
+def _read_timm(model: Any) -> Network:
+    stem = _named("conv_stem", lambda: timm_layer(model, "conv_stem", "bn1"))
+    stages = [list(_blocks(f"blocks.{name}", stage)) for name, stage in model.blocks.named_children()]
+    if "conv_head" not in model._modules:
+        if model.feature_hooks is not None:
+            raise ValueError("feature_location: expected maps from between the blocks, got maps from inside of them")
+        return Network(stem, stages, None, None, sorted(model._stage_out_idx))
+    if model.global_pool.pool_type not in ("avg", "fast", "fastavg"):
+        raise ValueError(f"global_pool: expected the mean, got {model.global_pool.pool_type!r}")
+    head = _named("conv_head", lambda: timm_layer(model, "conv_head", "bn2"))
+    return Network(stem, stages, head, model.classifier, None)
+
+
+def _read_lukemelas(model: Any) -> Network:
+    stem = _named("_conv_stem", lambda: lukemelas_layer(model, "_conv_stem", "_bn0"))
+    stages = [[(f"_blocks.{i}", read_block(f"_blocks.{i}", block))] for i, block in enumerate(model._blocks)]
+    if not model._global_params.include_top:
+        raise ValueError("include_top: expected a network with its classifier, got one without")
+    head = _named("_conv_head", lambda: lukemelas_layer(model, "_conv_head", "_bn1"))
+    return Network(stem, stages, head, cast(nn.Module, model._fc), None)
+
+
+def _named(name: str, read: Callable[[], Parts]) -> tuple[str, Parts]:
+    try:
+        return name, read()
+    except UnknownPart as reason:
+        raise ValueError(f"{name}: {reason}") from None
+
+
+_READERS: dict[str, Callable[[Any], Network]] = {
+    name_of(EfficientNet): _read_features,
+    "torchvision.models.efficientnet.EfficientNet": _read_features,
+    "torchvision.models.mobilenetv2.MobileNetV2": _read_features,
+    "torchvision.models.mobilenetv3.MobileNetV3": _read_features,
+    "timm.models.efficientnet.EfficientNet": _read_timm,
+    "timm.models.efficientnet.EfficientNetFeatures": _read_timm,
+    "efficientnet_pytorch.model.EfficientNet": _read_lukemelas,
+}
