@@ -24,6 +24,8 @@ PEERS = {"torch.compile": "torch", "onnxruntime": "onnxruntime", "openvino": "op
 # Those that read an exported network.
 FROM_ONNX = ("onnxruntime", "openvino")
 EAGER = (" channels-last", " contiguous")
+# The eager network after `accelerate`, as it was built.
+ACCELERATED = " accelerated"
 # Steps whose losses have to agree before training is timed.
 _STEPS = 4
 TOLERANCE = 1e-4
@@ -63,7 +65,8 @@ class Comparison(NamedTuple):
     training: bool = False
 
     def fastest_peer(self) -> Row | None:
-        timed = [row for row in self.rows if row.milliseconds is not None and row.engine != OURS]
+        own = (OURS, ACCELERATED)
+        timed = [row for row in self.rows if row.milliseconds is not None and not row.engine.endswith(own)]
         return min(timed, key=lambda row: row.milliseconds or 0.0, default=None)
 
     def __str__(self) -> str:
@@ -85,7 +88,7 @@ class Comparison(NamedTuple):
 
 def engines_of(name: str, training: bool = False) -> tuple[str, ...]:
     """The engines that a network can be compared under, ours first."""
-    eager = (OURS, *(_package(name) + layout for layout in EAGER))
+    eager = (OURS, *(_package(name) + state for state in (ACCELERATED, *EAGER)))
     return (*eager, "torch.compile") if training else (*eager, *PEERS)
 
 
@@ -187,7 +190,7 @@ def plot(comparison: Comparison, path: str | Path) -> None:
     rates = [1e3 * comparison.batch / (row.milliseconds or 1.0) for row in rows]
     figure = Figure(figsize=(8, 1 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    colours = ["#2f6fb0" if row.engine == OURS else "#9a9a9a" for row in rows]
+    colours = ["#2f6fb0" if row.engine.endswith((OURS, ACCELERATED)) else "#9a9a9a" for row in rows]
     axes.bar_label(axes.barh([row.engine for row in rows], rates, color=colours), fmt="%.1f", padding=3)
     axes.margins(x=0.12)
     axes.set_xlabel("images/s")
@@ -413,6 +416,10 @@ def _load_torch(engine: str, name: str, folder: Path, x: Any, threads: int) -> B
         model.load_state_dict(torch.load(folder / "model.pt"))
         if engine.endswith(EAGER[0]):
             model = model.to(memory_format=torch.channels_last)
+        if engine.endswith(ACCELERATED):
+            from effnet_kernels import accelerate
+
+            accelerate(model)
         if engine == "torch.compile":
             from torch._inductor import config
 
@@ -426,7 +433,7 @@ def _load_torch(engine: str, name: str, folder: Path, x: Any, threads: int) -> B
 def _load_training(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
     import torch
 
-    from effnet_kernels import from_peer
+    from effnet_kernels import accelerate, from_peer
 
     torch.set_num_threads(threads)
 
@@ -435,6 +442,8 @@ def _load_training(engine: str, name: str, folder: Path, x: Any, threads: int) -
         model.load_state_dict(torch.load(folder / "model.pt"))
         if engine == OURS:
             model = from_peer(model)
+        if engine.endswith(ACCELERATED):
+            accelerate(model)
         if engine.endswith(EAGER[0]) or engine == "torch.compile":
             model = model.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)

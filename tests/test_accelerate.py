@@ -65,6 +65,10 @@ def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y.detach()
 
 
+def gradients(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """An untouched copy, and the model accelerated."""
     return copy.deepcopy(model), ek.accelerate(model)
@@ -100,8 +104,7 @@ def test_training_computes_the_same(name: str) -> None:
     if name in SMOOTH:
         assert_gradients_close(model, untouched)
     else:
-        gradients = [torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, untouched)]
-        assert_close(*gradients, tolerance=5e-2)
+        assert_close(gradients(model), gradients(untouched), tolerance=5e-2)
     assert_buffers_close(model, untouched, tolerance=1e-4)
 
 
@@ -401,8 +404,7 @@ def test_feature_maps() -> None:
     expected, actual = untouched(x), model(x)
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b)
-    gradients = [torch.autograd.grad([y.mean() for y in maps], x)[0] for maps in (actual, expected)]
-    assert_close(gradients[0], gradients[1])
+    assert_close(*(torch.autograd.grad([y.mean() for y in maps], x)[0] for maps in (actual, expected)))
 
 
 def test_detection_pyramid() -> None:
@@ -420,3 +422,33 @@ def test_detection_pyramid() -> None:
     for each in (untouched, model):
         sum(y.square().mean() for y in each(x).values()).backward()
     assert_gradients_close(model, untouched)
+
+
+@pytest.mark.parametrize("encoder", ["timm-efficientnet-b0", "efficientnet-b0"])
+def test_segmentation(encoder: str) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="accelerates an encoder of its")
+    torch.manual_seed(0)
+    untouched, model = pair(randomize(smp.Unet(encoder, encoder_weights=None)).train())
+    assert len(switched(model)) == 16
+    x = torch.randn(4, 3, 64, 64)
+    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    # The decoder's activation is ReLU.
+    assert_close(gradients(model), gradients(untouched), tolerance=5e-2)
+    assert_buffers_close(model, untouched, tolerance=1e-4)
+
+
+def test_detection() -> None:
+    effdet = pytest.importorskip("effdet", reason="accelerates a backbone of its")
+    torch.manual_seed(0)
+    config = effdet.get_efficientdet_config("tf_efficientdet_d0")
+    config.image_size = (128, 128)
+    model = effdet.EfficientDet(config, pretrained_backbone=False)
+    untouched, model = pair(randomize(model).eval())
+    assert len(switched(model)) > 15
+    x = torch.randn(1, 3, 128, 128)
+    for actual, expected in zip(model(x), untouched(x), strict=True):
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b, tolerance=1e-4)
+    for each in (untouched, model):
+        sum(y.square().mean() for maps in each(x) for y in maps).backward()
+    assert_close(gradients(model), gradients(untouched), tolerance=1e-3)

@@ -47,15 +47,16 @@ def test_workers_import_the_package_that_runs(monkeypatch, tmp_path):
 
 def test_timm_where_torchvision_has_no_such_network():
     pytest.importorskip("timm", reason="compares with timm, the extra 'peers'")
-    assert bench.engines_of("efficientnet_lite0")[1] == "timm channels-last"
+    assert bench.engines_of("efficientnet_lite0")[1:3] == ("timm accelerated", "timm channels-last")
     (row,) = bench.compare("efficientnet_lite0", 1, 64, 1, [bench.OURS], rounds=1).rows
     assert row.error <= bench.TOLERANCE
 
 
 def test_a_training_step_has_the_same_losses():
-    engines = [bench.OURS, CHANNELS_LAST]
+    engines = [bench.OURS, "torchvision accelerated", CHANNELS_LAST]
     comparison = bench.compare("efficientnet_b0", 4, 64, 1, engines, rounds=1, training=True)
     assert [row.engine for row in comparison.rows] == engines
+    assert comparison.fastest_peer() == comparison.rows[2]
     assert all(row.milliseconds > 0 and row.error <= bench.TOLERANCE for row in comparison.rows)
     assert str(comparison).startswith("efficientnet_b0 at 64, batch 4, 1 threads, float32, training step\n")
     assert "onnxruntime" not in bench.engines_of("efficientnet_b0", training=True)
@@ -84,7 +85,7 @@ def test_command_prints_json_and_draws(capsys, tmp_path):
 
 def test_unknown_engine(capsys):
     assert main([*QUICK, "--engines", "tensorflow"]) == 2
-    assert "expected some of effnet_kernels, torchvision channels-last" in capsys.readouterr().err
+    assert "expected some of effnet_kernels, torchvision accelerated, torch" in capsys.readouterr().err
 
 
 def test_every_isa_has_a_peak():

@@ -16,28 +16,37 @@ from effnet_kernels import bench, cpu
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
 TRAINING = "training step of b0 at 224, batch 16"
-# Network, batch, threads, and whether the eager engines, which are slow, are asked too.
+TIMM_TRAINING = "training step of timm's tf_b0 at 224, batch 16"
+# Network, batch, threads, and the engines: all, those that serve, or the eager one, untouched and accelerated.
 CASES = {
-    "b0 at 224, batch 1": ("efficientnet_b0", 1, 2, True),
-    "b0 at 224, batch 1, one thread": ("efficientnet_b0", 1, 1, False),
-    "b0 at 224, batch 16": ("efficientnet_b0", 16, 2, True),
-    "lite0 at 224, batch 1": ("efficientnet_lite0", 1, 2, False),
-    "b4 at 380, batch 1": ("efficientnet_b4", 1, 2, False),
-    "v2-s at 384, batch 1": ("efficientnet_v2_s", 1, 2, False),
-    TRAINING: ("efficientnet_b0", 16, 2, True),
+    "b0 at 224, batch 1": ("efficientnet_b0", 1, 2, "all"),
+    "b0 at 224, batch 1, one thread": ("efficientnet_b0", 1, 1, "serve"),
+    "b0 at 224, batch 16": ("efficientnet_b0", 16, 2, "all"),
+    "lite0 at 224, batch 1": ("efficientnet_lite0", 1, 2, "serve"),
+    "b4 at 380, batch 1": ("efficientnet_b4", 1, 2, "serve"),
+    "v2-s at 384, batch 1": ("efficientnet_v2_s", 1, 2, "serve"),
+    "timm's tf_b0 at 224, batch 16": ("tf_efficientnet_b0", 16, 2, "eager"),
+    TIMM_TRAINING: ("tf_efficientnet_b0", 16, 2, "eager"),
+    TRAINING: ("efficientnet_b0", 16, 2, "all"),
 }
 
 
 def engines(case: str) -> tuple[str, ...]:
-    name, *_, slow = CASES[case]
-    known = bench.engines_of(name, case == TRAINING)
-    return known if slow else (bench.OURS, *[peer for peer in bench.PEERS if peer != "torch.compile"])
+    name, *_, choice = CASES[case]
+    if choice == "serve":
+        return bench.OURS, "onnxruntime", "openvino"
+    known = bench.engines_of(name, trains(case))
+    return known if choice == "all" else tuple(engine for engine in known if engine not in bench.PEERS)
+
+
+def trains(case: str) -> bool:
+    return case in (TRAINING, TIMM_TRAINING)
 
 
 @functools.cache
 def measured(case: str) -> dict[str, bench.Row]:
     name, batch, threads, _ = CASES[case]
-    comparison = bench.compare(name, batch, None, threads, engines(case), training=case == TRAINING)
+    comparison = bench.compare(name, batch, None, threads, engines(case), training=trains(case))
     return {row.engine: row for row in comparison.rows}
 
 
