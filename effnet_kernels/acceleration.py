@@ -4,14 +4,15 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
-from effnet_kernels.modules.chain import ChainModule, Parts, plan_chain, run_chain, run_operators
+from effnet_kernels.modules.chain import ChainModule, Parts, run_operators
 from effnet_kernels.modules.operator_module import OperatorModule
-from effnet_kernels.peer_blocks import Reader, UnknownPart, reader_of
+from effnet_kernels.peer_blocks import Pair, Reader, UnknownPart, name_of, reader_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,6 +42,9 @@ def accelerate(model: Model) -> Model:
     for block in found:
         if why_left_alone(block) is None:
             object.__setattr__(block, "__class__", _accelerated_class(type(block)))
+    for network in model.modules():
+        if _network_of(type(network)) is not None:
+            object.__setattr__(network, "__class__", _accelerated_class(type(network)))
     if not any(isinstance(module, OperatorModule) for module in model.modules()):
         warnings.warn(f"accelerate() found nothing in {type(model).__name__} that it could switch", stacklevel=2)
     return model
@@ -49,7 +53,7 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Gives every block that :func:`accelerate` switched its own class back, and returns the model."""
     for module in model.modules():
-        if isinstance(module, Accelerated):
+        if isinstance(module, Accelerated | AcceleratedNetwork):
             object.__setattr__(module, "__class__", module.original)
     return model
 
@@ -92,12 +96,9 @@ class Accelerated(ChainModule):
         if backend == "torch":
             return self.original.forward(self, input, *arguments, **named)
         x = input.contiguous(memory_format=torch.channels_last)
-        parts = self.plan("parts", self.parts)
+        parts = self.planned_parts()
         keep = parts.draw(x, *arguments, **named)
-        if backend == "reference":
-            return run_operators(parts, x, keep)
-        size = (x.shape[2], x.shape[3])
-        return run_chain(self.plan((size, False), lambda: plan_chain(parts, size)), x, keep)
+        return run_operators(parts, x, keep) if backend == "reference" else self.run_chain(x, keep)
 
     def parts(self) -> Parts:
         return type(self).reader(self)
@@ -106,20 +107,97 @@ class Accelerated(ChainModule):
         return _unreadable(self, type(self).reader)
 
 
-_classes: dict[type[nn.Module], type[Accelerated]] = {}
+class AcceleratedNetwork:
+    """Mixed into the class of a network that calls its stem and its head convolution by convolution."""
+
+    original: ClassVar[Any]
+    # The names of a convolution, its norm and the activation behind it.
+    pairs: ClassVar[tuple[tuple[str, str, str | None], ...]]
+
+    def pair(self, index: int) -> nn.Module:
+        """The stem (0) or the head (1) as a block on the operators."""
+        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        conv, norm, act = (None if name is None else modules[name] for name in self.pairs[index])
+        kept = _pairs.setdefault(self, {})  # type: ignore[arg-type]
+        pair = kept.get(index)
+        if pair is None or pair.conv is not conv or pair.norm is not norm or pair.act is not act:
+            pair = kept[index] = _accelerated_class(Pair)(conv, norm, act)
+        return pair
 
 
-def _accelerated_class(original: type[nn.Module]) -> type[Accelerated]:
-    """The subclass for blocks of a class. It can be imported from this module, under a name without dots."""
+# A model does not own its pairs, so that they are not copied, written or listed with it.
+_pairs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
+
+
+class TimmNetwork(AcceleratedNetwork):
+    pairs = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
+
+    def forward_features(self: Any, x: Tensor) -> Tensor:
+        if self.grad_checkpointing or dispatch.interception(x) is not None:
+            return self.original.forward_features(self, x)
+        return self.pair(1)(self.blocks(self.pair(0)(x)))
+
+
+class TimmFeatures(AcceleratedNetwork):
+    pairs = (("conv_stem", "bn1", None),)
+
+    def forward(self: Any, x: Tensor) -> list[Tensor]:
+        if self.feature_hooks is not None or self.grad_checkpointing or dispatch.interception(x) is not None:
+            return self.original.forward(self, x)
+        x = self.pair(0)(x)
+        maps = [x] if 0 in self._stage_out_idx else []
+        for index, stage in enumerate(self.blocks):
+            x = stage(x)
+            if index + 1 in self._stage_out_idx:
+                maps.append(x)
+        return maps
+
+
+class LukemelasNetwork(AcceleratedNetwork):
+    pairs = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
+
+    def extract_features(self: Any, inputs: Tensor) -> Tensor:
+        if dispatch.interception(inputs) is not None:
+            return self.original.extract_features(self, inputs)
+        x = self.pair(0)(inputs)
+        for index, block in enumerate(self._blocks):
+            rate = self._global_params.drop_connect_rate
+            x = block(x, drop_connect_rate=rate and rate * float(index) / len(self._blocks))
+        return self.pair(1)(x)
+
+
+# A network's class, what is mixed into it, and the method that this replaces.
+_NETWORKS: dict[str, tuple[type[AcceleratedNetwork], str]] = {
+    "timm.models.efficientnet.EfficientNet": (TimmNetwork, "forward_features"),
+    "timm.models.efficientnet.EfficientNetFeatures": (TimmFeatures, "forward"),
+    "efficientnet_pytorch.model.EfficientNet": (LukemelasNetwork, "extract_features"),
+}
+
+
+def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
+    """What is mixed into a network's class, if that or one that it has the method from is known."""
+    if issubclass(kind, AcceleratedNetwork):
+        return None
+    for base in kind.__mro__:
+        mixin, _ = _NETWORKS.get(name_of(base), (None, ""))
+        if mixin is not None or any(method in base.__dict__ for _, method in _NETWORKS.values()):
+            return mixin
+    return None
+
+
+_classes: dict[type[nn.Module], Any] = {}
+
+
+def _accelerated_class(original: type[nn.Module]) -> Any:
+    """The subclass for modules of a class. It can be imported from this module, under a name without dots."""
     if original not in _classes:
-        reader = reader_of(original)
-        assert reader is not None
+        reader, network = reader_of(original), _network_of(original)
         made = type(
             original.__name__,
-            (Accelerated, original),
+            (Accelerated if network is None else network, original),
             {
                 "original": original,
-                "reader": staticmethod(reader),
+                **({} if reader is None else {"reader": staticmethod(reader)}),
                 "__module__": __name__,
                 "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
                 "__doc__": original.__doc__,
@@ -129,7 +207,7 @@ def _accelerated_class(original: type[nn.Module]) -> type[Accelerated]:
     return _classes[original]
 
 
-def __getattr__(name: str) -> type[Accelerated]:
+def __getattr__(name: str) -> Any:
     """A subclass by its name, for pickle."""
     module, colon, qualified = name.replace("/", ".").partition(":")
     if not colon:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
-from effnet_kernels.acceleration import why_left_alone
+from effnet_kernels.acceleration import AcceleratedNetwork, why_left_alone
 from effnet_kernels.dispatch import Backend, Call
 from effnet_kernels.modules.operator_module import OperatorModule
 from effnet_kernels.peer_blocks import reader_of
@@ -71,6 +71,10 @@ def _call(model: nn.Module) -> Call:
 
 def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     children = list(module.named_children())
+    if isinstance(module, AcceleratedNetwork):
+        pairs = {names[0]: module.pair(index) for index, names in enumerate(module.pairs)}
+        hidden = {name for names in module.pairs for name in names[1:]}
+        children = [(child, pairs.get(child, inner)) for child, inner in children if child not in hidden]
     if isinstance(module, OperatorModule) or reader_of(type(module)) is not None or not children:
         yield name, module
         return

@@ -124,6 +124,22 @@ def _checked(parts: Parts) -> Parts:
     return parts
 
 
+class Pair(nn.Module):
+    """A convolution and its norm, and an activation that the norm does not bring, which a network calls in a row."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = conv, norm, act
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.norm(self.conv(input))
+        return y if self.act is None else self.act(y)
+
+
+def _read_pair(pair: nn.Module) -> Parts:
+    return Parts((_layer(pair, "conv", "norm", None if pair.act is None else _activation(pair, "act")),))
+
+
 # torchvision
 
 
@@ -208,11 +224,6 @@ def _read_timm(block: nn.Module, *layers: tuple[str, str]) -> Parts:
     return _checked(Parts(read, excitation, bool(block.has_skip), keep))
 
 
-def timm_layer(model: nn.Module, conv: str, norm: str) -> Parts:
-    """The stem or the head of a timm network."""
-    return Parts((_layer(model, conv, norm),))
-
-
 def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
     # The draws of timm's own function.
     if not drop.training or drop.drop_prob == 0.0:
@@ -237,11 +248,6 @@ def _read_lukemelas(block: nn.Module) -> Parts:
     layers += [_layer(block, "_depthwise_conv", "_bn1", act), _layer(block, "_project_conv", "_bn2", "none")]
     excitation = _excitation(block, "_se_reduce", "_swish", "_se_expand", None) if excites else None
     return _checked(Parts(tuple(layers), excitation, bool(residual), partial(_drop_connect, block.training)))
-
-
-def lukemelas_layer(model: nn.Module, conv: str, norm: str) -> Parts:
-    """The stem or the head of an ``efficientnet_pytorch`` network."""
-    return Parts((_layer(model, conv, norm, _activation(model, "_swish")),))
 
 
 def _drop_connect(training: bool, x: Tensor, drop_connect_rate: float | None = None) -> Tensor | None:
@@ -271,6 +277,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _TIMM = "timm.models._efficientnet_blocks"
 _READERS: dict[str, Reader] = {
+    name_of(Pair): _read_pair,
     "torchvision.ops.misc.Conv2dNormActivation": _read_torchvision_layer,
     "torchvision.models.efficientnet.MBConv": partial(_read_torchvision, sequence="block"),
     "torchvision.models.efficientnet.FusedMBConv": partial(_read_torchvision, sequence="block"),

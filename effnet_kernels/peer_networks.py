@@ -7,7 +7,7 @@ from torch import nn
 
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.modules.chain import ChainModule, Parts
-from effnet_kernels.peer_blocks import UnknownPart, lukemelas_layer, name_of, reader_of, timm_layer
+from effnet_kernels.peer_blocks import Pair, UnknownPart, name_of, reader_of
 
 
 class Network(NamedTuple):
@@ -35,7 +35,8 @@ def read_network(model: nn.Module) -> Network:
         TypeError: for another model.
         ValueError: for a part that is not known, by its name.
     """
-    for base in type(model).__mro__:
+    # An accelerated one is of a subclass of its own class.
+    for base in getattr(type(model), "original", type(model)).__mro__:
         reader = _READERS.get(name_of(base))
         if reader is not None:
             return reader(model)
@@ -91,7 +92,7 @@ def _behind_dropout(classifier: nn.Module) -> nn.Module:
 
 
 def _read_timm(model: Any) -> Network:
-    stem = _named("conv_stem", lambda: timm_layer(model, "conv_stem", "bn1"))
+    stem = "conv_stem", read_block("conv_stem", Pair(model.conv_stem, model.bn1, None))
     stages = [list(_blocks(f"blocks.{name}", stage)) for name, stage in model.blocks.named_children()]
     if "conv_head" not in model._modules:
         if model.feature_hooks is not None:
@@ -99,24 +100,17 @@ def _read_timm(model: Any) -> Network:
         return Network(stem, stages, None, None, sorted(model._stage_out_idx))
     if model.global_pool.pool_type not in ("avg", "fast", "fastavg"):
         raise ValueError(f"global_pool: expected the mean, got {model.global_pool.pool_type!r}")
-    head = _named("conv_head", lambda: timm_layer(model, "conv_head", "bn2"))
+    head = "conv_head", read_block("conv_head", Pair(model.conv_head, model.bn2, None))
     return Network(stem, stages, head, model.classifier, None)
 
 
 def _read_lukemelas(model: Any) -> Network:
-    stem = _named("_conv_stem", lambda: lukemelas_layer(model, "_conv_stem", "_bn0"))
+    stem = "_conv_stem", read_block("_conv_stem", Pair(model._conv_stem, model._bn0, model._swish))
     stages = [[(f"_blocks.{i}", read_block(f"_blocks.{i}", block))] for i, block in enumerate(model._blocks)]
     if not model._global_params.include_top:
         raise ValueError("include_top: expected a network with its classifier, got one without")
-    head = _named("_conv_head", lambda: lukemelas_layer(model, "_conv_head", "_bn1"))
+    head = "_conv_head", read_block("_conv_head", Pair(model._conv_head, model._bn1, model._swish))
     return Network(stem, stages, head, cast(nn.Module, model._fc), None)
-
-
-def _named(name: str, read: Callable[[], Parts]) -> tuple[str, Parts]:
-    try:
-        return name, read()
-    except UnknownPart as reason:
-        raise ValueError(f"{name}: {reason}") from None
 
 
 _READERS: dict[str, Callable[[Any], Network]] = {

@@ -452,3 +452,43 @@ def test_detection() -> None:
     for each in (untouched, model):
         sum(y.square().mean() for maps in each(x) for y in maps).backward()
     assert_close(gradients(model), gradients(untouched), tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "head"),
+    [("timm efficientnet_b0", "conv_stem", "conv_head"), ("efficientnet_pytorch b0", "_conv_stem", "_conv_head")],
+)
+def test_stem_and_head_of_networks_that_have_no_blocks_for_them(name: str, stem: str, head: str) -> None:
+    untouched, model = pair(network(name).eval())
+    x = torch.randn(1, 3, 64, 64)
+    rows = {row.name: row for row in ek.explain(model, x)}
+    assert rows[stem].backend == rows[head].backend == "cpu"
+    assert not [row for row in rows if row.startswith(("bn", "_bn"))]
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close(other(x), untouched(x))
+        assert list(other.state_dict()) == list(untouched.state_dict())
+    calls: list[str] = []
+    handle = model.get_submodule(stem).register_forward_hook(lambda *_: calls.append("hook"))
+    assert_close(model(x), untouched(x))
+    assert calls
+    handle.remove()
+    with torch.no_grad():
+        for each in (model, untouched):
+            setattr(each, stem, copy.deepcopy(each.get_submodule(stem)))
+            each.get_submodule(stem).weight.mul_(0.5)
+    assert_close(model(x), untouched(x))
+    assert type(ek.restore(model)) is type(untouched)
+
+
+def test_a_network_with_its_own_way_through_the_stem_keeps_it() -> None:
+    class Halved(timm.models.efficientnet.EfficientNet):
+        def forward_features(self, x):
+            return super().forward_features(x) / 2
+
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("efficientnet_b0")).eval()
+    model.__class__ = Halved
+    untouched, model = pair(model)
+    assert type(model) is Halved
+    x = torch.randn(1, 3, 64, 64)
+    assert_close(model(x), untouched(x))

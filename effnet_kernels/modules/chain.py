@@ -213,17 +213,20 @@ class ChainModule(OperatorModule):
         raise NotImplementedError
 
     def forward_operators(self, input: Tensor) -> Tensor:
-        parts = self.parts()
+        parts = self.planned_parts()
         return run_operators(parts, input, parts.draw(input))
 
     def forward_chain(self, input: Tensor) -> Tensor:
-        return self.run_chain(input)
+        return self.run_chain(input, self.planned_parts().draw(input))
 
-    def run_chain(self, input: Tensor, pool: bool = False) -> Tensor:
+    def planned_parts(self) -> Parts:
+        """:meth:`parts`, kept for as long as they stay as they are."""
+        return self.plan("parts", self.parts)
+
+    def run_chain(self, input: Tensor, keep: Tensor | None, pool: bool = False) -> Tensor:
         size = (input.shape[2], input.shape[3])
-        parts = self.plan("parts", self.parts)
-        plan = self.plan((size, pool), lambda: plan_chain(parts, size, pool))
-        return run_chain(plan, input, parts.draw(input))
+        plan = self.plan((size, pool), lambda: plan_chain(self.planned_parts(), size, pool))
+        return run_chain(plan, input, keep)
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
         return self.plan(("obstacle", backend), lambda: self._kernel_obstacle(backend))
@@ -232,11 +235,11 @@ class ChainModule(OperatorModule):
         return self.plan(("reason", backend), lambda: self._kernel_reason(backend))
 
     def _kernel_obstacle(self, backend: Backend) -> str | None:
-        found = (layer.kernel_obstacle(backend) for layer in self.parts().layers)
+        found = (layer.kernel_obstacle(backend) for layer in self.planned_parts().layers)
         return next((obstacle for obstacle in found if obstacle is not None), None)
 
     def _kernel_reason(self, backend: Backend) -> str:
-        if self.parts().layers[0].kind() == "dense":
+        if self.planned_parts().layers[0].kind() == "dense":
             return f"the dense convolution by torch, the rest by {kernels(backend)}"
         return kernels(backend)
 

@@ -91,7 +91,7 @@ class ConvBnAct(ChainModule, nn.Sequential):
     def pooled(self, input: Tensor) -> Tensor:
         """The spatial mean [N, out_channels] of the output, which the kernels then do not store."""
         if dispatch.choose(self, input).backend in ("cpu", "triton"):
-            return self.run_chain(input.contiguous(memory_format=torch.channels_last), pool=True)
+            return self.run_chain(input.contiguous(memory_format=torch.channels_last), None, pool=True)
         return F.adaptive_avg_pool2d(self(input), 1).flatten(1)
 
     def part(self) -> ConvNorm:
