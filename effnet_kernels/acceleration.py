@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effnet_kernels import dispatch
 from effnet_kernels.modules.chain import ChainModule, Parts, run_operators
 from effnet_kernels.modules.operator_module import OperatorModule
-from effnet_kernels.peer_blocks import Pair, Reader, UnknownPart, name_of, reader_of
+from effnet_kernels.peer_blocks import Pair, Reader, UnknownPart, look_up, reader_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -166,23 +166,18 @@ class LukemelasNetwork(AcceleratedNetwork):
         return self.pair(1)(x)
 
 
-# A network's class, what is mixed into it, and the method that this replaces.
-_NETWORKS: dict[str, tuple[type[AcceleratedNetwork], str]] = {
-    "timm.models.efficientnet.EfficientNet": (TimmNetwork, "forward_features"),
-    "timm.models.efficientnet.EfficientNetFeatures": (TimmFeatures, "forward"),
-    "efficientnet_pytorch.model.EfficientNet": (LukemelasNetwork, "extract_features"),
+# What is mixed into a network's class, and the methods that a class may not have of its own then.
+_NETWORKS: dict[str, type[AcceleratedNetwork]] = {
+    "timm.models.efficientnet.EfficientNet": TimmNetwork,
+    "timm.models.efficientnet.EfficientNetFeatures": TimmFeatures,
+    "efficientnet_pytorch.model.EfficientNet": LukemelasNetwork,
 }
+_METHODS = ("forward", "forward_features", "extract_features")
 
 
 def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
-    """What is mixed into a network's class, if that or one that it has the method from is known."""
-    if issubclass(kind, AcceleratedNetwork):
-        return None
-    for base in kind.__mro__:
-        mixin, _ = _NETWORKS.get(name_of(base), (None, ""))
-        if mixin is not None or any(method in base.__dict__ for _, method in _NETWORKS.values()):
-            return mixin
-    return None
+    """What is mixed into a network's class; None for other modules and for one that has it."""
+    return None if issubclass(kind, AcceleratedNetwork) else look_up(kind, _NETWORKS, _METHODS)
 
 
 _classes: dict[type[nn.Module], Any] = {}

@@ -65,8 +65,7 @@ class Comparison(NamedTuple):
     training: bool = False
 
     def fastest_peer(self) -> Row | None:
-        own = (OURS, ACCELERATED)
-        timed = [row for row in self.rows if row.milliseconds is not None and not row.engine.endswith(own)]
+        timed = [row for row in self.rows if row.milliseconds is not None and not _is_own(row.engine)]
         return min(timed, key=lambda row: row.milliseconds or 0.0, default=None)
 
     def __str__(self) -> str:
@@ -190,7 +189,7 @@ def plot(comparison: Comparison, path: str | Path) -> None:
     rates = [1e3 * comparison.batch / (row.milliseconds or 1.0) for row in rows]
     figure = Figure(figsize=(8, 1 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    colours = ["#2f6fb0" if row.engine.endswith((OURS, ACCELERATED)) else "#9a9a9a" for row in rows]
+    colours = ["#2f6fb0" if _is_own(row.engine) else "#9a9a9a" for row in rows]
     axes.bar_label(axes.barh([row.engine for row in rows], rates, color=colours), fmt="%.1f", padding=3)
     axes.margins(x=0.12)
     axes.set_xlabel("images/s")
@@ -199,6 +198,10 @@ def plot(comparison: Comparison, path: str | Path) -> None:
         + (", training step" if comparison.training else "")
     )
     figure.savefig(path)
+
+
+def _is_own(engine: str) -> bool:
+    return engine.endswith((OURS, ACCELERATED))
 
 
 def _modules_of(engine: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effnet_kernels import cpu
 from effnet_kernels.cpu.network import Excitation, Layer, Network, StepProfile
 from effnet_kernels.dispatch import BackendError
+from effnet_kernels.models.features import FeatureInfo
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts
 from effnet_kernels.modules.operator_module import memory_format
 from effnet_kernels.peer_networks import read_network
@@ -54,8 +55,7 @@ def freeze(model: nn.Module, features: bool = False) -> "FrozenEfficientNet":
         strides.append(math.prod(layer.stride for layer in layers[before:]))
     maps = network.maps
     if maps is None and features:
-        # The last of each resolution: before one that strides, and the very last.
-        maps = [i for i in range(len(ends)) if i + 1 == len(ends) or strides[i + 1] > 1]
+        maps = FeatureInfo.of_layers([layers[end - 1].weight.shape[0] for end in ends], strides, None).layers()
     if maps is not None:
         chosen = [ends[i] for i in maps]
         return FrozenEfficientNet(Network(layers[: max(chosen)], chosen), None, True)

@@ -3,9 +3,9 @@
 Classes are known by name, so that nothing has to be installed that a model does not bring along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from effnet_kernels.deferred import Activation, Padding
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
+from effnet_kernels.modules.stochastic_depth import draw_factors
 
+Entry = TypeVar("Entry")
 Reader = Callable[[nn.Module], Parts]
 """What reads a block; raises :class:`UnknownPart`."""
 
@@ -23,11 +25,16 @@ class UnknownPart(Exception):
 
 
 def reader_of(kind: type) -> Reader | None:
-    """What reads blocks of a class, or of one that it derives its ``forward`` from; None for other modules."""
+    """What reads blocks of a class; None for other modules."""
+    return look_up(kind, _READERS)
+
+
+def look_up(kind: type, table: Mapping[str, Entry], methods: Collection[str] = ("forward",)) -> Entry | None:
+    """What a table has under the name of a class, or of the one that the class derives these methods from."""
     for base in kind.__mro__:
-        reader = _READERS.get(name_of(base))
-        if reader is not None or "forward" in base.__dict__:
-            return reader
+        entry = table.get(name_of(base))
+        if entry is not None or any(method in base.__dict__ for method in methods):
+            return entry
     return None
 
 
@@ -159,7 +166,7 @@ def _torchvision_layers(block: nn.Module, sequence: str) -> tuple[tuple[ConvNorm
         path = f"{sequence}.{child}"
         module = _child(block, path)
         name = name_of(type(module))
-        if name in _TORCHVISION_LAYERS:
+        if name == _TORCHVISION_LAYER:
             layers.append(_torchvision_layer(block, f"{path}."))
         elif type(module) is nn.Conv2d and index == len(children) - 2:
             layers.append(_layer(block, path, f"{sequence}.{children[-1]}", "none"))
@@ -190,13 +197,9 @@ def _read_torchvision(block: nn.Module, sequence: str) -> Parts:
 
 
 def _stochastic_depth(drop: Any, x: Tensor) -> Tensor | None:
-    # The draws of torchvision's own function.
     if not drop.training or drop.p == 0.0:
         return None
-    survival = 1.0 - drop.p
-    noise = torch.empty([x.shape[0] if drop.mode == "row" else 1, 1, 1, 1], dtype=x.dtype, device=x.device)
-    noise = noise.bernoulli_(survival)
-    return (noise.div_(survival) if survival > 0.0 else noise).flatten().expand(x.shape[0])
+    return draw_factors(x, drop.p, drop.mode == "row").flatten().expand(x.shape[0])
 
 
 # timm
@@ -225,12 +228,9 @@ def _read_timm(block: nn.Module, *layers: tuple[str, str]) -> Parts:
 
 
 def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
-    # The draws of timm's own function.
     if not drop.training or drop.drop_prob == 0.0:
         return None
-    survival = 1.0 - drop.drop_prob
-    noise = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(survival)
-    return (noise.div_(survival) if survival > 0.0 and drop.scale_by_keep else noise).flatten()
+    return draw_factors(x, drop.drop_prob, scaled=drop.scale_by_keep).flatten()
 
 
 # efficientnet_pytorch, and its copy in segmentation_models_pytorch
@@ -259,7 +259,7 @@ def _drop_connect(training: bool, x: Tensor, drop_connect_rate: float | None = N
     return ((survival + drawn).floor() / survival).flatten()
 
 
-_TORCHVISION_LAYERS = {"torchvision.ops.misc.Conv2dNormActivation"}
+_TORCHVISION_LAYER = "torchvision.ops.misc.Conv2dNormActivation"
 _LUKEMELAS = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 _SAME_PADDING = {"timm.layers.conv2d_same.Conv2dSame", *(f"{m}.Conv2dDynamicSamePadding" for m in _LUKEMELAS)}
 _STATIC_PADDING = {f"{m}.Conv2dStaticSamePadding" for m in _LUKEMELAS}
@@ -278,7 +278,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 _TIMM = "timm.models._efficientnet_blocks"
 _READERS: dict[str, Reader] = {
     name_of(Pair): _read_pair,
-    "torchvision.ops.misc.Conv2dNormActivation": _read_torchvision_layer,
+    _TORCHVISION_LAYER: _read_torchvision_layer,
     "torchvision.models.efficientnet.MBConv": partial(_read_torchvision, sequence="block"),
     "torchvision.models.efficientnet.FusedMBConv": partial(_read_torchvision, sequence="block"),
     "torchvision.models.mobilenetv2.InvertedResidual": partial(_read_torchvision, sequence="conv"),

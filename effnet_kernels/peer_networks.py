@@ -7,7 +7,7 @@ from torch import nn
 
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.modules.chain import ChainModule, Parts
-from effnet_kernels.peer_blocks import Pair, UnknownPart, name_of, reader_of
+from effnet_kernels.peer_blocks import Pair, UnknownPart, look_up, name_of, reader_of
 
 
 class Network(NamedTuple):
@@ -36,12 +36,9 @@ def read_network(model: nn.Module) -> Network:
         ValueError: for a part that is not known, by its name.
     """
     # An accelerated one is of a subclass of its own class.
-    for base in getattr(type(model), "original", type(model)).__mro__:
-        reader = _READERS.get(name_of(base))
-        if reader is not None:
-            return reader(model)
-        if "forward" in base.__dict__:
-            break
+    reader = look_up(getattr(type(model), "original", type(model)), _READERS)
+    if reader is not None:
+        return reader(model)
     raise TypeError(
         "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
         f"got {type(model).__module__}.{type(model).__name__}"

@@ -1,6 +1,9 @@
 """What the tests share: tolerances, and comparisons by them."""
 
+import copy
+import io
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -55,6 +58,14 @@ def assert_buffers_close(actual: nn.Module, expected: nn.Module, tolerance: floa
             assert ((ours[name] - buffer).abs() <= tolerance * buffer.abs()).all(), name
         else:
             assert torch.equal(ours[name], buffer), name
+
+
+def copies(module: nn.Module) -> list[nn.Module]:
+    """Deeply copied, pickled, and saved and loaded."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

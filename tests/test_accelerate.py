@@ -1,7 +1,6 @@
 """accelerate(): other packages' networks with the same numbers, keys and classes, and what people do with them."""
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, copies, randomize
 from torch import nn
 
 import effnet_kernels as ek
@@ -125,14 +124,7 @@ def test_switching_twice_changes_nothing() -> None:
 
 def test_copies_and_pickles() -> None:
     model, x = ek.accelerate(small().eval()), torch.randn(1, 3, 32, 32)
-    written = io.BytesIO()
-    torch.save(model, written)
-    written.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(written, weights_only=False),
-    ):
+    for other in copies(model):
         assert len(switched(other)) == len(switched(model)) == 5
         assert torch.equal(other(x), model(x))
     for block in switched(model):
@@ -464,7 +456,7 @@ def test_stem_and_head_of_networks_that_have_no_blocks_for_them(name: str, stem:
     rows = {row.name: row for row in ek.explain(model, x)}
     assert rows[stem].backend == rows[head].backend == "cpu"
     assert not [row for row in rows if row.startswith(("bn", "_bn"))]
-    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (model, *copies(model)):
         assert_close(other(x), untouched(x))
         assert list(other.state_dict()) == list(untouched.state_dict())
     calls: list[str] = []

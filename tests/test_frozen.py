@@ -1,13 +1,10 @@
 """freeze(): every variant against the model it came from, and what users do with an engine."""
 
-import copy
-import io
-import pickle
 import threading
 
 import pytest
 import torch
-from conftest import assert_close, randomize, relative_rms, run_python
+from conftest import assert_close, copies, randomize, relative_rms, run_python
 from native_cases import needs_linux, needs_native
 from test_features import small
 from torch import nn
@@ -116,14 +113,7 @@ def test_copies():
     x = torch.randn(1, 3, 40, 40)
     engine = ek.freeze(model)
     expected = engine(x)
-    file = io.BytesIO()
-    torch.save(engine, file)
-    file.seek(0)
-    for again in (
-        copy.deepcopy(engine),
-        pickle.loads(pickle.dumps(engine)),
-        torch.load(file, weights_only=False),
-    ):
+    for again in copies(engine):
         assert torch.equal(again(x), expected)
 
 

@@ -36,13 +36,20 @@ class StochasticDepth(nn.Module):
         return self._draw(input).flatten().expand(input.shape[0])
 
     def _draw(self, input: Tensor) -> Tensor:
-        # The same call, dtype and order of draws as torchvision's, so that one seed gives one training run.
-        survival = 1.0 - self.p
-        size = [input.shape[0] if self.mode == "row" else 1] + [1] * (input.ndim - 1)
-        noise = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(survival)
-        if survival > 0.0:
-            noise.div_(survival)
-        return noise
+        return draw_factors(input, self.p, self.mode == "row")
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}"
+
+
+def draw_factors(input: Tensor, p: float, by_sample: bool = True, scaled: bool = True) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), or 1 where not ``scaled``; for each sample or for all, [N or 1, 1, ...].
+
+    The same call, dtype and order of draws as torchvision's and timm's, so that one seed gives one training run.
+    """
+    survival = 1.0 - p
+    size = [input.shape[0] if by_sample else 1] + [1] * (input.ndim - 1)
+    noise = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(survival)
+    if survival > 0.0 and scaled:
+        noise.div_(survival)
+    return noise
