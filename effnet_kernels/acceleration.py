@@ -66,11 +66,9 @@ def why_left_alone(block: nn.Module) -> str | None:
 
 def _unreadable(block: nn.Module, reader: Reader) -> str | None:
     try:
-        excitation = reader(block).excitation
+        reader(block)
     except (UnknownPart, AttributeError) as reason:
         return str(reason)
-    if excitation is not None and excitation.gate != "sigmoid":
-        return f"the operators have no {excitation.gate} gate"
     return None
 
 
@@ -107,12 +105,15 @@ class Accelerated(ChainModule):
         return _unreadable(self, type(self).reader)
 
 
+Pairs = tuple[tuple[str, str, str | None], ...]
+
+
 class AcceleratedNetwork:
-    """Mixed into the class of a network that calls its stem and its head convolution by convolution."""
+    """Mixed into the class of a network that calls its stem, and maybe its head, convolution by convolution."""
 
     original: ClassVar[Any]
     # The names of a convolution, its norm and the activation behind it.
-    pairs: ClassVar[tuple[tuple[str, str, str | None], ...]]
+    pairs: ClassVar[Pairs]
 
     def pair(self, index: int) -> nn.Module:
         """The stem (0) or the head (1) as a block on the operators."""
@@ -130,16 +131,21 @@ _pairs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
 
 
 class TimmNetwork(AcceleratedNetwork):
-    pairs = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
+    pairs: ClassVar[Pairs] = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
         if self.grad_checkpointing or dispatch.interception(x) is not None:
             return self.original.forward_features(self, x)
-        return self.pair(1)(self.blocks(self.pair(0)(x)))
+        x = self.blocks(self.pair(0)(x))
+        return self.pair(1)(x) if len(self.pairs) == 2 else x
+
+
+class TimmMobileNet(TimmNetwork):
+    pairs = TimmNetwork.pairs[:1]
 
 
 class TimmFeatures(AcceleratedNetwork):
-    pairs = (("conv_stem", "bn1", None),)
+    pairs = TimmNetwork.pairs[:1]
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
         if self.feature_hooks is not None or self.grad_checkpointing or dispatch.interception(x) is not None:
@@ -170,6 +176,7 @@ class LukemelasNetwork(AcceleratedNetwork):
 _NETWORKS: dict[str, type[AcceleratedNetwork]] = {
     "timm.models.efficientnet.EfficientNet": TimmNetwork,
     "timm.models.efficientnet.EfficientNetFeatures": TimmFeatures,
+    "timm.models.mobilenetv3.MobileNetV3": TimmMobileNet,
     "efficientnet_pytorch.model.EfficientNet": LukemelasNetwork,
 }
 _METHODS = ("forward", "forward_features", "extract_features")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch
-from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, RunningStatistics
+from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, RunningStatistics
 from effnet_kernels.primitives import Primitives, primitives_for
 
 
@@ -51,6 +51,7 @@ class Layer(NamedTuple):
         batch_statistics: whether BatchNorm normalises by the batch's statistics.
         skip_nonfinite: whether running statistics stay as they are where the batch's are not finite.
         excite_act: the activation inside squeeze-and-excitation; None where there is none.
+        excite_gate: what makes its gate.
     """
 
     kind: Literal["pointwise", "depthwise", "dense"]
@@ -62,6 +63,7 @@ class Layer(NamedTuple):
     batch_statistics: bool = True
     skip_nonfinite: bool = True
     excite_act: Activation | None = None
+    excite_gate: Gate = "sigmoid"
 
 
 class Chain(NamedTuple):
@@ -153,7 +155,7 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
         if layer.excite_act is not None:
             if sums is None:
                 sums = primitives.squeeze(y, Prologue())
-            gate, _, _ = primitives.excite(sums, y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act)
+            gate = _excite(primitives, layer, own, sums, y).gate
         x = y
     if chain.pool:
         return primitives.mean_of_sums(primitives.squeeze(x, Prologue()), x.shape[2] * x.shape[3]).to(x.dtype)
@@ -178,11 +180,7 @@ def forward(
         owed = Prologue(scale, shift, layer.act)
         excitation = None
         if layer.excite_act is not None:
-            excitation = Excitation(
-                *primitives.excite(
-                    primitives.squeeze(y, owed), y.shape[2] * y.shape[3], *_excitation_weights(own), layer.excite_act
-                )
-            )
+            excitation = _excite(primitives, layer, own, primitives.squeeze(y, owed), y)
             owed = owed._replace(gate=excitation.gate)
         stored.append(Stored(y, folded, excitation))
         x = y
@@ -328,6 +326,13 @@ def _excitation_weights(own: Parameters) -> tuple[Tensor, Tensor | None, Tensor,
     return w1, b1, w2, b2
 
 
+def _excite(primitives: Primitives, layer: Layer, own: Parameters, sums: Tensor, y: Tensor) -> Excitation:
+    """Of a map ``y``, from the partial sums over its pixels."""
+    assert layer.excite_act is not None
+    weights, count = _excitation_weights(own), y.shape[2] * y.shape[3]
+    return Excitation(*primitives.excite(sums, count, *weights, layer.excite_act, layer.excite_gate))
+
+
 def _convolve(
     primitives: Primitives, layer: Layer, x: Tensor, own: Parameters, owed: Prologue
 ) -> tuple[Tensor, Tensor | None]:
@@ -414,7 +419,9 @@ def _excite_backward(
     gate, pooled, hidden = before.excitation
     count = before.y.shape[2] * before.y.shape[3]
     w1, _, w2, _ = _excitation_weights(own)
-    offset, logits, dhidden, sums = primitives.excite_backward(five, count, gate, hidden, w1, w2, layer.excite_act)
+    offset, logits, dhidden, sums = primitives.excite_backward(
+        five, count, gate, hidden, w1, w2, layer.excite_act, layer.excite_gate
+    )
     assert sums is not None
     gradients: list[Tensor | None] = list(
         primitives.excite_backward_weight(logits, dhidden, hidden, pooled, layer.excite_act)

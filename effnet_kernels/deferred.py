@@ -16,6 +16,10 @@ from torch import Tensor
 Activation = Literal["none", "silu", "relu", "relu6", "hardswish"]
 ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "relu", "relu6", "hardswish")
 
+Gate = Literal["sigmoid", "hardsigmoid"]
+"""How squeeze-and-excitation makes its gate of a number; the hard one is ``relu6(z + 3) / 6``."""
+GATES: tuple[Gate, ...] = ("sigmoid", "hardsigmoid")
+
 Padding = tuple[int, int, int, int]
 """Zeros added on the (left, right, top, bottom), in the order of ``torch.nn.functional.pad``."""
 

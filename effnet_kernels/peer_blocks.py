@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.deferred import Activation, Padding
+from effnet_kernels.deferred import Activation, Gate, Padding
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle
 from effnet_kernels.modules.stochastic_depth import draw_factors
 
 Entry = TypeVar("Entry")
@@ -115,7 +115,7 @@ def _excitation(block: nn.Module, fc1: str, act: str, fc2: str, gate: str | None
         if conv.kernel_size != (1, 1) or conv.groups != 1:
             raise UnknownPart(f"{path} is not a 1x1 convolution")
     module = None if gate is None else _child(block, gate)
-    kind = "sigmoid" if module is None else _GATES.get(name_of(type(module)))
+    kind = "sigmoid" if module is None else GATE_NAMES.get(type(module)) or _GATES.get(name_of(type(module)))
     if kind is None:
         raise _unknown(cast(str, gate), cast(nn.Module, module))
     return ExcitationLayers(first, second, _activation(block, act), kind)
@@ -263,10 +263,8 @@ _TORCHVISION_LAYER = "torchvision.ops.misc.Conv2dNormActivation"
 _LUKEMELAS = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 _SAME_PADDING = {"timm.layers.conv2d_same.Conv2dSame", *(f"{m}.Conv2dDynamicSamePadding" for m in _LUKEMELAS)}
 _STATIC_PADDING = {f"{m}.Conv2dStaticSamePadding" for m in _LUKEMELAS}
-_GATES: dict[str, Literal["sigmoid", "hardsigmoid"]] = {
-    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+_GATES: dict[str, Gate] = {
     "timm.layers.activations.Sigmoid": "sigmoid",
-    "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
     "timm.layers.activations.HardSigmoid": "hardsigmoid",
 }
 _ACTIVATIONS: dict[str, Activation] = {

@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
 
 
 class Primitives(Protocol):
@@ -119,10 +119,19 @@ class Primitives(Protocol):
         w2: Tensor,
         b2: Tensor | None,
         act: Activation,
+        kind: Gate,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def excite_backward(
-        self, sums: Tensor, count: int, gate: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor, act: Activation
+        self,
+        sums: Tensor,
+        count: int,
+        gate: Tensor,
+        hidden: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        act: Activation,
+        kind: Gate,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 
     def excite_backward_weight(

@@ -77,7 +77,8 @@ def _move_running_statistics(norm: "Buffers", mean: Tensor, rstd: Tensor, count:
 def encode(chain: "Chain", present: Sequence[bool]) -> tuple[list[int], str]:
     """The layers' padding, and a string for the rest of the chain and for which of its tensors there are."""
     layers = ";".join(
-        f"{layer.kind},{layer.stride},{layer.act},{layer.eps},{int(layer.batch_statistics)},{layer.excite_act or ''}"
+        f"{layer.kind},{layer.stride},{layer.act},{layer.eps},{int(layer.batch_statistics)},"
+        f"{layer.excite_act or ''},{layer.excite_gate}"
         for layer in chain.layers
     )
     text = f"{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
@@ -92,10 +93,11 @@ def _decode(text: str) -> tuple["Chain", str]:
     residual, pool = flags.split(",")
     decoded: list[Layer] = []
     for entry in layers.split(";"):
-        kind, stride, act, eps, batch, excite_act = entry.split(",")
+        kind, stride, act, eps, batch, excite_act, excite_gate = entry.split(",")
         kinds: Any = kind
         acts: Any = act
         excite: Any = excite_act or None
+        gate: Any = excite_gate
         decoded.append(
             Layer(
                 kinds,
@@ -106,6 +108,7 @@ def _decode(text: str) -> tuple["Chain", str]:
                 0.0,
                 batch == "1",
                 excite_act=excite,
+                excite_gate=gate,
             )
         )
     return Chain(tuple(decoded), residual == "1", pool == "1"), present

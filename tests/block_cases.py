@@ -10,14 +10,15 @@ from gpu.compare import assert_accurate
 from torch import Tensor, nn
 
 from effnet_kernels import accelerate, dispatch
-from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
+from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig, SqueezeExcitation
 
+HardGate = partial(SqueezeExcitation, scale_activation=nn.Hardsigmoid)
 BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
-def mbconv(*args, probability: float = 0.0, **kwargs) -> nn.Module:
+def mbconv(*args, probability: float = 0.0, se_layer=SqueezeExcitation, **kwargs) -> nn.Module:
     config = MBConvConfig(*args, 1, **kwargs)
-    return config.block(config, probability, BatchNorm)
+    return config.block(config, probability, BatchNorm, se_layer)
 
 
 def fused_mbconv(*args, probability: float = 0.0) -> nn.Module:
@@ -33,7 +34,10 @@ BLOCKS = {
     "no expand, residual": (lambda: mbconv(1, 5, 1, 24, 24), (1, 24, 7, 7)),
     "same padding": (lambda: mbconv(4, 3, 2, 16, 24, padding="same"), (1, 16, 14, 15)),
     "no squeeze, relu6": (lambda: mbconv(6, 3, 1, 16, 16, squeeze_ratio=None, activation="relu6"), (1, 16, 15, 17)),
-    "kernel 7, hardswish": (lambda: mbconv(2, 7, 1, 16, 16, activation="hardswish"), (1, 16, 9, 7)),
+    "kernel 7, hardswish": (
+        lambda: mbconv(2, 7, 1, 16, 16, activation="hardswish", se_layer=HardGate),
+        (1, 16, 9, 7),
+    ),
     "stochastic depth": (lambda: mbconv(2, 3, 1, 16, 16, probability=0.5), (4, 16, 7, 7)),
     "fused": (lambda: fused_mbconv(4, 3, 2, 16, 24), (1, 16, 15, 17)),
     "fused, residual": (lambda: fused_mbconv(4, 3, 1, 16, 16), (3, 16, 7, 9)),

@@ -436,6 +436,7 @@ BAD_OPERANDS = {
     "excite w2 None": (lambda: excite(w2=None), TypeError, "w2: expected a Tensor.*got NoneType"),
     "excite b1": (lambda: excite(b1=VECTOR), ValueError, r"b1: expected shape \(2,\), got \(4,\)"),
     "excite activation": (lambda: excite(act="gelu"), ValueError, "act: expected one of none.*got 'gelu'"),
+    "excite gate": (lambda: excite(gate="tanh"), ValueError, "gate: expected one of sigmoid, hardsigmoid, got 'tanh'"),
     "excite of integers": (lambda: excite(torch.ones(2, 4, dtype=torch.int32)), TypeError, "pooled: .*torch.int32"),
     "fold nothing": (lambda: ops.fold_batch_norm(None, None, None), ValueError, "expected stats, or running_mean"),
     "fold a list": (lambda: ops.fold_batch_norm([1.0], None, None), TypeError, "stats: expected a Tensor.*got list"),

@@ -269,17 +269,20 @@ def test_fold_of_nonfinite_statistics():
         assert torch.equal(mean == 0, kept) if skip else not torch.isfinite(var).all()
 
 
-@pytest.mark.parametrize(("samples", "channels", "squeezed", "act"), [(3, 32, 8, "silu"), (1, 40, 300, "relu")])
-def test_excite(samples, channels, squeezed, act):
+@pytest.mark.parametrize(
+    ("samples", "channels", "squeezed", "act", "kind"),
+    [(3, 32, 8, "silu", "sigmoid"), (1, 40, 300, "relu", "hardsigmoid")],
+)
+def test_excite(samples, channels, squeezed, act, kind):
     sums = vector(samples, 2, channels)
     w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
-    w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, vector(channels)
-    actual = gate, pooled, hidden = primitives.excite(sums, 5, w1, b1, w2, b2, act)
-    compare(actual, exact.excite, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act)
+    w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, 3 * vector(channels)
+    actual = gate, pooled, hidden = primitives.excite(sums, 5, w1, b1, w2, b2, act, kind)
+    compare(actual, exact.excite, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act, kind)
     for kinds in (5, 1):
         t = vector(samples, 3, kinds, channels)
-        actual = primitives.excite_backward(t, 5, gate, hidden, w1, w2, act)
-        compare(actual, exact.excite_backward, t.double().sum(dim=1), 5, gate, hidden, w1, w2, act)
+        actual = primitives.excite_backward(t, 5, gate, hidden, w1, w2, act, kind)
+        compare(actual, exact.excite_backward, t.double().sum(dim=1), 5, gate, hidden, w1, w2, act, kind)
     arguments = (actual[1], actual[2], hidden, pooled, act)
     compare(primitives.excite_backward_weight(*arguments), exact.excite_backward_weight, *arguments)
 
@@ -295,8 +298,8 @@ def everything(samples: int, channels: int, outputs: int, height: int, width: in
     of_depthwise = OutputGradient(channels_last(*depthwise[0].shape), depthwise[0])
     sums = primitives.squeeze(x, owed)
     w1, w2 = vector(12, channels, 1, 1), vector(channels, 12, 1, 1)
-    gate, pooled, hidden = primitives.excite(sums, 5, w1, None, w2, None, "silu")
-    path = primitives.excite_backward(sums[:, :, None], 5, gate, hidden, w1, w2, "silu")
+    gate, pooled, hidden = primitives.excite(sums, 5, w1, None, w2, None, "silu", "sigmoid")
+    path = primitives.excite_backward(sums[:, :, None], 5, gate, hidden, w1, w2, "silu", "sigmoid")
     results = (
         *primitives.pointwise_conv(x, weight, None, owed, Epilogue(), "statistics"),
         *primitives.pointwise_conv(x, weight, None, Prologue(), Epilogue(act="silu"), "pool"),

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation
 
 from effnet_kernels import ops
-from effnet_kernels.deferred import Epilogue, Prologue, RunningStatistics
+from effnet_kernels.deferred import Epilogue, Gate, Prologue, RunningStatistics
 from effnet_kernels.reference import pointwise_conv, squeeze
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,11 +56,12 @@ def test_depthwise_conv_bn_silu_at_inference_needs_statistics() -> None:
         ops.depthwise_conv_bn_silu(torch.randn(1, 4, 7, 7), torch.randn(4, 1, 3, 3), None, None, None, None)
 
 
-def test_squeeze_excite() -> None:
-    module = SqueezeExcitation(12, 4, activation=nn.SiLU).double()
+@pytest.mark.parametrize(("gate", "layer"), [("sigmoid", nn.Sigmoid), ("hardsigmoid", nn.Hardsigmoid)])
+def test_squeeze_excite(gate: Gate, layer: type[nn.Module]) -> None:
+    module = SqueezeExcitation(12, 4, nn.SiLU, layer).double()
     x = torch.randn(3, 12, 5, 6, dtype=torch.float64, requires_grad=True)
     parameters = (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
-    y, expected = ops.squeeze_excite(x, *parameters), module(x)
+    y, expected = ops.squeeze_excite(x, *parameters, gate=gate), module(x)
     assert_close(y, expected)
     grad = torch.randn_like(y)
     theirs = torch.autograd.grad(expected, (x, *parameters), grad)

@@ -7,7 +7,7 @@ from conftest import assert_close
 from torch import Tensor
 
 from effnet_kernels import ops, reference
-from effnet_kernels.deferred import ACTIVATIONS, Epilogue, Prologue
+from effnet_kernels.deferred import ACTIVATIONS, GATES, Epilogue, Prologue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, C, K, S, H, W = 2, 2, 3, 2, 4, 3
@@ -72,7 +72,9 @@ def test_squeeze_excite_merge_gradients(act):
     gradcheck(
         lambda x, s, t, g: reference.squeeze(x, Prologue(s, t, act, g)), rand(N, C, H, W), rand(C), rand(C), rand(N, C)
     )
-    gradcheck(lambda *a: reference.excite(*a, act), rand(N, C), rand(S, C, 1, 1), rand(S), rand(C, S, 1, 1), rand(C))
+    for gate in GATES:
+        weights = rand(S, C, 1, 1), rand(S), rand(C, S, 1, 1), rand(C)
+        gradcheck(lambda *a, gate=gate: reference.excite(*a, act, gate), rand(N, C), *weights)
     gradcheck(
         lambda x, s, t, g, r, k: reference.merge(x, Prologue(s, t, act, g), r, k),
         rand(N, C, H, W), rand(C), rand(C), rand(N, C), rand(N, C, H, W), rand(N),

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import ACTIVATION_INDEX, check_float_cpu
-from effnet_kernels.deferred import Activation, Padding
-
-GATES = ("sigmoid", "hardsigmoid")
+from effnet_kernels.deferred import GATES, Activation, Gate, Padding
 
 
 class Excitation(NamedTuple):
@@ -21,7 +19,7 @@ class Excitation(NamedTuple):
     w2: Tensor  # [C, S]
     b2: Tensor  # [C]
     act: Activation
-    gate: Literal["sigmoid", "hardsigmoid"] = "sigmoid"
+    gate: Gate = "sigmoid"
 
 
 class Layer(NamedTuple):

@@ -4,12 +4,13 @@ The excitation's layers are 1x1 convolutions of maps of one pixel; what is left 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import empty, execution, folded, map_address, prologue_addresses
 from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
-from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Prologue
+from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Prologue
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
@@ -36,18 +37,34 @@ def mean_of_sums(sums: Tensor, count: int) -> Tensor:
 
 
 def excite(
-    sums: Tensor, count: int, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    sums: Tensor,
+    count: int,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Activation,
+    kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From partial sums over ``count`` pixels [N, T, C] to the gate [N, C], and what backward needs: pooled [N, C] and
     the hidden layer [N, S] before its activation. w1 [S, C], w2 [C, S], b1 [S], b2 [C].
     """
     pooled = mean_of_sums(sums, count)
     hidden = _linear(pooled, w1, b1, "none")
-    return _linear(hidden, w2, b2, act).sigmoid_(), pooled, hidden
+    logits = _linear(hidden, w2, b2, act)
+    gate = logits.sigmoid_() if kind == "sigmoid" else F.hardsigmoid(logits, inplace=True)
+    return gate, pooled, hidden
 
 
 def excite_backward(
-    sums: Tensor, count: int, gate: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor, act: Activation
+    sums: Tensor,
+    count: int,
+    gate: Tensor,
+    hidden: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    act: Activation,
+    kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The squeeze-and-excitation path backwards, on vectors.
 
@@ -57,7 +74,8 @@ def excite_backward(
     the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
     """
     total = _total(sums)
-    logits = total[:, 0] * gate * (1.0 - gate)
+    slope = gate * (1.0 - gate) if kind == "sigmoid" else ((gate > 0.0) & (gate < 1.0)) * (1.0 / 6.0)
+    logits = total[:, 0] * slope
     dhidden = _through(_linear_backward(logits, w2), hidden, act)
     offset = _linear_backward(dhidden, w1).mul_(1.0 / count)
     if sums.shape[2] == 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import ops, registration
-from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue, Reduction
+from effnet_kernels.deferred import Activation, Epilogue, Gate, Padding, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
 from effnet_kernels.modules.operator_module import OperatorModule, kernels
@@ -89,15 +89,12 @@ class ConvNorm(NamedTuple):
 
 
 class ExcitationLayers(NamedTuple):
-    """The two layers of squeeze-and-excitation, 1x1 convolutions, with an activation between and a gate behind.
-
-    The operators have the sigmoid alone, frozen networks both gates.
-    """
+    """The two layers of squeeze-and-excitation, 1x1 convolutions, with an activation between and a gate behind."""
 
     fc1: nn.Conv2d
     fc2: nn.Conv2d
     act: Activation
-    gate: Literal["sigmoid", "hardsigmoid"] = "sigmoid"
+    gate: Gate = "sigmoid"
 
 
 class Parts(NamedTuple):
@@ -149,7 +146,7 @@ def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> Chain
                 norm.momentum,
                 batch_statistics,
                 part.skip_nonfinite,
-                None if excitation is None else excitation.act,
+                *(() if excitation is None else (excitation.act, excitation.gate)),
             )
         )
         own = block.Parameters(conv.weight, conv.bias, norm.weight, norm.bias)
@@ -194,9 +191,9 @@ def run_operators(parts: Parts, input: Tensor, keep: Tensor | None) -> Tensor:
         excited = parts.excitation is not None and index == len(parts.layers) - 2
         x, owed, pooled = layer.deferred(x, owed, pool=excited)
     if parts.excitation is not None:
-        fc1, fc2, act, _ = parts.excitation
+        fc1, fc2, act, kind = parts.excitation
         pooled = ops.squeeze(x, owed) if pooled is None else pooled
-        gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act)
+        gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, kind)
         owed = (owed or Prologue())._replace(gate=gate)
     last, residual = parts.layers[-1], input if parts.residual else None
     if keep is None and not uses_batch_statistics(last.norm):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import cpu, dispatch
-from effnet_kernels.deferred import Activation
+from effnet_kernels.deferred import Activation, Gate
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.snapshot import Snapshots
 
@@ -18,6 +18,7 @@ ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
     nn.ReLU6: "relu6",
     nn.Hardswish: "hardswish",
 }
+GATE_NAMES: dict[type[nn.Module], Gate] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
 
 
 class Inspection:

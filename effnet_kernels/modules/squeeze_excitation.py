@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from effnet_kernels.modules.chain import ExcitationLayers
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle
 
 
 class SqueezeExcitation(nn.Module):
@@ -40,7 +40,9 @@ class SqueezeExcitation(nn.Module):
 
     def layers(self) -> ExcitationLayers:
         """The module as a part of a chain."""
-        return ExcitationLayers(self.fc1, self.fc2, ACTIVATION_NAMES[type(self.activation)])
+        return ExcitationLayers(
+            self.fc1, self.fc2, ACTIVATION_NAMES[type(self.activation)], GATE_NAMES[type(self.scale_activation)]
+        )
 
     def find_obstacle(self) -> str | None:
         """Why the operators cannot stand for :meth:`forward`, or None."""
@@ -53,5 +55,5 @@ _CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {
     "fc1": (nn.Conv2d,),
     "fc2": (nn.Conv2d,),
     "activation": tuple(ACTIVATION_NAMES),
-    "scale_activation": (nn.Sigmoid,),
+    "scale_activation": tuple(GATE_NAMES),
 }

@@ -3,41 +3,50 @@
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
-from effnet_kernels.deferred import Activation
+from effnet_kernels.deferred import GATES, Activation, Gate
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
 from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_kernels
 
 
 def excite(
-    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation = "silu"
+    pooled: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Activation = "silu",
+    gate: Gate = "sigmoid",
 ) -> Tensor:
-    """The gate of squeeze-and-excitation: ``sigmoid(w2 @ act(w1 @ pooled + b1) + b2)``, [N, C].
+    """The gate of squeeze-and-excitation: ``gate(w2 @ act(w1 @ pooled + b1) + b2)``, [N, C].
 
     Args:
         pooled: [N, C], fp32 (or fp64).
         w1: [S, C] or [S, C, 1, 1], reduces to the S squeeze channels. b1: [S].
         w2: [C, S] or [C, S, 1, 1], expands again. b2: [C].
         act: the activation between them.
+        gate: the activation that makes the gate.
 
     Raises ValueError for shapes, devices or an activation that do not fit.
     Source: Hu et al. 2018, equation 3.
     """
-    check_excitation(pooled, w1, b1, w2, b2, act)
+    check_excitation(pooled, w1, b1, w2, b2, act, gate)
     fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(pooled, None, None, w1, b1, w2, b2)
     if fits and dispatch.has_kernels(pooled):
         from effnet_kernels.ops.functions import Excite
 
-        return Excite.apply(pooled, w1, b1, w2, b2, act)
-    return reference.excite(pooled, w1, b1, w2, b2, act)
+        return Excite.apply(pooled, w1, b1, w2, b2, act, gate)
+    return reference.excite(pooled, w1, b1, w2, b2, act, gate)
 
 
 def check_excitation(
-    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation, gate: Gate
 ) -> None:
     """The shapes, dtypes and devices that :func:`excite` expects."""
     check_tensor(pooled, "pooled", "[N, C]")
     check_tensor(w1, "w1", "[S, C, 1, 1]" if isinstance(w1, Tensor) and w1.dim() == 4 else "[S, C]")
     check_activation(act)
+    if gate not in GATES:
+        raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
     squeezed, channels = w1.shape[0], pooled.shape[1]
     tail = (1, 1) if w1.dim() == 4 else ()
     check_shape(w1, (squeezed, channels, *tail), "w1", pooled)

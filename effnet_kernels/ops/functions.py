@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import Activation, Epilogue, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
 from effnet_kernels.primitives import Primitives, primitives_for
 
 
@@ -150,12 +150,19 @@ class Merge(torch.autograd.Function):
 class Excite(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+        ctx: Any,
+        pooled: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        act: Activation,
+        kind: Gate,
     ) -> Tensor:
         ctx.primitives = primitives = primitives_for(pooled)
-        gate, pooled, hidden = primitives.excite(pooled[:, None], 1, w1, b1, w2, b2, act)
+        gate, pooled, hidden = primitives.excite(pooled[:, None], 1, w1, b1, w2, b2, act, kind)
         ctx.save_for_backward(pooled, w1, b1, w2, b2, gate, hidden)
-        ctx.act = act
+        ctx.act, ctx.kind = act, kind
         return gate
 
     @staticmethod
@@ -164,22 +171,29 @@ class Excite(torch.autograd.Function):
         pooled, w1, b1, w2, b2, gate, hidden = ctx.saved_tensors
         primitives = ctx.primitives
         sums = grad.contiguous()[:, None, None]
-        grad_pooled, logits, dhidden, _ = primitives.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act)
+        grad_pooled, logits, dhidden, _ = primitives.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act, ctx.kind)
         weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
         gradients = (grad_pooled, *weights)
-        return *_cast(ctx.needs_input_grad, gradients, (pooled, w1, b1, w2, b2)), None
+        return *_cast(ctx.needs_input_grad, gradients, (pooled, w1, b1, w2, b2)), None, None
 
 
 class SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        act: Activation,
+        kind: Gate,
     ) -> Tensor:
         ctx.primitives = primitives = primitives_for(x)
         sums = primitives.squeeze(x, Prologue())
-        gate, pooled, hidden = primitives.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act)
+        gate, pooled, hidden = primitives.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act, kind)
         ctx.save_for_backward(x, w1, b1, w2, b2, gate, pooled, hidden)
-        ctx.act = act
+        ctx.act, ctx.kind = act, kind
         return primitives.merge(x, Prologue(gate=gate), None, None)
 
     @staticmethod
@@ -190,11 +204,11 @@ class SqueezeExcite(torch.autograd.Function):
         grad = _channels_last(grad)
         sums = primitives.squeeze(x, Prologue(), grad)
         offset, logits, dhidden, _ = primitives.excite_backward(
-            sums[:, :, None], x.shape[2] * x.shape[3], gate, hidden, w1, w2, ctx.act
+            sums[:, :, None], x.shape[2] * x.shape[3], gate, hidden, w1, w2, ctx.act, ctx.kind
         )
         weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
         grad_x = primitives.apply_gradient(OutputGradient(grad, gate=gate, offset=offset), None)
-        return *_cast(ctx.needs_input_grad, (grad_x, *weights), (x, w1, b1, w2, b2)), None
+        return *_cast(ctx.needs_input_grad, (grad_x, *weights), (x, w1, b1, w2, b2)), None, None
 
 
 def _check_first_order() -> None:

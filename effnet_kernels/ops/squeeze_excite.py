@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch
-from effnet_kernels.deferred import Activation, Prologue
+from effnet_kernels.deferred import Activation, Gate, Prologue
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
 from effnet_kernels.ops.checks import check_map, fits_kernels
 from effnet_kernels.ops.excite import check_excitation, excite
@@ -13,9 +13,15 @@ from effnet_kernels.ops.squeeze import squeeze
 
 
 def squeeze_excite(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation = "silu"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Activation = "silu",
+    gate: Gate = "sigmoid",
 ) -> Tensor:
-    """``x * sigmoid(w2 @ act(w1 @ mean(x) + b1) + b2)``: every channel scaled by a gate from all channels' means.
+    """``x * gate(w2 @ act(w1 @ mean(x) + b1) + b2)``: every channel scaled by a gate from all channels' means.
 
     Differentiable in x and in the parameters. Backward keeps x, the gate [N, C] and the hidden layer [N, S], and walks
     the map twice: once for the gate's gradient, once for that of x. Where the device has kernels, both directions are
@@ -27,6 +33,7 @@ def squeeze_excite(
         w1: [S, C] or [S, C, 1, 1], reduces to the S squeeze channels. b1: [S].
         w2: [C, S] or [C, S, 1, 1], expands again. b2: [C].
         act: the activation between them.
+        gate: the activation that makes the gate.
 
     Returns:
         [N, C, H, W] in x's dtype. No buffers are updated.
@@ -37,10 +44,9 @@ def squeeze_excite(
     Source: Hu et al. 2018, section 3, equations 2 to 4.
     """
     check_map(x)
-    check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act)
+    check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act, gate)
     if w1.shape[0] <= MAX_SQUEEZED and dispatch.has_kernels(x) and fits_kernels(x, None, None, w1, b1, w2, b2):
         from effnet_kernels.ops.functions import SqueezeExcite
 
-        return SqueezeExcite.apply(x.contiguous(memory_format=torch.channels_last), w1, b1, w2, b2, act)
-    gate = excite(squeeze(x), w1, b1, w2, b2, act)
-    return merge(x, Prologue(gate=gate))
+        return SqueezeExcite.apply(x.contiguous(memory_format=torch.channels_last), w1, b1, w2, b2, act, gate)
+    return merge(x, Prologue(gate=excite(squeeze(x), w1, b1, w2, b2, act, gate)))

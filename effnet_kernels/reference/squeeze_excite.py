@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effnet_kernels.deferred import Activation, Prologue
+from effnet_kernels.deferred import Activation, Gate, Prologue
 from effnet_kernels.reference.deferred import activate, pay
 
 
@@ -14,14 +14,21 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
 
 
 def excite(
-    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation = "silu"
+    pooled: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Activation = "silu",
+    gate: Gate = "sigmoid",
 ) -> Tensor:
-    """The gate ``sigmoid(w2 @ act(w1 @ pooled + b1) + b2)`` (equation 3).
+    """The gate ``gate(w2 @ act(w1 @ pooled + b1) + b2)`` (equation 3).
 
     pooled [N, C], w1 [S, C] or [S, C, 1, 1], b1 [S], w2 [C, S] or [C, S, 1, 1], b2 [C]; the gate is [N, C].
     """
     squeezed = F.linear(pooled, *_in_dtype_of(pooled, w1, b1))
-    return torch.sigmoid(F.linear(activate(squeezed, act), *_in_dtype_of(pooled, w2, b2)))
+    logits = F.linear(activate(squeezed, act), *_in_dtype_of(pooled, w2, b2))
+    return torch.sigmoid(logits) if gate == "sigmoid" else F.hardsigmoid(logits)
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import Activation, Prologue
+from effnet_kernels.deferred import Activation, Gate, Prologue
 from effnet_kernels.launch_config import target_of
 from effnet_kernels.launch_config.elementwise import excitation, stream
 from effnet_kernels.triton.kernels.squeeze_excite import (
@@ -71,7 +71,14 @@ def mean_of_sums(sums: Tensor, count: int) -> Tensor:
 
 
 def excite(
-    sums: Tensor, count: int, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    sums: Tensor,
+    count: int,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Activation,
+    kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From partial sums over ``count`` pixels [N, T, C] to the gate [N, C], and what backward needs: pooled [N, C] and
     the hidden layer [N, S] before its activation, all fp32. w1 [S, C], w2 [C, S], b1 [S], b2 [C].
@@ -97,6 +104,7 @@ def excite(
         squeezed,
         1.0 / count,
         ACT=act,
+        GATE=kind,
         BLOCK_S=config.block_squeezed,
         BLOCK_C=config.block_channels,
         num_warps=config.num_warps,
@@ -105,7 +113,14 @@ def excite(
 
 
 def excite_backward(
-    sums: Tensor, count: int, gate: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor, act: Activation
+    sums: Tensor,
+    count: int,
+    gate: Tensor,
+    hidden: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    act: Activation,
+    kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The squeeze-and-excitation path backwards, on vectors.
 
@@ -139,6 +154,7 @@ def excite_backward(
         squeezed,
         1.0 / count,
         ACT=act,
+        GATE=kind,
         KINDS=kinds,
         BLOCK_S=config.block_squeezed,
         BLOCK_C=config.block_channels,

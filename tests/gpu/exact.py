@@ -161,15 +161,16 @@ def squeeze(x, prologue, factor):
     return (u if factor is None else u * factor).sum(dim=(2, 3))
 
 
-def excite(sums, count, w1, b1, w2, b2, act):
+def excite(sums, count, w1, b1, w2, b2, act, kind):
     pooled = sums / count
     hidden = F.linear(pooled, w1.flatten(1), b1)
-    return torch.sigmoid(F.linear(activate(hidden, act), w2.flatten(1), b2)), pooled, hidden
+    logits = F.linear(activate(hidden, act), w2.flatten(1), b2)
+    return torch.sigmoid(logits) if kind == "sigmoid" else F.hardsigmoid(logits), pooled, hidden
 
 
-def excite_backward(sums, count, gate, hidden, w1, w2, act):
+def excite_backward(sums, count, gate, hidden, w1, w2, act, kind):
     t = sums.unbind(dim=1)
-    logits = t[0] * gate * (1 - gate)
+    logits = t[0] * (gate * (1 - gate) if kind == "sigmoid" else torch.where((gate > 0) & (gate < 1), 1 / 6, 0.0))
     dhidden = (logits @ w2.flatten(1)) * derivative(hidden, act)
     offset = dhidden @ w1.flatten(1) / count
     norm_sums = torch.stack([gate * t[1] + offset * t[2], gate * t[3] + offset * t[4]], dim=1) if len(t) == 5 else None

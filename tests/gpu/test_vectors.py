@@ -118,27 +118,27 @@ def test_merge_activations(act: str) -> None:
 
 # Samples, channels, squeezed: widths of the released networks, and some that are no multiple of anything.
 EXCITATIONS = [
-    (3, 32, 8, "silu"),
-    (1, 1152, 48, "silu"),
-    (3, 96, 4, "relu"),
-    (2, 7, 3, "hardswish"),
-    (1, 40, 300, "silu"),
+    (3, 32, 8, "silu", "sigmoid"),
+    (1, 1152, 48, "silu", "sigmoid"),
+    (3, 96, 4, "relu", "hardsigmoid"),
+    (2, 7, 3, "hardswish", "sigmoid"),
+    (1, 40, 300, "silu", "hardsigmoid"),
 ]
 
 
-@pytest.mark.parametrize(("samples", "channels", "squeezed", "act"), EXCITATIONS)
-def test_excite(samples: int, channels: int, squeezed: int, act: str) -> None:
+@pytest.mark.parametrize(("samples", "channels", "squeezed", "act", "kind"), EXCITATIONS)
+def test_excite(samples: int, channels: int, squeezed: int, act: str, kind: str) -> None:
     sums = vector(samples, 2, channels)
     w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
-    w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, vector(channels)
-    actual = gate, pooled, hidden = squeeze_excite.excite(sums, 5, w1, b1, w2, b2, act)
-    exact.compare(actual, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act)
-    without = squeeze_excite.excite(sums, 5, w1, None, w2, None, act)
-    exact.compare(without, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, None, w2, None, act)
+    w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, 3 * vector(channels)
+    actual = gate, pooled, hidden = squeeze_excite.excite(sums, 5, w1, b1, w2, b2, act, kind)
+    exact.compare(actual, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act, kind)
+    without = squeeze_excite.excite(sums, 5, w1, None, w2, None, act, kind)
+    exact.compare(without, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, None, w2, None, act, kind)
     for kinds in (5, 1):
         t = vector(samples, 3, kinds, channels)
-        actual = squeeze_excite.excite_backward(t, 5, gate, hidden, w1, w2, act)
-        arguments = (t.double().sum(dim=1), 5, gate, hidden, w1, w2, act)
+        actual = squeeze_excite.excite_backward(t, 5, gate, hidden, w1, w2, act, kind)
+        arguments = (t.double().sum(dim=1), 5, gate, hidden, w1, w2, act, kind)
         exact.compare(actual, exact.excite_backward, torch.float32, *arguments)
     arguments = (actual[1], actual[2], hidden, pooled, act)
     actual = squeeze_excite.excite_backward_weight(*arguments)

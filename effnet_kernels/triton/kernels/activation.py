@@ -50,6 +50,22 @@ def activate_and_differentiate(z, ACT: tl.constexpr):
 
 
 @triton.jit
+def gate_of(z, GATE: tl.constexpr):
+    """Squeeze-and-excitation's gate of a logit."""
+    if GATE == "sigmoid":
+        return sigmoid(z)
+    return tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+
+
+@triton.jit
+def gate_slope(gate, GATE: tl.constexpr):
+    """The gate's derivative, from its value."""
+    if GATE == "sigmoid":
+        return gate * (1.0 - gate)
+    return tl.where((gate > 0.0) & (gate < 1.0), 1.0 / 6.0, 0.0)
+
+
+@triton.jit
 def load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, mask):
     """Scale and shift of ``channels``: as they are, or folded here from BatchNorm's (weight, bias, mean, variance).
 

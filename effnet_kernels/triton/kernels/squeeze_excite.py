@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from effnet_kernels.triton.kernels.activation import activate, activate_and_differentiate, load_affine, sigmoid
+from effnet_kernels.triton.kernels.activation import (
+    activate,
+    activate_and_differentiate,
+    gate_of,
+    gate_slope,
+    load_affine,
+)
 from effnet_kernels.triton.kernels.tiles import load_row, load_vector
 
 
@@ -81,6 +87,7 @@ def excite_kernel(
     S,
     reciprocal_count,
     ACT: tl.constexpr,
+    GATE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -105,7 +112,7 @@ def excite_kernel(
         weight_mask = inside[:, None] & (s < S)[None, :]  # [BLOCK_C, BLOCK_S]
         w2 = tl.load(w2_ptr + channels[:, None] * S + s[None, :], mask=weight_mask, other=0.0).to(tl.float32)
         logits = load_vector(b2_ptr, channels, inside, 0.0) + tl.sum(w2 * active[None, :], axis=1)
-        tl.store(gate_ptr + sample * C + channels, sigmoid(logits), mask=inside)
+        tl.store(gate_ptr + sample * C + channels, gate_of(logits, GATE), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "C", "S"])
@@ -124,6 +131,7 @@ def excite_backward_kernel(
     S,
     reciprocal_count,
     ACT: tl.constexpr,
+    GATE: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -137,7 +145,7 @@ def excite_backward_kernel(
         channels = start + tl.arange(0, BLOCK_C)
         inside = channels < C
         gate = tl.load(gate_ptr + sample * C + channels, mask=inside, other=0.0)
-        logits = merged_sum(sums_ptr, T, KINDS * C, channels, inside) * gate * (1.0 - gate)
+        logits = merged_sum(sums_ptr, T, KINDS * C, channels, inside) * gate_slope(gate, GATE)
         tl.store(logits_ptr + sample * C + channels, logits, mask=inside & (split == 0))
         weight_mask = inside[:, None] & (s < S)[None, :]  # [BLOCK_C, BLOCK_S]
         w2 = tl.load(w2_ptr + channels[:, None] * S + s[None, :], mask=weight_mask, other=0.0).to(tl.float32)
