@@ -60,7 +60,7 @@ def test_block_forward(benchmark) -> None:
 
     config = MBConvConfig(6, 3, 1, 16, 16, 1)
     module = config.block(config, 0.0, nn.BatchNorm2d)
-    plan = plan_chain(module.parts(), (14, 14))
+    plan = plan_chain(module.parts())
     x = torch.randn(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
     with stub_driver(), use_target(H100), torch.no_grad():
         benchmark(block.forward, plan.chain, x, None, plan.parameters, plan.buffers)

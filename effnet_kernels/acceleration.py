@@ -130,11 +130,16 @@ class AcceleratedNetwork:
 _pairs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
 
 
+def _is_observed(x: Tensor) -> bool:
+    """Whether a network's own code has to run: another looks on, or a tracer, which cannot follow the pairs' making."""
+    return torch.compiler.is_compiling() or dispatch.interception(x) is not None
+
+
 class TimmNetwork(AcceleratedNetwork):
     pairs: ClassVar[Pairs] = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
-        if self.grad_checkpointing or dispatch.interception(x) is not None:
+        if self.grad_checkpointing or _is_observed(x):
             return self.original.forward_features(self, x)
         x = self.blocks(self.pair(0)(x))
         return self.pair(1)(x) if len(self.pairs) == 2 else x
@@ -148,7 +153,7 @@ class TimmFeatures(AcceleratedNetwork):
     pairs = TimmNetwork.pairs[:1]
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
-        if self.feature_hooks is not None or self.grad_checkpointing or dispatch.interception(x) is not None:
+        if self.feature_hooks is not None or self.grad_checkpointing or _is_observed(x):
             return self.original.forward(self, x)
         x = self.pair(0)(x)
         maps = [x] if 0 in self._stage_out_idx else []
@@ -163,7 +168,7 @@ class LukemelasNetwork(AcceleratedNetwork):
     pairs = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
 
     def extract_features(self: Any, inputs: Tensor) -> Tensor:
-        if dispatch.interception(inputs) is not None:
+        if _is_observed(inputs):
             return self.original.extract_features(self, inputs)
         x = self.pair(0)(inputs)
         for index, block in enumerate(self._blocks):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, RunningStatistics
+from effnet_kernels.ops.checks import output_size, resolve_padding
 from effnet_kernels.primitives import Primitives, primitives_for
 
 
@@ -45,7 +46,7 @@ class Layer(NamedTuple):
 
     Attributes:
         kind: the convolution; a dense one is torch's and can only be the first of a chain.
-        stride, padding: of the convolution.
+        stride, padding: of the convolution; ``"same"`` is TensorFlow's padding, which follows from the map's size.
         act: the activation after BatchNorm.
         eps, momentum: BatchNorm's; no momentum averages over all batches.
         batch_statistics: whether BatchNorm normalises by the batch's statistics.
@@ -56,7 +57,7 @@ class Layer(NamedTuple):
 
     kind: Literal["pointwise", "depthwise", "dense"]
     stride: int = 1
-    padding: Padding = (0, 0, 0, 0)
+    padding: Padding | Literal["same"] = (0, 0, 0, 0)
     act: Activation = "none"
     eps: float = 1e-5
     momentum: float | None = 0.1
@@ -146,11 +147,11 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
             gate = None
         elif layer.kind == "depthwise":
             y, sums = primitives.depthwise_conv(
-                x, own.weight, layer.stride, layer.padding, Prologue(), epilogue, reduction
+                x, own.weight, layer.stride, _padding(layer, x, own), Prologue(), epilogue, reduction
             )
         else:
             owed = Prologue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
-            y, _ = primitives.dense_conv(x, own.weight, own.bias, layer.stride, layer.padding, "none")
+            y, _ = primitives.dense_conv(x, own.weight, own.bias, layer.stride, _padding(layer, x, own), "none")
             y = primitives.merge(y, owed, residual if last else None, None)
         if layer.excite_act is not None:
             if sums is None:
@@ -234,7 +235,14 @@ def backward(
         if layer.kind == "depthwise":
             assert before.excitation is None
             dz, norm_sums, own_gradients[0] = primitives.depthwise_conv_backward(
-                owed, before.y, own.weight, layer.stride, layer.padding, prologue, norm_before.mean, None
+                owed,
+                before.y,
+                own.weight,
+                layer.stride,
+                _padding(layer, before.y, own),
+                prologue,
+                norm_before.mean,
+                None,
             )
             assert norm_sums is not None
             owed, sums = OutputGradient(dz, before.y), norm_sums
@@ -341,9 +349,19 @@ def _convolve(
         y, partials = primitives.pointwise_conv(x, own.weight, own.bias, owed, Epilogue(), reduction)
         assert y is not None
         return y, partials
+    padding = _padding(layer, x, own)
     if layer.kind == "depthwise":
-        return primitives.depthwise_conv(x, own.weight, layer.stride, layer.padding, owed, Epilogue(), reduction)
-    return primitives.dense_conv(x, own.weight, own.bias, layer.stride, layer.padding, reduction)
+        return primitives.depthwise_conv(x, own.weight, layer.stride, padding, owed, Epilogue(), reduction)
+    return primitives.dense_conv(x, own.weight, own.bias, layer.stride, padding, reduction)
+
+
+def _padding(layer: Layer, x: Tensor, own: Parameters) -> Padding:
+    """Of the layer's convolution for ``x``; raises ValueError where the kernel does not fit."""
+    height, width, kernel = x.shape[2], x.shape[3], own.weight.shape[-1]
+    left, right, top, bottom = padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
+    output_size(height, kernel, layer.stride, top, bottom)
+    output_size(width, kernel, layer.stride, left, right)
+    return padding
 
 
 def _fold(primitives: Primitives, layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Tensor:
@@ -401,11 +419,11 @@ def _first_backward(
     elif layer.kind == "depthwise":
         if needs_input or needs_weight:
             grad_x, _, grad_weight = primitives.depthwise_conv_backward(
-                owed, x, own.weight, layer.stride, layer.padding, Prologue(), None, residual
+                owed, x, own.weight, layer.stride, _padding(layer, x, own), Prologue(), None, residual
             )
     else:
         grad_x, grad_weight = primitives.dense_conv_backward(
-            owed, x, own.weight, layer.stride, layer.padding, residual, needs_input, needs_weight
+            owed, x, own.weight, layer.stride, _padding(layer, x, own), residual, needs_input, needs_weight
         )
     return grad_x if needs_input else None, grad_weight
 
@@ -435,7 +453,9 @@ def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     gradient = gradient.to(parameter.dtype)
     if gradient.shape != parameter.shape:
         gradient = gradient.view(parameter.shape)
-    if gradient.stride() != parameter.stride() and 1 in (parameter.shape[1], parameter.shape[-1]):
+    if gradient.stride() == parameter.stride():
+        return gradient
+    if 1 in (parameter.shape[1], parameter.shape[-1]):
         # Of a 1x1 or a depthwise weight both memory formats are the same memory.
         return gradient.as_strided(parameter.shape, parameter.stride())
-    return gradient
+    return torch.empty_like(parameter).copy_(gradient)

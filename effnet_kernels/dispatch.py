@@ -7,9 +7,9 @@ operator asks :func:`has_kernels`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_back
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,17 @@ from effnet_kernels import cpu, triton
 Backend = Literal["torch", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
 
+Function = TypeVar("Function", bound=Callable[..., object])
+
 _override: ContextVar[Backend | None] = ContextVar("effnet_kernels_backend", default=None)
 # The same for a tracer, which older versions of torch.compile want without context variables.
 _traced_override: Backend | None = None
+
+
+def constant_when_traced(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which would import torch's compiler already now."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Decision(NamedTuple):
@@ -86,6 +94,7 @@ def use_backend(name: Backend) -> Iterator[None]:
         _traced_override = traced
 
 
+@constant_when_traced
 def _checked(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"expected a backend out of {', '.join(BACKENDS)}, got {name!r}")
@@ -139,7 +148,7 @@ def registered(x: Tensor) -> bool:
     # torch 2.9 compiles this to True in any case, and so it compiles the textbook path, which its tracer can follow.
     if torch.compiler.is_exporting():
         return False
-    return forced() == "triton" or (forced() is None and x.device.type == "cuda")
+    return forced() in (None, "cpu", "triton")
 
 
 def choose(module: OperatorModule, x: Tensor) -> Decision:
@@ -209,8 +218,7 @@ def _triton_obstacle(call: Call) -> str | None:
     dtype = torch.get_autocast_dtype("cuda") if autocast and call.dtype == torch.float32 else call.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernels compute in float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    triton.warn_if_unavailable()
-    return triton.unavailable_reason()
+    return _missing("triton")
 
 
 def _cpu_obstacle(call: Call) -> str | None:
@@ -222,8 +230,14 @@ def _cpu_obstacle(call: Call) -> str | None:
         return f"the native kernels compute in float32, not {str(call.dtype).removeprefix('torch.')}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is active"
-    reason = cpu.unavailable_reason()
-    if reason is not None:
-        cpu.warn_if_unavailable()
-        return f"the native extension is missing: {reason.splitlines()[0]}"
-    return None
+    reason = _missing("cpu")
+    return None if reason is None else f"the native extension is missing: {reason.splitlines()[0]}"
+
+
+# What is installed does not change between compiled calls, and a tracer cannot follow an import.
+@constant_when_traced
+def _missing(backend: Literal["cpu", "triton"]) -> str | None:
+    """Why a backend's kernels cannot run on this installation, or None; it warns of it once."""
+    kernels = cpu if backend == "cpu" else triton
+    kernels.warn_if_unavailable()
+    return kernels.unavailable_reason()

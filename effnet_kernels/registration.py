@@ -14,20 +14,14 @@ from torch import Tensor
 from effnet_kernels import dispatch
 
 if TYPE_CHECKING:
-    from effnet_kernels.block import Buffers, Chain, Parameters
+    from effnet_kernels.block import Buffers, Chain, Layer, Parameters
 
 _library = torch.library.Library("effnet_kernels", "DEF")
-# Padding is an argument of its own: SAME padding follows from the map's size, which a compiled graph may leave open.
+_library.define("chain_inference(Tensor x, Tensor[] parameters, Tensor[] buffers, str chain) -> Tensor")
+_library.define("chain_forward(Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] buffers, str chain) -> Tensor[]")
 _library.define(
-    "chain_inference(Tensor x, Tensor[] parameters, Tensor[] buffers, SymInt[] padding, str chain) -> Tensor"
-)
-_library.define(
-    "chain_forward(Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] buffers, SymInt[] padding, str chain)"
+    "chain_backward(Tensor grad, Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] stored, str chain, bool[] needs)"
     " -> Tensor[]"
-)
-_library.define(
-    "chain_backward(Tensor grad, Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] stored, SymInt[] padding,"
-    " str chain, bool[] needs) -> Tensor[]"
 )
 
 
@@ -43,13 +37,13 @@ def run_traced(
         for layer, norm in zip(chain.layers, buffers, strict=True)
         for t in ((None, None) if layer.batch_statistics else (norm.running_mean, norm.running_var))
     ]
-    padding, text = encode(chain, [t is not None for t in (*flat, *read)])
+    text = encode(chain, [t is not None for t in (*flat, *read)])
     tensors = [t for t in flat if t is not None]
     running = [t for t in read if t is not None]
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     if not recorded and keep is None and not any(layer.batch_statistics for layer in chain.layers):
-        return torch.ops.effnet_kernels.chain_inference(x, tensors, running, padding, text)
-    out, *stored = torch.ops.effnet_kernels.chain_forward(x, keep, tensors, running, padding, text)
+        return torch.ops.effnet_kernels.chain_inference(x, tensors, running, text)
+    out, *stored = torch.ops.effnet_kernels.chain_forward(x, keep, tensors, running, text)
     position = 0
     for layer, norm in zip(chain.layers, buffers, strict=True):
         y, folded = (t.detach() for t in stored[position : position + 2])
@@ -74,15 +68,18 @@ def _move_running_statistics(norm: "Buffers", mean: Tensor, rstd: Tensor, count:
         running.copy_(torch.where(finite, running + weight * (batch - running), running))
 
 
-def encode(chain: "Chain", present: Sequence[bool]) -> tuple[list[int], str]:
-    """The layers' padding, and a string for the rest of the chain and for which of its tensors there are."""
-    layers = ";".join(
-        f"{layer.kind},{layer.stride},{layer.act},{layer.eps},{int(layer.batch_statistics)},"
+def encode(chain: "Chain", present: Sequence[bool]) -> str:
+    """The chain, and which of its tensors there are."""
+    layers = ";".join(_encode_layer(layer) for layer in chain.layers)
+    return f"{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
+
+
+def _encode_layer(layer: "Layer") -> str:
+    padding = layer.padding if isinstance(layer.padding, str) else "/".join(str(side) for side in layer.padding)
+    return (
+        f"{layer.kind},{layer.stride},{padding},{layer.act},{layer.eps},{int(layer.batch_statistics)},"
         f"{layer.excite_act or ''},{layer.excite_gate}"
-        for layer in chain.layers
     )
-    text = f"{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
-    return [p for layer in chain.layers for p in layer.padding], text
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,8 +90,9 @@ def _decode(text: str) -> tuple["Chain", str]:
     residual, pool = flags.split(",")
     decoded: list[Layer] = []
     for entry in layers.split(";"):
-        kind, stride, act, eps, batch, excite_act, excite_gate = entry.split(",")
+        kind, stride, padding, act, eps, batch, excite_act, excite_gate = entry.split(",")
         kinds: Any = kind
+        sides: Any = padding if padding == "same" else tuple(map(int, padding.split("/")))
         acts: Any = act
         excite: Any = excite_act or None
         gate: Any = excite_gate
@@ -102,7 +100,7 @@ def _decode(text: str) -> tuple["Chain", str]:
             Layer(
                 kinds,
                 int(stride),
-                (0, 0, 0, 0),
+                sides,
                 acts,
                 float(eps),
                 0.0,
@@ -115,16 +113,12 @@ def _decode(text: str) -> tuple["Chain", str]:
 
 
 def _tensors(
-    text: str, padding: Sequence[int], parameters: Sequence[Tensor], buffers: Sequence[Tensor]
+    text: str, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> tuple["Chain", list["Parameters"], list["Buffers"]]:
-    """The chain with its padding and its tensors in place, None where there is none."""
+    """The chain with its tensors in place, None where there is none."""
     from effnet_kernels.block import Buffers, unflatten
 
     chain, present = _decode(text)
-    sides = iter(padding)
-    quadruples = zip(sides, sides, sides, sides, strict=True)
-    padded = [layer._replace(padding=four) for layer, four in zip(chain.layers, quadruples, strict=True)]
-    chain = chain._replace(layers=tuple(padded))
     width = len(present) - 2 * len(chain.layers)
     ours, running = iter(parameters), iter(buffers)
     flat = [next(ours) if p == "1" else None for p in present[:width]]
@@ -133,12 +127,10 @@ def _tensors(
     return chain, unflatten(flat), [Buffers(mean, var, None) for mean, var in pairs]
 
 
-def _inference(
-    x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], padding: Sequence[int], text: str
-) -> Tensor:
+def _inference(x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], text: str) -> Tensor:
     from effnet_kernels import block
 
-    chain, own, norms = _tensors(text, padding, parameters, buffers)
+    chain, own, norms = _tensors(text, parameters, buffers)
     out = block.infer(chain, _channels_last(x), own, norms)
     # An operator's outputs may not be its inputs.
     return out.clone() if out is x else out
@@ -149,12 +141,11 @@ def _forward(
     keep: Tensor | None,
     parameters: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    padding: Sequence[int],
     text: str,
 ) -> list[Tensor]:
     from effnet_kernels import block
 
-    chain, own, norms = _tensors(text, padding, parameters, buffers)
+    chain, own, norms = _tensors(text, parameters, buffers)
     out, stored = block.forward(chain, _channels_last(x), keep, own, norms)
     return [out, *(t.contiguous() if t.dim() < 4 else t for t in block.flatten_stored(stored))]
 
@@ -165,13 +156,12 @@ def _backward(
     keep: Tensor | None,
     parameters: Sequence[Tensor],
     stored: Sequence[Tensor],
-    padding: Sequence[int],
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     from effnet_kernels import block
 
-    chain, own, _ = _tensors(text, padding, parameters, ())
+    chain, own, _ = _tensors(text, parameters, ())
     width = len(block.Parameters._fields)
     _, present = _decode(text)
     remaining = iter(needs[1:])
@@ -206,9 +196,13 @@ def _fake_maps(x: Tensor, chain: "Chain", own: Sequence["Parameters"]) -> list[T
     maps: list[Tensor] = []
     for layer, parameters in zip(chain.layers, own, strict=True):
         weight = parameters.weight
-        left, right, top, bottom = layer.padding
-        height = output_size(x.shape[2], weight.shape[-2], layer.stride, top, bottom)
-        width = output_size(x.shape[3], weight.shape[-1], layer.stride, left, right)
+        if layer.padding == "same":
+            # By its definition, which stays short where sizes are left open.
+            height, width = -(-x.shape[2] // layer.stride), -(-x.shape[3] // layer.stride)
+        else:
+            left, right, top, bottom = layer.padding
+            height = output_size(x.shape[2], weight.shape[-2], layer.stride, top, bottom)
+            width = output_size(x.shape[3], weight.shape[-1], layer.stride, left, right)
         x = _map_like(x, weight.shape[0], height, width)
         maps.append(x)
     return maps
@@ -218,10 +212,8 @@ def _fake_output(chain: "Chain", last: Tensor) -> Tensor:
     return last.new_empty(last.shape[:2]) if chain.pool else torch.empty_like(last)
 
 
-def _fake_inference(
-    x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], padding: Sequence[int], text: str
-) -> Tensor:
-    chain, own, _ = _tensors(text, padding, parameters, buffers)
+def _fake_inference(x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], text: str) -> Tensor:
+    chain, own, _ = _tensors(text, parameters, buffers)
     return _fake_output(chain, _fake_maps(x, chain, own)[-1])
 
 
@@ -230,10 +222,9 @@ def _fake_forward(
     keep: Tensor | None,
     parameters: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    padding: Sequence[int],
     text: str,
 ) -> list[Tensor]:
-    chain, own, _ = _tensors(text, padding, parameters, buffers)
+    chain, own, _ = _tensors(text, parameters, buffers)
     maps = _fake_maps(x, chain, own)
     stored: list[Tensor] = []
     for layer, parameters_of_layer, y in zip(chain.layers, own, maps, strict=True):
@@ -253,7 +244,6 @@ def _fake_backward(
     keep: Tensor | None,
     parameters: Sequence[Tensor],
     stored: Sequence[Tensor],
-    padding: Sequence[int],
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -262,8 +252,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, keep, parameters, _, padding, text = inputs
-    ctx.padding, ctx.text, ctx.number = padding, text, len(parameters)
+    x, keep, parameters, _, text = inputs
+    ctx.text, ctx.number = text, len(parameters)
     ctx.needs = [x.requires_grad, *(p.requires_grad for p in parameters)]
     ctx.buffers = len(inputs[3])
     ctx.mark_non_differentiable(*output[1:])
@@ -274,10 +264,10 @@ def _autograd(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     x, keep, *rest = ctx.saved_tensors
     parameters, stored = rest[: ctx.number], rest[ctx.number :]
     grad_x, *gradients = torch.ops.effnet_kernels.chain_backward(
-        grads[0], x, keep, parameters, stored, ctx.padding, ctx.text, ctx.needs
+        grads[0], x, keep, parameters, stored, ctx.text, ctx.needs
     )
     needed = [g if n else None for g, n in zip((grad_x, *gradients), ctx.needs, strict=True)]
-    return needed[0], None, needed[1:], [None] * ctx.buffers, None, None
+    return needed[0], None, needed[1:], [None] * ctx.buffers, None
 
 
 for _name, _implementation, _fake in (

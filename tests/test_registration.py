@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import assert_buffers_close, assert_gradients_close, randomize
+from operator_arguments import mbconv_plan, operator_calls
 from torch import Tensor, nn
 
 from effnet_kernels import EfficientNet, dispatch, triton
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
-from effnet_kernels.modules.chain import plan_chain
 
 pytestmark = [
     pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}"),
@@ -81,44 +81,17 @@ def test_an_exported_program_has_standard_operators_only() -> None:
     assert "effnet_kernels" not in str(program.graph)
 
 
-def mbconv_plan(training: bool):
-    config = MBConvConfig(2, 3, 1, 16, 16, 1)
-    block = randomize(config.block(config, 0.0, nn.BatchNorm2d)).train(training)
-    return plan_chain(block.parts(), (7, 9))
-
-
 @pytest.mark.parametrize("keep", [None, torch.tensor([0.0, 2.0])])
 def test_operators_pass_torchs_own_checks(keep: Tensor | None) -> None:
-    from effnet_kernels import registration
-    from effnet_kernels.block import flatten_stored, forward, unflatten
-
-    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
-    plan = mbconv_plan(training=True)
-    flat = [t for own in plan.parameters for t in own]
-    tensors = [t for t in flat if t is not None]
-    present = [t is not None for t in flat] + [False] * 2 * len(plan.chain.layers)
-    padding, text = registration.encode(plan.chain, present)
-    operators = torch.ops.effnet_kernels
-    torch.library.opcheck(operators.chain_forward.default, (x, keep, tensors, [], padding, text))
-    with torch.no_grad():
-        out, stored = forward(plan.chain, x, keep, unflatten(flat), plan.buffers)
-        inputs = [t.detach() for t in tensors]
-        needs = [True] * (1 + len(tensors))
-        arguments = (torch.randn_like(out), x.detach(), keep, inputs, flatten_stored(stored), padding, text, needs)
-        torch.library.opcheck(operators.chain_backward.default, arguments)
-
-    plan = mbconv_plan(training=False)
-    running = [t for norm in plan.buffers for t in norm[:2]]
-    present = [t is not None for own in plan.parameters for t in own] + [True] * len(running)
-    padding, text = registration.encode(plan.chain, present)
-    inputs = [t.detach() for own in plan.parameters for t in own if t is not None]
-    torch.library.opcheck(operators.chain_inference.default, (x.detach(), inputs, running, padding, text))
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    for operator, arguments in operator_calls(MBConvConfig(2, 3, 1, 16, 16, 1), x, keep):
+        torch.library.opcheck(operator, arguments)
 
 
 def test_a_bare_operator_has_the_functions_gradients() -> None:
     from effnet_kernels import block, registration
 
-    plan = mbconv_plan(training=True)
+    plan = mbconv_plan(MBConvConfig(2, 3, 1, 16, 16, 1), training=True)
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     results = []
     for run in (block.run, registration.run_traced):

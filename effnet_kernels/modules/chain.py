@@ -11,7 +11,7 @@ from effnet_kernels.deferred import Activation, Epilogue, Gate, Padding, Prologu
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
 from effnet_kernels.modules.operator_module import OperatorModule, kernels
-from effnet_kernels.ops.checks import output_size, resolve_padding
+from effnet_kernels.ops.checks import resolve_padding
 from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class ConvNorm(NamedTuple):
         conv, kind = self.conv, self.kind()
         if kind == "pointwise":
             return ops.pointwise_conv(x, conv.weight, conv.bias, owed, epilogue, reduction)
-        padding = self.padding_of((x.shape[2], x.shape[3]))
+        padding = resolve_padding(self.padding, (x.shape[2], x.shape[3]), conv.kernel_size[0], conv.stride[0])
         if kind == "depthwise":
             return ops.depthwise_conv(x, conv.weight, conv.stride[0], padding, owed, epilogue, reduction)
         # A dense convolution is torch's own; what surrounds it is ours.
@@ -82,10 +82,6 @@ class ConvNorm(NamedTuple):
         if epilogue is not None:
             y = ops.merge(y, Prologue(epilogue.scale, epilogue.shift, epilogue.act), epilogue.residual)
         return y, ops.channel_statistics(y) if reduction == "statistics" else None
-
-    def padding_of(self, size: tuple[int, int]) -> Padding:
-        """For maps of ``size`` (H, W)."""
-        return resolve_padding(self.padding, size, self.conv.kernel_size[0], self.conv.stride[0])
 
 
 class ExcitationLayers(NamedTuple):
@@ -124,7 +120,7 @@ class ChainPlan(NamedTuple):
     buffers: "list[block.Buffers]"
 
 
-def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> ChainPlan:
+def plan_chain(parts: Parts, pool: bool = False) -> ChainPlan:
     """The parts as one fused chain for inputs of ``size`` (H, W)."""
     from effnet_kernels import block
 
@@ -134,13 +130,12 @@ def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> Chain
     for index, part in enumerate(parts.layers):
         conv, norm = part.conv, part.norm
         excitation = parts.excitation if index == len(parts.layers) - 2 else None
-        padding = part.padding_of(size)
         batch_statistics = uses_batch_statistics(norm)
         layers.append(
             block.Layer(
                 part.kind(),
                 conv.stride[0],
-                padding,
+                part.padding if isinstance(part.padding, str | tuple) else (part.padding,) * 4,
                 part.act,
                 norm.eps,
                 norm.momentum,
@@ -160,9 +155,6 @@ def plan_chain(parts: Parts, size: tuple[int, int], pool: bool = False) -> Chain
             if reads
             else block.Buffers(None, None, None)
         )
-        left, right, top, bottom = padding
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
-        size = (output_size(size[0], kernel, stride, top, bottom), output_size(size[1], kernel, stride, left, right))
     return ChainPlan(block.Chain(tuple(layers), parts.residual, pool), parameters, buffers)
 
 
@@ -221,8 +213,7 @@ class ChainModule(OperatorModule):
         return self.plan("parts", self.parts)
 
     def run_chain(self, input: Tensor, keep: Tensor | None, pool: bool = False) -> Tensor:
-        size = (input.shape[2], input.shape[3])
-        plan = self.plan((size, pool), lambda: plan_chain(self.planned_parts(), size, pool))
+        plan = self.plan(("chain", pool), lambda: plan_chain(self.planned_parts(), pool))
         return run_chain(plan, input, keep)
 
     def kernel_obstacle(self, backend: Backend) -> str | None:

@@ -95,6 +95,7 @@ class OperatorModule(nn.Module):
         return kernels(backend)
 
 
+@dispatch.constant_when_traced
 def kernels(backend: Backend) -> str:
     """The kernels of a backend by name."""
     return f"fused native kernels ({cpu.isa()})" if backend == "cpu" else "fused Triton kernels"

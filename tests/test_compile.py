@@ -1,0 +1,195 @@
+"""torch.compile and torch.func on the CPU: the native kernels as registered operators."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import assert_buffers_close, assert_gradients_close, randomize
+from operator_arguments import operator_calls
+from torch import Tensor, nn
+
+import effnet_kernels as ek
+from effnet_kernels import EfficientNet, cpu
+from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
+
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
+# torch 2.9 cannot tell compiling from exporting, and so it compiles the textbook path.
+registered = pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.9 compiles is_exporting() to True")
+# Height and width differ, or torch takes them for one number. Odd ones change what SAME padding adds.
+SHAPES = [(2, 3, 40, 64), (5, 3, 33, 47), (3, 3, 96, 35)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+
+
+def network() -> nn.Module:
+    settings = [
+        FusedMBConvConfig(2, 3, 2, 8, 8, 1),
+        MBConvConfig(2, 3, 1, 8, 8, 1),
+        MBConvConfig(2, 5, 2, 8, 16, 1, padding="same"),
+        MBConvConfig(1, 3, 2, 16, 16, 1, squeeze_ratio=None),
+    ]
+    torch.manual_seed(0)
+    return randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.0, num_classes=5))
+
+
+def torchvision_network() -> nn.Module:
+    from torchvision.models.efficientnet import EfficientNet as Peer
+    from torchvision.models.efficientnet import MBConvConfig as Config
+
+    torch.manual_seed(0)
+    settings = [Config(1, 3, 1, 8, 8, 1), Config(4, 5, 2, 8, 16, 2)]
+    return ek.accelerate(randomize(Peer(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5)))
+
+
+MODELS = {"ours": network, "torchvision's, accelerated": torchvision_network}
+
+
+class Graphs:
+    """A backend that counts the graphs it gets and the operators of this package in them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.operators: list[str] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.count += 1
+        targets = [str(node.target) for node in graph.graph.nodes]
+        self.operators += [target for target in targets if target.startswith("effnet_kernels.")]
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def step(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    model.zero_grad()
+    y = run(x)
+    y.square().mean().backward()
+    return y.detach()
+
+
+@registered
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_for_every_batch_and_resolution(name: str, training: bool) -> None:
+    model = MODELS[name]().train(training)
+    eager = copy.deepcopy(model)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    compilations = []
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(step(model, compiled, x), step(eager, eager, x))
+        assert_gradients_close(model, eager)
+        assert_buffers_close(model, eager)
+        compilations.append(graphs.count)
+    assert compilations == compilations[:1] * len(SHAPES)
+    assert set(graphs.operators) == {"effnet_kernels.chain_forward"}
+
+
+@registered
+def test_inference_is_one_operator_a_block() -> None:
+    model, graphs = network().eval(), Graphs()
+    x = torch.randn(2, 3, 40, 64)
+    with torch.no_grad():
+        y = torch.compile(model, backend=graphs, fullgraph=True)(x)
+        torch.testing.assert_close(y, model(x))
+    assert graphs.operators == ["effnet_kernels.chain_inference"] * 6
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inductor(training: bool) -> None:
+    """Inductor asserts what fake tensors promised: sizes, strides, dtypes."""
+    model = network().train(training)
+    eager = copy.deepcopy(model)
+    x = torch.randn(2, 3, 40, 64)
+    actual = step(model, torch.compile(model, fullgraph=True), x)
+    torch.testing.assert_close(actual, step(eager, eager, x), rtol=1e-4, atol=1e-5)
+    assert_gradients_close(model, eager)
+    assert_buffers_close(model, eager)
+
+
+def test_layouts_have_the_same_numbers() -> None:
+    model = network().eval()
+    x = torch.randn(2, 3, 33, 47)
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        y = run(x)
+        torch.testing.assert_close(run(x.contiguous(memory_format=torch.channels_last)), y, rtol=0.0, atol=0.0)
+        assert y.is_contiguous()
+
+
+def test_autocast() -> None:
+    model = network()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)(torch.ones(2, 3, 40, 64))
+        expected = model(torch.ones(2, 3, 40, 64))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+
+
+def test_checkpoint() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = network(), torch.randn(2, 3, 40, 64)
+    eager = copy.deepcopy(model)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    step(model, torch.compile(run, backend="aot_eager", fullgraph=True), x)
+    step(eager, eager, x)
+    assert_gradients_close(model, eager)
+
+
+# torch.func
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, backend="aot_eager")
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])
+def test_vmap_and_gradients_of_each_sample(wrap: Callable) -> None:
+    model, x = network().eval(), torch.randn(3, 2, 3, 33, 47)
+    each = torch.stack([model(images) for images in x])
+    torch.testing.assert_close(wrap(torch.vmap(model))(x), each, rtol=1e-4, atol=1e-5)
+
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (images,)).square().mean()
+
+    actual = wrap(torch.vmap(torch.func.grad(loss), in_dims=(None, 0)))(parameters, x)
+    for index, images in enumerate(x):
+        model.zero_grad()
+        model(images).square().mean().backward()
+        for name, parameter in parameters.items():
+            expected = parameter.grad
+            torch.testing.assert_close(actual[name][index], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])
+def test_what_cannot_be_is_a_clear_error(wrap: Callable) -> None:
+    model, x = network().train(), torch.randn(2, 2, 3, 33, 47)
+    with pytest.raises(RuntimeError, match="running_mean or running_var, which will be updated in place"):
+        wrap(torch.vmap(model))(x)
+    image = x[0].requires_grad_()
+    loss = wrap(model)(image).square().sum()
+    with pytest.raises(RuntimeError, match=r"no second derivative|does not currently support double backward"):
+        torch.autograd.grad(torch.autograd.grad(loss, image, create_graph=True)[0].square().sum(), image)
+
+
+# The operators
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([0.0, 2.0])], ids=["", "stochastic depth"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, "symmetric"), (5, 2, "same")])
+def test_operators_pass_torchs_own_checks(keep: Tensor | None, kernel: int, stride: int, padding: str) -> None:
+    config = MBConvConfig(2, kernel, stride, 16, 16, 1, padding=padding)
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    for operator, arguments in operator_calls(config, x, keep):
+        torch.library.opcheck(operator, arguments)
