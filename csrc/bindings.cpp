@@ -284,12 +284,6 @@ py::list output_sizes(const effnet::Network& network, std::int64_t height, std::
   return sizes;
 }
 
-void unpack_layer(const effnet::Network& network, std::size_t index, std::uintptr_t weight, std::uintptr_t bias,
-                  std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2) {
-  network.layers().at(index).unpack(pointer<float>(weight), pointer<float>(bias), pointer<float>(w1),
-                                    pointer<float>(b1), pointer<float>(w2), pointer<float>(b2));
-}
-
 double fma_peak(int threads, const char* isa) {
   const std::string name = isa_or_selected(isa);
   py::gil_scoped_release unlocked;
@@ -339,8 +333,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"))
       .def("run", &run_network, py::arg("image"), py::arg("batch"), py::arg("height"), py::arg("width"),
            py::arg("outputs"), py::arg("threads"), py::arg("profiled") = false, py::arg("isa") = py::none())
-      .def("output_sizes", &output_sizes, py::arg("height"), py::arg("width"))
-      .def("unpack_layer", &unpack_layer, "Writes a layer's weights back to memory of the shapes they came in.");
+      .def("output_sizes", &output_sizes, py::arg("height"), py::arg("width"));
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("isa") = py::none(),
         "Measured floating-point operations a second of multiply-adds in registers.");
   m.def("kernels", &kernels, "The instruction sets of the table of kernels.");

@@ -32,13 +32,6 @@ PackedMatrix pack_matrix(const float* weight, const float* bias, std::int64_t ou
   return matrix;
 }
 
-void unpack_matrix(const PackedMatrix& matrix, std::int64_t kernel, float* weight, float* bias) {
-  const float* packed = matrix.panels.get();
-  for_each_element(matrix.out, matrix.inner / (kernel * kernel), kernel,
-                   [&](std::int64_t from, std::int64_t to) { weight[to] = packed[from]; });
-  std::memcpy(bias, matrix.bias.get(), static_cast<std::size_t>(matrix.out) * sizeof(float));
-}
-
 // [channels, kernel, kernel] and [channels] to [panels, 1 + kernel * kernel, 16].
 Buffer pack_taps(const float* weight, const float* bias, std::int64_t channels, std::int64_t kernel) {
   const std::int64_t taps = kernel * kernel;
@@ -72,23 +65,6 @@ Layer pack(const LayerSpec& spec) {
     layer.expand = pack_matrix(excitation.w2, excitation.b2, spec.out_channels, excitation.squeeze, 1);
   }
   return layer;
-}
-
-void Layer::unpack(float* weight, float* bias, float* w1, float* b1, float* w2, float* b2) const {
-  if (spec.kind == LayerKind::conv) {
-    unpack_matrix(matrix, spec.kernel, weight, bias);
-  } else {
-    const std::int64_t count = spec.kernel * spec.kernel;
-    for (std::int64_t channel = 0; channel < spec.out_channels; ++channel) {
-      const float* from = panel_taps(channel / panel_columns) + channel % panel_columns;
-      bias[channel] = from[0];
-      for (std::int64_t tap = 0; tap < count; ++tap) weight[channel * count + tap] = from[(1 + tap) * panel_columns];
-    }
-  }
-  if (spec.excitation.squeeze > 0) {
-    unpack_matrix(reduce, 1, w1, b1);
-    unpack_matrix(expand, 1, w2, b2);
-  }
 }
 
 }  // namespace effnet

@@ -67,8 +67,6 @@ struct Layer {
   const float* panel_taps(std::int64_t index) const {
     return taps.get() + index * (1 + spec.kernel * spec.kernel) * panel_columns;
   }
-  // Writes the weights back as they came, to memory of the same shapes.
-  void unpack(float* weight, float* bias, float* w1, float* b1, float* w2, float* b2) const;
 };
 
 // The layer with its weights packed; what the pointers point to is not needed any more.

@@ -39,7 +39,6 @@ class Network {
   Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs);
   ~Network();
 
-  const std::vector<Layer>& layers() const { return layers_; }
   std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
 
   // Any number of threads may call it at the same time. Where profile is not null, what each step took is added to it.

@@ -124,6 +124,8 @@ def run(
 def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Sequence[Buffers]) -> Tensor:
     """The chain at inference: every BatchNorm is folded inside the convolution before it, from running statistics.
 
+    Without running statistics a BatchNorm's weight and bias are the scale and the shift themselves.
+
     x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
     """
     primitives = primitives_for(x)
@@ -131,9 +133,9 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
     gate, sums = None, None
     for index, (layer, own, norm) in enumerate(zip(chain.layers, parameters, buffers, strict=True)):
         last = index == len(chain.layers) - 1
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        statistics = RunningStatistics(norm.running_mean, norm.running_var, layer.eps)
+        statistics = None
+        if norm.running_mean is not None and norm.running_var is not None:
+            statistics = RunningStatistics(norm.running_mean, norm.running_var, layer.eps)
         epilogue = Epilogue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
         reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
         if layer.kind == "pointwise":

@@ -2,65 +2,71 @@
 
 import copy
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import cpu
-from effnet_kernels.cpu.network import Excitation, Layer, Network, StepProfile
+from effnet_kernels import cpu, dispatch
+from effnet_kernels.cpu.network import Network, StepProfile
+from effnet_kernels.cuda_graphs import GraphCache
 from effnet_kernels.dispatch import BackendError
+from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.folded_network import FoldedNetwork
 from effnet_kernels.models.features import FeatureInfo
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts
 from effnet_kernels.modules.operator_module import memory_format
 from effnet_kernels.peer_networks import read_network
 
 
-def freeze(model: nn.Module, features: bool = False) -> "FrozenEfficientNet":
-    """The network as an engine for inference on the CPU: one native call, BatchNorm folded, weights packed.
+def freeze(
+    model: nn.Module, features: bool = False, dtype: torch.dtype | None = None, cuda_graph: bool = False
+) -> "FrozenEfficientNet":
+    """The network as an engine for inference, BatchNorm folded: one native call on the CPU, Triton kernels on a GPU.
 
     The engine has the model's weights of this moment; the model is left as it is. Whether it is in train or eval mode
     does not matter: the engine computes what it computes in eval mode. Dropout and stochastic depth are gone.
 
     Args:
-        model: an EfficientNet on the CPU, in float32: this package's, torchvision's, timm's or
-            ``efficientnet_pytorch``'s, and torchvision's MobileNets and timm's other networks of the same class;
-            accelerated or not. A classifier that is not a linear layer stays a module.
+        model: an EfficientNet: this package's, torchvision's, timm's or ``efficientnet_pytorch``'s, and torchvision's
+            MobileNets and timm's other networks of the same class; accelerated or not. A classifier that is not a
+            linear layer stays a module.
         features: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
             finest first, without the head. Models that return maps themselves keep to their own choice.
+        dtype: of weights, images and outputs; the model's own if None. float32 on the CPU; float32, float16 or bfloat16
+            on a GPU.
+        cuda_graph: whether a GPU's launches are captured once for each shape of images, and replayed. The eight shapes
+            used last keep their graphs.
 
-    Returns a module of images [N, C, H, W], float32, of any batch size, resolution and strides, to what the model
-    returns. It has no parameters and no gradients, is pickled with its weights, and may be called by several threads.
+    Returns a module of images [N, C, H, W], of any batch size, resolution and strides, to what the model returns. It
+    has no parameters and no gradients, is pickled with its weights, may be called by several threads and exported.
 
     Raises:
         TypeError: for another model.
-        ValueError: for a part that the engine does not know, or weights that are not float32 on the CPU.
+        ValueError: for a part that the engine does not know, or a dtype or device that it does not run on.
         BackendError: where the native extension is missing.
     """
     network = read_network(model)
-    reason = cpu.unavailable_reason()
-    if reason is not None:
-        raise BackendError(f"freeze() needs the native extension: {reason}")
-    for name, tensor in model.state_dict().items():
-        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
-            raise ValueError(f"{name}: expected float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    dtype = _check(model, dtype, cuda_graph)
     layers: list[Layer] = []
+    blocks: list[tuple[int, int]] = []
     ends, strides = [], []
     for stage in ([network.stem], *network.stages):
         before = len(layers)
         for name, parts in stage:
-            _append(layers, name, parts)
+            _append(layers, blocks, name, parts)
         ends.append(len(layers))
         strides.append(math.prod(layer.stride for layer in layers[before:]))
     maps = network.maps
     if maps is None and features:
         maps = FeatureInfo.of_layers([layers[end - 1].weight.shape[0] for end in ends], strides, None).layers()
     if maps is not None:
-        chosen = [ends[i] for i in maps]
-        return FrozenEfficientNet(Network(layers[: max(chosen)], chosen), None, True)
-    assert network.head is not None
-    _append(layers, *network.head)
+        return FrozenEfficientNet(layers, blocks, [ends[i] for i in maps], dtype, None, True, cuda_graph)
+    if network.head is None:
+        raise ValueError("expected a network with a classifier, or features=True")
+    _append(layers, blocks, *network.head)
     if layers[-1].weight.shape[-1] != 1:
         raise ValueError(
             f"{network.head[0]}: expected a 1x1 convolution as head, got {network.head[1].layers[-1].conv}"
@@ -68,10 +74,37 @@ def freeze(model: nn.Module, features: bool = False) -> "FrozenEfficientNet":
     layers[-1] = layers[-1]._replace(pool=True)
     classifier = network.classifier
     if type(classifier) is nn.Linear:
-        bias = torch.zeros(classifier.out_features) if classifier.bias is None else classifier.bias
+        bias = torch.zeros_like(classifier.weight[:, 0]) if classifier.bias is None else classifier.bias
+        blocks.append((len(layers), len(layers) + 1))
         layers.append(Layer(classifier.weight[:, :, None, None], bias))
     left = None if type(classifier) in (nn.Linear, nn.Identity) else copy.deepcopy(classifier)
-    return FrozenEfficientNet(Network(layers, [len(layers)]), left)
+    return FrozenEfficientNet(layers, blocks, [len(layers)], dtype, left, False, cuda_graph)
+
+
+def _check(model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> torch.dtype:
+    """The engine's dtype, if it can be frozen where the model is."""
+    floats = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    first = next(iter(floats.values()))
+    dtype = first.dtype if dtype is None else dtype
+    on_gpu = first.device.type == "cuda"
+    expected = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
+    place = "a GPU" if on_gpu else "the CPU"
+    for name, tensor in floats.items():
+        if tensor.device != first.device or first.device.type not in ("cpu", "cuda") or tensor.dtype not in expected:
+            wanted = " or ".join(str(t) for t in expected)
+            raise ValueError(f"{name}: expected {wanted} on {place}, got {tensor.dtype} on {tensor.device}")
+    if dtype not in expected:
+        raise ValueError(f"dtype: expected {' or '.join(str(t) for t in expected)} on {place}, got {dtype}")
+    if cuda_graph and not on_gpu:
+        raise ValueError(f"cuda_graph: expected a model on a GPU, got one on {first.device}")
+    reason = None if on_gpu else cpu.unavailable_reason()
+    if reason is not None:
+        raise BackendError(f"freeze() needs the native extension: {reason}")
+    return dtype
+
+
+# Of what is made at a first call, which several threads may make at once.
+_lock = threading.Lock()
 
 
 class ProfileRow(NamedTuple):
@@ -113,38 +146,87 @@ class FrozenEfficientNet(nn.Module):
     """What :func:`freeze` returns.
 
     Args:
-        network: the layers.
+        layers, blocks, outputs, dtype: see :class:`FoldedNetwork`.
         classifier: what torch computes of the pooled features, or None.
         features_only: whether the outputs are maps.
+        cuda_graph: whether a GPU's launches are replayed.
 
-    Shapes: images [N, C, H, W], float32, in any strides, to logits [N, num_classes], pooled features [N, num_features]
-    or a list of feature maps in the image's memory format.
+    Shapes: images [N, C, H, W] in any strides, to logits [N, num_classes], pooled features [N, num_features] or a list
+    of feature maps in the image's memory format.
     Raises ValueError for other images, RuntimeError for images that require gradients.
     """
 
-    def __init__(self, network: Network, classifier: nn.Module | None, features_only: bool = False) -> None:
+    _native: Network | None
+    _graphs: GraphCache | None
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        blocks: Sequence[tuple[int, int]],
+        outputs: Sequence[int],
+        dtype: torch.dtype,
+        classifier: nn.Module | None,
+        features_only: bool,
+        cuda_graph: bool,
+    ) -> None:
         super().__init__()
-        self.network = network
-        self.classifier = None if classifier is None else classifier.eval()
+        self.folded = FoldedNetwork(layers, blocks, outputs, dtype)
+        self.classifier = None if classifier is None else classifier.eval().to(dtype)
         self.features_only = features_only
+        self.cuda_graph = cuda_graph
+        self._forget()
 
     def forward(self, x: Tensor) -> Any:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("expected an image without gradients: a frozen network only infers")
+        outputs = self._outputs(x)
         if self.features_only:
-            return self.network.run(x, memory_format(x))
-        y = self.network.run(x)[0].flatten(1)
+            return outputs
+        y = outputs[0].flatten(1)
         return y if self.classifier is None else self.classifier(y)
+
+    def _outputs(self, x: Tensor) -> list[Tensor]:
+        strides = memory_format(x) if self.features_only else torch.contiguous_format
+        traced = torch.compiler.is_compiling() or dispatch.interception(x) is not None
+        device = self.folded.weight.device.type
+        if device == "cpu" and self.folded.weight.dtype == torch.float32 and not traced:
+            return self.native().run(x, strides)
+        run = self.graphs() if self.cuda_graph and device == "cuda" and not traced else self.folded
+        return [y.contiguous(memory_format=strides) if y.dim() == 4 else y for y in run(x)]
+
+    def native(self) -> Network:
+        """The engine of the CPU, packed at the first call."""
+        with _lock:
+            if self._native is None:
+                self._native = Network(self.folded.layers(), self.folded.outputs)
+        return self._native
+
+    def graphs(self) -> GraphCache:
+        with _lock:
+            if self._graphs is None:
+                self._graphs = GraphCache(self.folded)
+        return self._graphs
+
+    def _forget(self) -> None:
+        self._native = None
+        self._graphs = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEfficientNet":
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_native": None, "_graphs": None}
 
     def train(self, mode: bool = True) -> "FrozenEfficientNet":
         """Nothing: a frozen network is always in eval mode."""
         return super().train(False)
 
     def profile(self, x: Tensor, repeat: int = 20) -> Profile:
-        """What each step takes for images ``x``, the median of ``repeat`` calls after a few that are not counted."""
+        """What each step takes on the CPU for images ``x``: the median of ``repeat`` calls after a few others."""
         for _ in range(3):
-            self.network.run(x)
-        calls = [self.network.profile(x) for _ in range(repeat)]
+            self.native().run(x)
+        calls = [self.native().profile(x) for _ in range(repeat)]
         steps = [_median(list(step)) for step in zip(*calls, strict=True)]
         total = sum(step.seconds for step in steps)
         peak = cpu.fma_peak()
@@ -159,8 +241,8 @@ def _median(steps: Sequence[StepProfile]) -> StepProfile:
     return sorted(steps, key=lambda step: step.seconds)[len(steps) // 2]
 
 
-def _append(layers: list[Layer], name: str, parts: Parts) -> None:
-    """Appends the layers of a block."""
+def _append(layers: list[Layer], blocks: list[tuple[int, int]], name: str, parts: Parts) -> None:
+    """Appends a block and its layers."""
     before = len(layers)
     for index, part in enumerate(parts.layers):
         layer = _layer(name, part)
@@ -169,6 +251,7 @@ def _append(layers: list[Layer], name: str, parts: Parts) -> None:
         layers.append(layer)
     if parts.residual:
         layers[-1] = layers[-1]._replace(residual=before)
+    blocks.append((before, len(layers)))
 
 
 def _layer(name: str, part: ConvNorm) -> Layer:
@@ -200,5 +283,5 @@ def _layer(name: str, part: ConvNorm) -> Layer:
 
 def _excitation(layers: ExcitationLayers) -> Excitation:
     fc1, fc2, act, gate = layers
-    biases = [torch.zeros(fc.out_channels) if fc.bias is None else fc.bias for fc in (fc1, fc2)]
+    biases = [fc.weight.new_zeros(fc.out_channels) if fc.bias is None else fc.bias for fc in (fc1, fc2)]
     return Excitation(fc1.weight.flatten(1), biases[0], fc2.weight.flatten(1), biases[1], act, gate)

@@ -16,8 +16,8 @@ class Network(NamedTuple):
     Attributes:
         stem: the first convolution.
         stages: the blocks, in groups whose last outputs are the model's own feature maps.
-        head: the convolution whose output is pooled, or None where the model ends in maps.
-        classifier: of the pooled features, or None where the model ends in maps.
+        head: the convolution whose output is pooled, or None where the model does not classify.
+        classifier: of the pooled features, or None where the model does not classify.
         maps: which outputs the model returns of the stem (0) and the stages (1, 2, ...); None where it classifies.
     """
 
@@ -105,7 +105,7 @@ def _read_lukemelas(model: Any) -> Network:
     stem = "_conv_stem", read_block("_conv_stem", Pair(model._conv_stem, model._bn0, model._swish))
     stages = [[(f"_blocks.{i}", read_block(f"_blocks.{i}", block))] for i, block in enumerate(model._blocks)]
     if not model._global_params.include_top:
-        raise ValueError("include_top: expected a network with its classifier, got one without")
+        return Network(stem, stages, None, None, None)
     head = "_conv_head", read_block("_conv_head", Pair(model._conv_head, model._bn1, model._swish))
     return Network(stem, stages, head, cast(nn.Module, model._fc), None)
 

@@ -117,6 +117,33 @@ def test_copies():
         assert torch.equal(again(x), expected)
 
 
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_native_fused_and_torchs_operators_agree(padding):
+    model = small(padding=padding)
+    engine, x = ek.freeze(model), torch.randn(2, 3, 33, 47)
+    expected = eager(model, x)
+    assert relative_rms(engine(x), expected) < TOLERANCE
+    assert relative_rms(engine.folded(x)[0], expected) < TOLERANCE
+    with ek.use_backend("torch"):
+        assert relative_rms(engine.folded(x)[0], expected) < TOLERANCE
+    torch.compiler.reset()
+    assert relative_rms(torch.compile(engine, backend="aot_eager", fullgraph=True)(x), expected) < TOLERANCE
+
+
+def test_engines_in_another_dtype():
+    model, x = small(), torch.randn(2, 3, 33, 47)
+    engine = ek.freeze(model)
+    expected = engine(x)
+    half = engine.to(torch.bfloat16)
+    y = half(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert relative_rms(y.float(), expected) < 0.05
+    with pytest.raises(ValueError, match=r"expected torch\.bfloat16 images on cpu, got torch\.float32 on cpu"):
+        half(x)
+    # The packed weights are those of the moment, too.
+    assert relative_rms(half.float()(x), expected) < 0.05
+
+
 def test_several_threads_at_once():
     model = small()
     engine = ek.freeze(model)
@@ -212,11 +239,15 @@ def test_images_that_it_refuses():
 def test_models_that_it_refuses(monkeypatch):
     with pytest.raises(TypeError, match=r"expected an EfficientNet of effnet_kernels, .*got torch\.nn.*Linear"):
         ek.freeze(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"features\.0\.0\.weight: expected float32 on the CPU, got torch\.float64"):
+    with pytest.raises(ValueError, match=r"features\.0\.0\.weight: expected torch\.float32 .*, got torch\.float64"):
         ek.freeze(small().double())
+    with pytest.raises(ValueError, match=r"dtype: expected torch\.float32 on the CPU, got torch\.float16"):
+        ek.freeze(small(), dtype=torch.float16)
+    with pytest.raises(ValueError, match="cuda_graph: expected a model on a GPU, got one on cpu"):
+        ek.freeze(small(), cuda_graph=True)
     with torch.device("meta"):
         model = ek.efficientnet_b0()
-    with pytest.raises(ValueError, match=r"expected float32 on the CPU, got torch\.float32 on meta"):
+    with pytest.raises(ValueError, match=r"expected torch\.float32 on the CPU, got torch\.float32 on meta"):
         ek.freeze(model)
     model = small()
     model.features[2][0] = nn.Conv2d(8, 16, 3)
@@ -296,5 +327,6 @@ def test_parts_of_other_packages_that_it_refuses():
     with pytest.raises(ValueError, match="global_pool: expected the mean, got 'max'"):
         ek.freeze(model)
     model = peer("efficientnet_pytorch", "efficientnet-b0", include_top=False)
-    with pytest.raises(ValueError, match="include_top: expected a network with its classifier"):
+    with pytest.raises(ValueError, match="expected a network with a classifier, or features=True"):
         ek.freeze(model)
+    assert len(ek.freeze(model, features=True)(torch.randn(1, 3, 64, 64))) == 5

@@ -2,16 +2,15 @@
 
 import itertools
 import math
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
-from native_cases import ACTIVATIONS, kernel_isas, needs_linux, needs_native, relative_rms
+from native_cases import ACTIVATIONS, kernel_isas, needs_native, relative_rms
 from torch import Tensor
 
-from effnet_kernels.cpu.network import Excitation, Layer, Network
+from effnet_kernels.cpu.network import Network
+from effnet_kernels.folded import Excitation, Layer
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
@@ -194,76 +193,6 @@ def test_strides_of_the_image_change_no_bit():
     assert torch.equal(ours, once)
     one = torch.randn(1, 3, 9, 10)
     assert torch.equal(network.run(one.expand(3, -1, -1, -1))[0], network.run(one.repeat(3, 1, 1, 1))[0])
-
-
-def test_pickled_weights_are_canonical():
-    layers = [
-        dense(3, 20, 3, act="silu"),
-        depthwise(20, 5, squeeze=3, padding="same"),
-        dense(20, 7, act="relu6", pool=True),
-    ]
-    network = Network(layers, [2, 3])
-    copy = pickle.loads(pickle.dumps(network))
-    for restored, layer in zip(copy.layers(), layers, strict=True):
-        for ours, theirs in zip(restored.tensors(), layer.tensors(), strict=True):
-            assert torch.equal(ours, theirs)
-        assert restored._replace(weight=None, bias=None, excitation=None) == layer._replace(
-            weight=None, bias=None, excitation=None
-        )
-    x = torch.randn(1, 3, 12, 12)
-    for ours, theirs in zip(copy.run(x), network.run(x), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-GUARDED = """
-import torch
-from effnet_kernels.cpu.network import Network
-from native_cases import guarded, kernel_isas, relative_rms
-from test_native_network import dense, depthwise, expected
-
-torch.set_num_threads(1)
-for isa in kernel_isas():
-    for channels in (8, 9, 24):
-        layers = [dense(3, channels, 3, stride=2, act="silu"), depthwise(channels, squeeze=3), dense(channels, 5)]
-        for at_end, last in ((True, False), (True, True), (False, True)):
-            x = guarded(2 * 3 * 9 * 13, at_end).view(2, 3, 9, 13)
-            if last:
-                x = x.view(2, 9, 13, 3).permute(0, 3, 1, 2)
-            x.normal_()
-            y = Network(layers, [3]).run(x, isa=isa)[0]
-            assert relative_rms(y, expected(layers, x)[3]) < 1e-5
-print("done")
-"""
-
-
-@needs_linux
-def test_reads_nothing_outside_the_image():
-    done = run_python(GUARDED)
-    assert done.stdout.strip() == "done", done.stderr or f"died with status {done.returncode}"
-
-
-@pytest.mark.parametrize(
-    ("layers", "outputs", "message"),
-    [
-        ([], [1], "expected at least one layer"),
-        ([depthwise(3)], [1], "layer 0: expected a depthwise kernel of 3, 5 or 7 behind another layer"),
-        ([dense(3, 8), depthwise(8, 9)], [2], "layer 1: expected a depthwise kernel of 3, 5 or 7.*got 9"),
-        ([dense(3, 8, 3, pool=True)], [1], "layer 0: expected a 1x1 convolution without a residual to pool"),
-        ([dense(3, 8), dense(8, 8, residual=1, pool=True)], [1], "layer 1: expected a 1x1 convolution without a resid"),
-        ([dense(3, 8, residual=1)], [1], "layer 0: expected a residual out of tensors 1 to 0.*got 1"),
-        ([dense(3, 8), depthwise(8, residual=1)], [2], "layer 1: expected a residual"),
-        ([dense(3, 8)], [2], "expected outputs out of 1 to 1, got 2"),
-        ([dense(3, 8), dense(9, 4)], [2], "layer 1: expected 8 input channels, as layer 0 has outputs, got 9"),
-        (
-            [dense(3, 8), dense(8, 4), dense(4, 4, residual=1)],
-            [3],
-            "layer 2: expected a residual of 4 channels, got tensor 1 of 8",
-        ),
-    ],
-)
-def test_layers_that_do_not_fit(layers, outputs, message):
-    with pytest.raises(ValueError, match=message):
-        Network(layers, outputs)
 
 
 def test_residual_of_another_size():

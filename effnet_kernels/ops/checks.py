@@ -96,8 +96,10 @@ def same_padding(height: int, width: int, kernel: int, stride: int) -> tuple[int
 
     An odd zero goes to the right and to the bottom.
     """
-    rows = max((-(-height // stride) - 1) * stride + kernel - height, 0)
-    columns = max((-(-width // stride) - 1) * stride + kernel - width, 0)
+    # (outputs - 1) * stride + kernel - size, written so that it stays short for a size that a tracer leaves open.
+    rows, columns = -height % stride + kernel - stride, -width % stride + kernel - stride
+    if kernel < stride:
+        rows, columns = max(rows, 0), max(columns, 0)
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 

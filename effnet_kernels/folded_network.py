@@ -1,0 +1,163 @@
+"""A folded network as a module: fused chains where there are kernels, torch's own convolutions elsewhere."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effnet_kernels import block, dispatch
+from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.modules.chain import ChainPlan, run_chain
+from effnet_kernels.ops.checks import same_padding
+from effnet_kernels.ops.depthwise_conv import has_depthwise
+from effnet_kernels.reference.deferred import activate
+
+_NOTHING = block.Buffers(None, None, None)
+
+
+class _Step(NamedTuple):
+    """A chain of layers, the index of the first of them, and whether its output is one of the network's."""
+
+    chain: block.Chain
+    first: int
+    is_output: bool
+
+
+class FoldedNetwork(nn.Module):
+    """Layers with their weights as buffers, which no state dict lists. Exported, it is torch's standard operators.
+
+    Args:
+        layers: as :class:`effnet_kernels.folded.Layer` describes them.
+        blocks: the layers in groups (first, behind the last), each read as one chain.
+        outputs: the tensors that the network returns; each is the last of a group.
+        dtype: of the weights; vectors stay float32.
+
+    Shapes: images [N, C, H, W] to a list of maps in channels-last strides, or of [N, K] where the layers pool.
+    Raises ValueError for images of another dtype, device or number of channels.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        blocks: Sequence[tuple[int, int]],
+        outputs: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self._steps = [
+            _Step(_chain(layers[first:end]), first, end in outputs) for first, end in blocks if first < max(outputs)
+        ]
+        self.outputs = list(outputs)
+        self._depthwise = {(layer.weight.shape[-1], layer.stride) for layer in layers if layer.depthwise}
+        for index, layer in enumerate(layers[: max(outputs)]):
+            for name, tensor in zip(_NAMES, layer.tensors(), strict=False):
+                kept = tensor.detach().to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
+                # A fully connected layer is a 1x1 convolution here.
+                kept = kept[:, :, None, None] if kept.dim() == 2 else kept
+                self.register_buffer(f"{name}_{index}", kept, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The first layer's, which says what images are expected."""
+        return self.get_buffer("weight_0")
+
+    def layers(self) -> list[Layer]:
+        """The layers with their weights of this moment."""
+        found: list[Layer] = []
+        for chain, first, _ in self._steps:
+            for index, layer in enumerate(chain.layers):
+                last = index == len(chain.layers) - 1
+                weight, _, _, bias, w1, b1, w2, b2 = self._parameters_of(first + index)
+                assert bias is not None
+                excitation = None
+                if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+                    assert layer.excite_act is not None
+                    excitation = Excitation(w1.flatten(1), b1, w2.flatten(1), b2, layer.excite_act, layer.excite_gate)
+                depthwise, residual = layer.kind == "depthwise", first if last and chain.residual else -1
+                pools = last and chain.pool
+                shape = depthwise, layer.stride, layer.padding, layer.act
+                found.append(Layer(weight, bias, *shape, residual, pools, excitation))
+        return found
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        weight = self.weight
+        if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+            raise ValueError(f"expected images [N, {weight.shape[1]}, H, W], got shape {tuple(x.shape)}")
+        if x.dtype != weight.dtype or x.device != weight.device:
+            raise ValueError(f"expected {weight.dtype} images on {weight.device}, got {x.dtype} on {x.device}")
+        fused = dispatch.has_kernels(x) and self._has_kernels(x)
+        if fused:
+            x = x.contiguous(memory_format=torch.channels_last)
+        outputs: list[Tensor] = []
+        for chain, first, is_output in self._steps:
+            own = [self._parameters_of(first + i) for i in range(len(chain.layers))]
+            if x.dim() == 2:
+                assert own[0].norm_bias is not None
+                x = F.linear(x, own[0].weight.flatten(1), own[0].norm_bias.to(x.dtype))
+            elif fused:
+                x = run_chain(ChainPlan(chain, own, [_NOTHING] * len(own)), x, None)
+            else:
+                x = _textbook(chain, x, own)
+            if is_output:
+                outputs.append(x)
+        return outputs
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        backend: dispatch.Backend = "cpu" if x.device.type == "cpu" else "triton"
+        return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
+
+    def _parameters_of(self, index: int) -> block.Parameters:
+        weight, bias, *excitation = (self._buffers.get(f"{name}_{index}") for name in _NAMES)
+        assert weight is not None
+        return block.Parameters(weight, None, None, bias, *excitation)
+
+
+_NAMES = ("weight", "bias", "w1", "b1", "w2", "b2")
+
+
+def _chain(layers: Sequence[Layer]) -> block.Chain:
+    read: list[block.Layer] = []
+    for layer in layers:
+        kernel, excitation = layer.weight.shape[-1], layer.excitation
+        pointwise = not layer.depthwise and kernel == 1 and layer.stride == 1
+        read.append(
+            block.Layer(
+                "depthwise" if layer.depthwise else "pointwise" if pointwise else "dense",
+                layer.stride,
+                layer.padding,
+                layer.act,
+                batch_statistics=False,
+                excite_act=None if excitation is None else excitation.act,
+                excite_gate="sigmoid" if excitation is None else excitation.gate,
+            )
+        )
+    return block.Chain(tuple(read), layers[-1].residual >= 0, layers[-1].pool)
+
+
+def _textbook(chain: block.Chain, x: Tensor, parameters: Sequence[block.Parameters]) -> Tensor:
+    """The chain by torch's own operators."""
+    residual = x
+    for layer, own in zip(chain.layers, parameters, strict=True):
+        weight, _, _, bias, w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in own)
+        assert weight is not None
+        kernel, padding = weight.shape[-1], layer.padding
+        if padding == "same":
+            padding = same_padding(x.shape[2], x.shape[3], kernel, layer.stride)
+        left, right, top, bottom = padding
+        symmetric = layer.padding != "same" and left == right == top == bottom
+        if not symmetric:
+            x = F.pad(x, [left, right, top, bottom])
+        groups = x.shape[1] if layer.kind == "depthwise" else 1
+        x = activate(F.conv2d(x, weight, bias, layer.stride, left if symmetric else 0, 1, groups), layer.act)
+        if layer.excite_act is not None:
+            assert w1 is not None
+            assert w2 is not None
+            pooled = F.adaptive_avg_pool2d(x, 1)
+            hidden = activate(F.conv2d(pooled, w1, b1), layer.excite_act)
+            logits = F.conv2d(hidden, w2, b2)
+            x = x * (torch.sigmoid(logits) if layer.excite_gate == "sigmoid" else F.hardsigmoid(logits))
+    if chain.residual:
+        x = x + residual
+    return F.adaptive_avg_pool2d(x, 1).flatten(1) if chain.pool else x

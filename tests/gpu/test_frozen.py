@@ -1,0 +1,52 @@
+"""A frozen network on the Triton kernels against the textbook path."""
+
+import copy
+
+import pytest
+import torch
+from test_compile import network
+from torch import nn
+
+from effnet_kernels import dispatch, freeze
+from gpu.compare import DTYPES, assert_accurate, channels_last
+from gpu.conftest import simulated
+
+
+def textbook(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), dispatch.use_backend("torch"):
+        return copy.deepcopy(model).to(x.dtype)(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits(dtype: torch.dtype) -> None:
+    model = network().eval().to("cuda")
+    x = channels_last(2, 3, 33, 47, dtype=dtype)
+    engine = freeze(model, dtype=dtype)
+    assert dispatch.has_kernels(x)
+    y = engine(x)
+    assert y.dtype == dtype
+    assert_accurate(y, textbook(model, x.double()), None if dtype == torch.float32 else textbook(model, x))
+    assert torch.equal(engine(x.contiguous()), y)
+
+
+def test_feature_maps() -> None:
+    model = network().eval().to("cuda")
+    x = channels_last(1, 3, 32, 40)
+    maps = freeze(model, features=True)(x)
+    with torch.no_grad(), dispatch.use_backend("torch"):
+        last = copy.deepcopy(model).double().features[:-1](x.double())
+    assert maps[-1].is_contiguous(memory_format=torch.channels_last)
+    assert_accurate(maps[-1], last)
+
+
+def test_cuda_graphs() -> None:
+    if simulated():
+        pytest.skip("a simulated launch cannot be captured; tests/test_cuda_graphs.py replays stand-ins")
+    model = network().eval().to("cuda")
+    eager, engine = freeze(model), freeze(model, cuda_graph=True)
+    for size in (32, 40, 32):
+        x = channels_last(2, 3, size, 48)
+        expected = eager(x)
+        y = engine(x)
+        engine(x + 1.0)
+        assert torch.equal(y, expected)
