@@ -61,7 +61,9 @@ class FoldedNetwork(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The first layer's, which says what images are expected."""
-        return self.get_buffer("weight_0")
+        weight = self._tensor("weight_0")
+        assert weight is not None
+        return weight
 
     def layers(self) -> list[Layer]:
         """The layers with their weights of this moment."""
@@ -108,8 +110,12 @@ class FoldedNetwork(nn.Module):
         backend: dispatch.Backend = "cpu" if x.device.type == "cpu" else "triton"
         return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
 
+    def _tensor(self, name: str) -> Tensor | None:
+        # As an attribute, which older tracers know.
+        return getattr(self, name, None)
+
     def _parameters_of(self, index: int) -> block.Parameters:
-        weight, bias, *excitation = (self._buffers.get(f"{name}_{index}") for name in _NAMES)
+        weight, bias, *excitation = (self._tensor(f"{name}_{index}") for name in _NAMES)
         assert weight is not None
         return block.Parameters(weight, None, None, bias, *excitation)
 

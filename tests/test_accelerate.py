@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -334,17 +335,36 @@ def test_checkpointing() -> None:
     assert_gradients_close(model, untouched)
 
 
-def test_distributed_data_parallel(tmp_path) -> None:
+@pytest.fixture
+def _one_process(tmp_path) -> Iterator[None]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        untouched, model = pair(small())
-        x = torch.randn(4, 3, 64, 64)
-        assert_close(step(nn.parallel.DistributedDataParallel(model), x), step(untouched, x), tolerance=1e-4)
-        assert_gradients_close(model, untouched)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_distributed_data_parallel() -> None:
+    untouched, model = pair(small())
+    x = torch.randn(4, 3, 64, 64)
+    assert_close(step(nn.parallel.DistributedDataParallel(model), x), step(untouched, x), tolerance=1e-4)
+    assert_gradients_close(model, untouched)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_fully_sharded() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    untouched, model = pair(small())
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.features, model):
+        fully_shard(part, mesh=mesh)
+    x = torch.randn(4, 3, 64, 64)
+    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    sharded = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+    assert_close(sharded, gradients(untouched), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
