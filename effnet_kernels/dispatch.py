@@ -200,7 +200,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether a public operator on the map or vector ``x`` may call the kernels that there are for its device."""
+    """Whether a public operator on the map or vector ``x`` may call the kernels that there are for its device.
+
+    Traced, it may not: the chains alone are registered.
+    """
+    return not torch.compiler.is_compiling() and has_chains(x)
+
+
+def has_chains(x: Tensor) -> bool:
+    """Whether a chain of convolutions of ``x`` may run on the kernels for its device, called or traced."""
     if interception(x) is not None or x.numel() == 0:
         return False
     call = Call(x.device.type, x.dtype, None)

@@ -83,13 +83,24 @@ class FoldedNetwork(nn.Module):
                 found.append(Layer(weight, bias, *shape, residual, pools, excitation))
         return found
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for images that are not what the weights expect."""
         weight = self.weight
         if x.dim() != 4 or x.shape[1] != weight.shape[1]:
             raise ValueError(f"expected images [N, {weight.shape[1]}, H, W], got shape {tuple(x.shape)}")
         if x.dtype != weight.dtype or x.device != weight.device:
             raise ValueError(f"expected {weight.dtype} images on {weight.device}, got {x.dtype} on {x.device}")
-        fused = dispatch.has_kernels(x) and self._has_kernels(x)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.check(x)
+        if dispatch.autocast_dtype(x) is None:
+            return self._run(x)
+        # The dtype of the weights is what was chosen.
+        with torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False):
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        fused = dispatch.has_chains(x) and self._has_kernels(x)
         if fused:
             x = x.contiguous(memory_format=torch.channels_last)
         outputs: list[Tensor] = []

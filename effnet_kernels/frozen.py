@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,8 @@ def freeze(
             used last keep their graphs.
 
     Returns a module of images [N, C, H, W], of any batch size, resolution and strides, to what the model returns. It
-    has no parameters and no gradients, is pickled with its weights, may be called by several threads and exported.
+    has no gradients, is pickled with its weights, may be called by several threads and exported. Autocast does not
+    change what it computes in.
 
     Raises:
         TypeError: for another model.
@@ -97,10 +98,15 @@ def _check(model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> tor
         raise ValueError(f"dtype: expected {' or '.join(str(t) for t in expected)} on {place}, got {dtype}")
     if cuda_graph and not on_gpu:
         raise ValueError(f"cuda_graph: expected a model on a GPU, got one on {first.device}")
-    reason = None if on_gpu else cpu.unavailable_reason()
-    if reason is not None:
-        raise BackendError(f"freeze() needs the native extension: {reason}")
+    if not on_gpu:
+        _check_extension()
     return dtype
+
+
+def _check_extension() -> None:
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        raise BackendError(f"a frozen network on the CPU needs the native extension: {reason}")
 
 
 # Of what is made at a first call, which several threads may make at once.
@@ -171,7 +177,7 @@ class FrozenEfficientNet(nn.Module):
     ) -> None:
         super().__init__()
         self.folded = FoldedNetwork(layers, blocks, outputs, dtype)
-        self.classifier = None if classifier is None else classifier.eval().to(dtype)
+        self.classifier = None if classifier is None else classifier.eval().to(dtype).requires_grad_(False)
         self.features_only = features_only
         self.cuda_graph = cuda_graph
         self._forget()
@@ -191,11 +197,22 @@ class FrozenEfficientNet(nn.Module):
         device = self.folded.weight.device.type
         if device == "cpu" and self.folded.weight.dtype == torch.float32 and not traced:
             return self.native().run(x, strides)
-        run = self.graphs() if self.cuda_graph and device == "cuda" and not traced else self.folded
+        run: Callable[[Tensor], list[Tensor]] = self.folded
+        # Inside of a capture the launches become part of the caller's graph.
+        if self.cuda_graph and device == "cuda" and not traced and not torch.cuda.is_current_stream_capturing():
+            self.folded.check(x)
+            run = self.graphs()
         return [y.contiguous(memory_format=strides) if y.dim() == 4 else y for y in run(x)]
 
     def native(self) -> Network:
-        """The engine of the CPU, packed at the first call."""
+        """The engine of the CPU, packed at the first call.
+
+        Raises ValueError where the weights are not float32 on the CPU, BackendError without the native extension.
+        """
+        weight = self.folded.weight
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            raise ValueError(f"expected an engine in float32 on the CPU, got {weight.dtype} on {weight.device}")
+        _check_extension()
         with _lock:
             if self._native is None:
                 self._native = Network(self.folded.layers(), self.folded.outputs)

@@ -36,12 +36,12 @@ def read_network(model: nn.Module) -> Network:
         ValueError: for a part that is not known, by its name.
     """
     # An accelerated one is of a subclass of its own class.
-    reader = look_up(getattr(type(model), "original", type(model)), _READERS)
+    kind = getattr(type(model), "original", type(model))
+    reader = look_up(kind, _READERS)
     if reader is not None:
         return reader(model)
     raise TypeError(
-        "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
-        f"got {type(model).__module__}.{type(model).__name__}"
+        f"expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, got {name_of(kind)}"
     )
 
 

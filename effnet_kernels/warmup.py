@@ -27,7 +27,7 @@ def warmup(
     nothing of the model changes: the step is recorded on a copy without data.
 
     Args:
-        model: a network on the GPU that it will run on.
+        model: a network on the GPU that it will run on; of a frozen one, inference alone (``train=False``).
         shape: the input's, [N, 3, H, W].
         train: forward and backward in train mode; otherwise inference in eval mode.
         dtype: what autocast will compute in (``torch.float16``, ``torch.bfloat16``); None for no autocast.
@@ -41,7 +41,7 @@ def warmup(
         ValueError: the model is not on a GPU, or a shape that is not [N, C, H, W].
     """
     with dispatch.use_backend("triton"):
-        device = next(model.parameters()).device
+        device = next(_tensors(model)).device
         if device.type != "cuda":
             raise ValueError(f"expected a model on a GPU, got one on {device}")
         from effnet_kernels.launch_config import device_target, use_target
@@ -66,7 +66,7 @@ def launches_of_step(
     if len(shape) != 4:
         raise ValueError(f"shape: expected [N, C, H, W], got {tuple(shape)}")
     hollow = without_data(model).train(train)
-    own = next(p.dtype for p in hollow.parameters() if p.is_floating_point())
+    own = next(t.dtype for t in _tensors(hollow) if t.is_floating_point())
     x = torch.empty(*shape, dtype=own, device="meta").contiguous(memory_format=torch.channels_last)
     if dtype is not None:
         # Autocast does not know the meta device: what it would cast is of its dtype here.
@@ -97,8 +97,13 @@ def gpu_autocast(dtype: torch.dtype | None) -> Iterator[None]:
 
 def without_data(model: nn.Module) -> nn.Module:
     """A copy on the meta device, made without copying the parameters first."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): _hollow(t) for t in tensors})
+    return copy.deepcopy(model, {id(t): _hollow(t) for t in _tensors(model)})
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers; a frozen engine has the latter alone."""
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _hollow(t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -18,6 +19,9 @@ from effnet_kernels.cpu.extension import extension
 from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
 
 needs_native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler"
+)
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks or maps guard pages: Linux only")
 
 

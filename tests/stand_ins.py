@@ -17,7 +17,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block, "primitives_for", lambda x: equations)
     monkeypatch.setattr(dispatch, "_triton_unavailable", lambda: None)
     monkeypatch.setattr(dispatch.Call, "on_gpu", lambda self: True)
-    monkeypatch.setattr(dispatch, "registered", lambda x: not torch.compiler.is_exporting())
 
 
 def _map(x: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import assert_buffers_close, assert_gradients_close, randomize
+from native_cases import needs_compiler, needs_native
 from operator_arguments import operator_calls
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from effnet_kernels import EfficientNet, cpu
+from effnet_kernels import EfficientNet, ops
+from effnet_kernels.deferred import Prologue
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
-pytestmark = [
-    pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 # torch 2.9 cannot tell compiling from exporting, and so it compiles the textbook path.
 registered = pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.9 compiles is_exporting() to True")
 # Height and width differ, or torch takes them for one number. Odd ones change what SAME padding adds.
@@ -40,12 +39,11 @@ def network() -> nn.Module:
 
 
 def torchvision_network() -> nn.Module:
-    from torchvision.models.efficientnet import EfficientNet as Peer
-    from torchvision.models.efficientnet import MBConvConfig as Config
-
+    reason = "accelerates its networks, the extra 'peers'"
+    peer = pytest.importorskip("torchvision.models.efficientnet", reason=reason)
     torch.manual_seed(0)
-    settings = [Config(1, 3, 1, 8, 8, 1), Config(4, 5, 2, 8, 16, 2)]
-    return ek.accelerate(randomize(Peer(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5)))
+    settings = [peer.MBConvConfig(1, 3, 1, 8, 8, 1), peer.MBConvConfig(4, 5, 2, 8, 16, 2)]
+    return ek.accelerate(randomize(peer.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5)))
 
 
 MODELS = {"ours": network, "torchvision's, accelerated": torchvision_network}
@@ -101,6 +99,7 @@ def test_inference_is_one_operator_a_block() -> None:
     assert graphs.operators == ["effnet_kernels.chain_inference"] * 6
 
 
+@needs_compiler
 @pytest.mark.parametrize("training", [True, False])
 def test_inductor(training: bool) -> None:
     """Inductor asserts what fake tensors promised: sizes, strides, dtypes."""
@@ -143,6 +142,23 @@ def test_checkpoint() -> None:
     step(model, torch.compile(run, backend="aot_eager", fullgraph=True), x)
     step(eager, eager, x)
     assert_gradients_close(model, eager)
+
+
+X, VECTOR = torch.randn(2, 8, 7, 9), torch.rand(8)
+OPERATORS = {
+    "depthwise_conv": lambda x: ops.depthwise_conv(x, torch.ones(8, 1, 3, 3), 1, 1)[0],
+    "pointwise_conv": lambda x: ops.pointwise_conv(x, torch.ones(4, 8, 1, 1))[0],
+    "squeeze": ops.squeeze,
+    "squeeze_excite": lambda x: ops.squeeze_excite(x, torch.ones(2, 8), None, torch.ones(8, 2), None),
+    "merge": lambda x: ops.merge(x, Prologue(VECTOR, VECTOR, "silu"), x, None),
+    "channel_statistics": ops.channel_statistics,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_single_operators_are_traced_as_the_reference(name: str) -> None:
+    actual = torch.compile(OPERATORS[name], backend="aot_eager", fullgraph=True)(X)
+    torch.testing.assert_close(actual, OPERATORS[name](X))
 
 
 # torch.func

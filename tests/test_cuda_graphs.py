@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels import cuda_graphs
+from effnet_kernels import use_backend
 from effnet_kernels.cuda_graphs import GraphCache
 
 
@@ -20,51 +21,65 @@ class Event:
 class Stream:
     def wait_event(self, event: object) -> None: ...
 
+    def wait_stream(self, stream: object) -> None: ...
+
 
 class Graph:
     """Computes again, from the memory it was captured with into the memory it was captured with."""
 
-    def __init__(self, run, x: Tensor, outputs: list[Tensor]) -> None:
-        self.run, self.x, self.outputs = run, x, outputs
+    captured: tuple[Tensor, list[Tensor]]
 
     def replay(self) -> None:
-        for kept, y in zip(self.outputs, self.run(self.x), strict=True):
+        x, outputs = self.captured
+        for kept, y in zip(outputs, [x.square(), x.sum(dim=(2, 3))], strict=True):
             kept.copy_(y)
 
 
+class Maps:
+    """A network that remembers its last call."""
+
+    last: tuple[Tensor, list[Tensor]]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        self.last = x, [x.square(), x.sum(dim=(2, 3))]
+        return self.last[1]
+
+
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def maps() -> Maps:
+    return Maps()
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch, maps: Maps) -> list[tuple[int, ...]]:
     """The shapes that were captured, in order."""
     shapes: list[tuple[int, ...]] = []
 
-    def capture(run, x: Tensor) -> cuda_graphs._Captured:
-        shapes.append(tuple(x.shape))
-        kept = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-        outputs = run(kept)
-        return cuda_graphs._Captured(Graph(run, kept, outputs), kept, outputs, Event())
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        yield
+        graph.captured = maps.last
+        shapes.append(tuple(maps.last[0].shape))
 
-    monkeypatch.setattr(cuda_graphs, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    for name, stand_in in (("CUDAGraph", Graph), ("Stream", Stream), ("Event", Event), ("current_stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: contextlib.nullcontext())
     return shapes
 
 
-def maps(x: Tensor) -> list[Tensor]:
-    return [x.square(), x.sum(dim=(2, 3))]
-
-
-def test_outputs_are_the_callers(captures: list) -> None:
+def test_outputs_are_the_callers(maps: Maps, captures: list) -> None:
     cache = GraphCache(maps)
     images = [torch.randn(2, 3, 8, 6) for _ in range(4)]
     images[1] = images[1].contiguous(memory_format=torch.channels_last)
     outputs = [cache(x) for x in images]
     for x, actual in zip(images, outputs, strict=True):
-        for y, expected in zip(actual, maps(x), strict=True):
-            torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(actual, [x.square(), x.sum(dim=(2, 3))])
     assert captures == [(2, 3, 8, 6)]
 
 
-def test_the_shapes_used_last_stay(captures: list) -> None:
+def test_the_shapes_used_last_stay(maps: Maps, captures: list) -> None:
     cache = GraphCache(maps, limit=2)
     for batch in (1, 2, 1, 3, 1, 2):
         cache(torch.randn(batch, 3, 4, 4))
@@ -73,7 +88,24 @@ def test_the_shapes_used_last_stay(captures: list) -> None:
     assert len(cache) == 2
 
 
-def test_several_threads(captures: list) -> None:
+def test_a_capture_under_inference_mode_serves_calls_outside_of_it(maps: Maps, captures: list) -> None:
+    cache, x = GraphCache(maps), torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        cache(torch.ones(2, 3, 4, 4))
+    torch.testing.assert_close(cache(x)[0], x.square())
+    assert len(captures) == 1
+
+
+def test_what_is_forced_is_captured_by_itself(maps: Maps, captures: list) -> None:
+    cache, x = GraphCache(maps), torch.randn(2, 3, 4, 4)
+    cache(x)
+    with use_backend("torch"):
+        cache(x)
+    cache(x)
+    assert len(captures) == 2
+
+
+def test_several_threads(maps: Maps, captures: list) -> None:
     cache, wrong = GraphCache(maps, limit=2), []
 
     def work(batch: int) -> None:

@@ -1,21 +1,19 @@
 """torch.export, ONNX and AOTInductor: programs of standard operators, for every batch and resolution."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close
+from native_cases import needs_compiler, needs_native
 from test_compile import network, torchvision_network
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import effnet_kernels as ek
-from effnet_kernels import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
 MODELS = {
     "ours": network,
@@ -73,7 +71,7 @@ def test_onnx(make: Callable[[], nn.Module], tmp_path: Path) -> None:
         assert_same([torch.from_numpy(y) for y in outputs], model, x)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("make", [network, MODELS["frozen"]], ids=["ours", "frozen"])
 def test_aot_inductor(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = make().eval()

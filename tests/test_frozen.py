@@ -79,6 +79,7 @@ def test_classifiers():
     model.train()
     engine = ek.freeze(model)
     assert relative_rms(engine(x), eager(model, x)) < TOLERANCE
+    assert not engine(x).requires_grad
     assert torch.equal(engine.train()(x), engine(x))
     assert not engine.training
 
@@ -140,8 +141,28 @@ def test_engines_in_another_dtype():
     assert relative_rms(y.float(), expected) < 0.05
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 images on cpu, got torch\.float32 on cpu"):
         half(x)
+    with pytest.raises(ValueError, match=r"expected an engine in float32 on the CPU, got torch\.bfloat16"):
+        half.profile(x)
     # The packed weights are those of the moment, too.
     assert relative_rms(half.float()(x), expected) < 0.05
+
+
+def test_autocast_changes_nothing():
+    engine, x = ek.freeze(small()), torch.randn(2, 3, 33, 47)
+    expected = engine(x)
+    torch.compiler.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        for run in (engine, engine.folded, torch.compile(engine, backend="aot_eager", fullgraph=True)):
+            y = run(x)
+            assert relative_rms(y[0] if isinstance(y, list) else y, expected) < TOLERANCE
+
+
+def test_launches_on_a_gpu_are_recorded():
+    pytest.importorskip("triton", reason="records its launches")
+    from effnet_kernels.warmup import launches_of_step
+
+    launches = launches_of_step(ek.freeze(small()), (2, 3, 64, 64), train=False)
+    assert len(launches) > 20
 
 
 def test_several_threads_at_once():
@@ -258,7 +279,7 @@ def test_models_that_it_refuses(monkeypatch):
     with pytest.raises(ValueError, match=r"features\.3\.0: .*GELU"):
         ek.freeze(model)
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler")
-    with pytest.raises(ek.BackendError, match=r"freeze\(\) needs the native extension: no compiler"):
+    with pytest.raises(ek.BackendError, match="needs the native extension: no compiler"):
         ek.freeze(small())
 
 

@@ -129,7 +129,7 @@ class EfficientNet(nn.Module):
     @torch.jit.unused
     def _pools_in_head(self, x: Tensor) -> bool:
         """Whether the head may pool its output before storing it: nobody looks at the map in between."""
-        if not dispatch.has_kernels(x):
+        if not dispatch.has_chains(x):
             return False
         features, avgpool = self.features, self.avgpool
         head = features._modules[str(len(features) - 1)]

@@ -121,7 +121,7 @@ class ChainPlan(NamedTuple):
 
 
 def plan_chain(parts: Parts, pool: bool = False) -> ChainPlan:
-    """The parts as one fused chain for inputs of ``size`` (H, W)."""
+    """The parts as one fused chain."""
     from effnet_kernels import block
 
     layers: list[block.Layer] = []

@@ -31,8 +31,6 @@ class Inspection:
 
 Plan = TypeVar("Plan")
 _inspections: Snapshots[Inspection] = Snapshots()
-# For inputs of ever new sizes.
-_PLANS_KEPT = 64
 
 
 class OperatorModule(nn.Module):
@@ -81,8 +79,6 @@ class OperatorModule(nn.Module):
         if found is None:
             return make()
         if key not in found.plans:
-            if len(found.plans) >= _PLANS_KEPT:
-                found.plans.clear()
             found.plans[key] = make()
         return cast(Plan, found.plans[key])
 
