@@ -12,7 +12,7 @@ from effnet_kernels.folded import Excitation, Layer
 from effnet_kernels.modules.chain import ChainPlan, run_chain
 from effnet_kernels.ops.checks import same_padding
 from effnet_kernels.ops.depthwise_conv import has_depthwise
-from effnet_kernels.reference.deferred import activate
+from effnet_kernels.reference.deferred import activate, gate_of
 
 _NOTHING = block.Buffers(None, None, None)
 
@@ -46,12 +46,14 @@ class FoldedNetwork(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        # What lies behind the last output is not computed.
+        layers = layers[: max(outputs)]
         self._steps = [
-            _Step(_chain(layers[first:end]), first, end in outputs) for first, end in blocks if first < max(outputs)
+            _Step(_chain(layers[first:end]), first, end in outputs) for first, end in blocks if end <= len(layers)
         ]
         self.outputs = list(outputs)
         self._depthwise = {(layer.weight.shape[-1], layer.stride) for layer in layers if layer.depthwise}
-        for index, layer in enumerate(layers[: max(outputs)]):
+        for index, layer in enumerate(layers):
             for name, tensor in zip(_NAMES, layer.tensors(), strict=False):
                 kept = tensor.detach().to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
                 # A fully connected layer is a 1x1 convolution here.
@@ -61,9 +63,7 @@ class FoldedNetwork(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The first layer's, which says what images are expected."""
-        weight = self._tensor("weight_0")
-        assert weight is not None
-        return weight
+        return self._tensor("weight", 0)
 
     def layers(self) -> list[Layer]:
         """The layers with their weights of this moment."""
@@ -71,11 +71,10 @@ class FoldedNetwork(nn.Module):
         for chain, first, _ in self._steps:
             for index, layer in enumerate(chain.layers):
                 last = index == len(chain.layers) - 1
-                weight, _, _, bias, w1, b1, w2, b2 = self._parameters_of(first + index)
-                assert bias is not None
+                weight, bias, *of_excitation = self._tensors_of(first + index, layer)
                 excitation = None
-                if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
-                    assert layer.excite_act is not None
+                if layer.excite_act is not None:
+                    w1, b1, w2, b2 = of_excitation
                     excitation = Excitation(w1.flatten(1), b1, w2.flatten(1), b2, layer.excite_act, layer.excite_gate)
                 depthwise, residual = layer.kind == "depthwise", first if last and chain.residual else -1
                 pools = last and chain.pool
@@ -105,7 +104,7 @@ class FoldedNetwork(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         outputs: list[Tensor] = []
         for chain, first, is_output in self._steps:
-            own = [self._parameters_of(first + i) for i in range(len(chain.layers))]
+            own = [self._parameters_of(first + i, layer) for i, layer in enumerate(chain.layers)]
             if x.dim() == 2:
                 assert own[0].norm_bias is not None
                 x = F.linear(x, own[0].weight.flatten(1), own[0].norm_bias.to(x.dtype))
@@ -121,13 +120,15 @@ class FoldedNetwork(nn.Module):
         backend: dispatch.Backend = "cpu" if x.device.type == "cpu" else "triton"
         return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
 
-    def _tensor(self, name: str) -> Tensor | None:
+    def _tensor(self, name: str, index: int) -> Tensor:
         # As an attribute, which older tracers know.
-        return getattr(self, name, None)
+        return getattr(self, f"{name}_{index}")
 
-    def _parameters_of(self, index: int) -> block.Parameters:
-        weight, bias, *excitation = (self._tensor(f"{name}_{index}") for name in _NAMES)
-        assert weight is not None
+    def _tensors_of(self, index: int, layer: block.Layer) -> list[Tensor]:
+        return [self._tensor(name, index) for name in (_NAMES[:2] if layer.excite_act is None else _NAMES)]
+
+    def _parameters_of(self, index: int, layer: block.Layer) -> block.Parameters:
+        weight, bias, *excitation = self._tensors_of(index, layer)
         return block.Parameters(weight, None, None, bias, *excitation)
 
 
@@ -173,8 +174,7 @@ def _textbook(chain: block.Chain, x: Tensor, parameters: Sequence[block.Paramete
             assert w2 is not None
             pooled = F.adaptive_avg_pool2d(x, 1)
             hidden = activate(F.conv2d(pooled, w1, b1), layer.excite_act)
-            logits = F.conv2d(hidden, w2, b2)
-            x = x * (torch.sigmoid(logits) if layer.excite_gate == "sigmoid" else F.hardsigmoid(logits))
+            x = x * gate_of(F.conv2d(hidden, w2, b2), layer.excite_gate)
     if chain.residual:
         x = x + residual
     return F.adaptive_avg_pool2d(x, 1).flatten(1) if chain.pool else x

@@ -194,23 +194,27 @@ class FrozenEfficientNet(nn.Module):
     def _outputs(self, x: Tensor) -> list[Tensor]:
         strides = memory_format(x) if self.features_only else torch.contiguous_format
         traced = torch.compiler.is_compiling() or dispatch.interception(x) is not None
-        device = self.folded.weight.device.type
-        if device == "cpu" and self.folded.weight.dtype == torch.float32 and not traced:
+        if self._is_native() and not traced:
             return self.native().run(x, strides)
         run: Callable[[Tensor], list[Tensor]] = self.folded
+        on_gpu = self.folded.weight.device.type == "cuda"
         # Inside of a capture the launches become part of the caller's graph.
-        if self.cuda_graph and device == "cuda" and not traced and not torch.cuda.is_current_stream_capturing():
+        if self.cuda_graph and on_gpu and not traced and not torch.cuda.is_current_stream_capturing():
             self.folded.check(x)
             run = self.graphs()
         return [y.contiguous(memory_format=strides) if y.dim() == 4 else y for y in run(x)]
+
+    def _is_native(self) -> bool:
+        weight = self.folded.weight
+        return weight.device.type == "cpu" and weight.dtype == torch.float32
 
     def native(self) -> Network:
         """The engine of the CPU, packed at the first call.
 
         Raises ValueError where the weights are not float32 on the CPU, BackendError without the native extension.
         """
-        weight = self.folded.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if not self._is_native():
+            weight = self.folded.weight
             raise ValueError(f"expected an engine in float32 on the CPU, got {weight.dtype} on {weight.device}")
         _check_extension()
         with _lock:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from effnet_kernels import dispatch
 
 if TYPE_CHECKING:
     from effnet_kernels.block import Buffers, Chain, Layer, Parameters
 
-_library = torch.library.Library("effnet_kernels", "DEF")
+_library = library.Library("effnet_kernels", "DEF")
 _library.define("chain_inference(Tensor x, Tensor[] parameters, Tensor[] buffers, str chain) -> Tensor")
 _library.define("chain_forward(Tensor x, Tensor? keep, Tensor[] parameters, Tensor[] buffers, str chain) -> Tensor[]")
 _library.define(
@@ -276,5 +276,5 @@ for _name, _implementation, _fake in (
     ("chain_backward", _backward, _fake_backward),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"effnet_kernels::{_name}", _fake, lib=_library)
-torch.library.register_autograd("effnet_kernels::chain_forward", _autograd, setup_context=_setup_context, lib=_library)
+    library.register_fake(f"effnet_kernels::{_name}", _fake, lib=_library)
+library.register_autograd("effnet_kernels::chain_forward", _autograd, setup_context=_setup_context, lib=_library)

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_buffers_close, assert_gradients_close, randomize
 from native_cases import needs_compiler, needs_native
 from operator_arguments import operator_calls
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import effnet_kernels as ek
 from effnet_kernels import EfficientNet, ops
@@ -208,4 +208,4 @@ def test_operators_pass_torchs_own_checks(keep: Tensor | None, kernel: int, stri
     config = MBConvConfig(2, kernel, stride, 16, 16, 1, padding=padding)
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     for operator, arguments in operator_calls(config, x, keep):
-        torch.library.opcheck(operator, arguments)
+        library.opcheck(operator, arguments)

@@ -1,4 +1,4 @@
-"""The fused chains as seen by autograd, torch.compile and torch.library, with equations in the kernels' places."""
+"""The fused chains as seen by autograd, torch.compile and torch's own checks, with equations in the kernels' places."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_buffers_close, assert_gradients_close, randomize
 from operator_arguments import mbconv_plan, operator_calls
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from effnet_kernels import EfficientNet, dispatch, triton
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
@@ -85,7 +85,7 @@ def test_an_exported_program_has_standard_operators_only() -> None:
 def test_operators_pass_torchs_own_checks(keep: Tensor | None) -> None:
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     for operator, arguments in operator_calls(MBConvConfig(2, 3, 1, 16, 16, 1), x, keep):
-        torch.library.opcheck(operator, arguments)
+        library.opcheck(operator, arguments)
 
 
 def test_a_bare_operator_has_the_functions_gradients() -> None:

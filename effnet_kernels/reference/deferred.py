@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effnet_kernels.deferred import Activation, Epilogue, Prologue
+from effnet_kernels.deferred import Activation, Epilogue, Gate, Prologue
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -20,6 +20,11 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 def activate(x: Tensor, act: Activation) -> Tensor:
     """``act(x)``, elementwise."""
     return _FUNCTIONS[act](x)
+
+
+def gate_of(logits: Tensor, gate: Gate) -> Tensor:
+    """Squeeze-and-excitation's gate, elementwise."""
+    return torch.sigmoid(logits) if gate == "sigmoid" else F.hardsigmoid(logits)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,11 +1,10 @@
 """Squeeze-and-excitation (Hu et al. 2018, section 3), in plain PyTorch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.deferred import Activation, Gate, Prologue
-from effnet_kernels.reference.deferred import activate, pay
+from effnet_kernels.reference.deferred import activate, gate_of, pay
 
 
 def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
@@ -27,8 +26,7 @@ def excite(
     pooled [N, C], w1 [S, C] or [S, C, 1, 1], b1 [S], w2 [C, S] or [C, S, 1, 1], b2 [C]; the gate is [N, C].
     """
     squeezed = F.linear(pooled, *_in_dtype_of(pooled, w1, b1))
-    logits = F.linear(activate(squeezed, act), *_in_dtype_of(pooled, w2, b2))
-    return torch.sigmoid(logits) if gate == "sigmoid" else F.hardsigmoid(logits)
+    return gate_of(F.linear(activate(squeezed, act), *_in_dtype_of(pooled, w2, b2)), gate)
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
