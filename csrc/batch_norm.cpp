@@ -38,8 +38,10 @@ void fold_batch_norm(const FoldBatchNorm& call) {
     call.folded[3 * channels + c] = rstd;
     if (call.running_mean == nullptr) continue;
     if (call.skip_nonfinite && !(std::isfinite(mean[c]) && std::isfinite(var))) continue;
-    call.running_mean[c] += call.momentum * (mean[c] - call.running_mean[c]);
-    call.running_var[c] += call.momentum * (m2[c] / (count[c] - 1.0f) - call.running_var[c]);
+    // Not running + momentum * (batch - running), which at a momentum of 1 keeps the rounding errors of what it forgets.
+    const float kept = 1.0f - call.momentum;
+    call.running_mean[c] = kept * call.running_mean[c] + call.momentum * mean[c];
+    call.running_var[c] = kept * call.running_var[c] + call.momentum * (m2[c] / (count[c] - 1.0f));
   }
 }
 

@@ -70,7 +70,8 @@ void patches(const ConvShape& shape, const float* x, float* to, const Execution&
       for (std::int64_t column = 0; column < shape.out_width; ++column) {
         float* segment_to = own + column * patch + i * segment;
         const std::int64_t first = column * shape.stride - shape.left;
-        const std::int64_t begin = inside ? std::max<std::int64_t>(0, -first) : shape.kernel;
+        // Where the padding is wider than the kernel, a patch may lie outside of the map altogether.
+        const std::int64_t begin = inside ? std::min(shape.kernel, std::max<std::int64_t>(0, -first)) : shape.kernel;
         const std::int64_t end = std::max(begin, std::min(shape.kernel, shape.width - first));
         std::int64_t at = 0;
         for (; at < begin * shape.channels; ++at) segment_to[at] = 0.0f;

@@ -12,6 +12,8 @@ namespace effnet {
 struct Padding {
   bool same = false;
   std::int64_t left = 0, right = 0, top = 0, bottom = 0;
+
+  bool any() const { return left != 0 || right != 0 || top != 0 || bottom != 0; }
 };
 
 // Squeeze-and-excitation after a depthwise layer: gate(w2 @ act(w1 @ mean + b1) + b2).
@@ -39,6 +41,9 @@ struct LayerSpec {
   const float* weight = nullptr;  // [out, in, kernel, kernel], a depthwise one [out, kernel, kernel]
   const float* bias = nullptr;    // [out]
   Excitation excitation;          // of a depthwise layer
+
+  // Whether each pixel of the output is a product with one pixel of the input, at the same place.
+  bool pointwise() const { return kind == LayerKind::conv && kernel == 1 && stride == 1 && !padding.any(); }
 };
 
 // A matrix [out, segments * length] in panels: [panels, segments * length, 16]; and its bias [panels * 16].

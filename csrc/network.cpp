@@ -29,7 +29,7 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs)
       throw std::invalid_argument(name + "expected " + std::to_string(channels) + " input channels, as layer " +
                                   std::to_string(i - 1) + " has outputs, got " + std::to_string(spec.in_channels));
     }
-    const bool pointwise = spec.kind == LayerKind::conv && spec.kernel == 1 && spec.stride == 1 && i > 0;
+    const bool pointwise = spec.pointwise() && i > 0;
     if (spec.kind == LayerKind::depthwise && (i == 0 || spec.kernel < 3 || spec.kernel > 7 || spec.kernel % 2 == 0)) {
       throw std::invalid_argument(name + "expected a depthwise kernel of 3, 5 or 7 behind another layer, got " +
                                   std::to_string(spec.kernel));

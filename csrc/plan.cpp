@@ -64,7 +64,7 @@ class Layout {
     const std::size_t at = static_cast<std::size_t>(i);
     if (at + 1 == layers_.size() || last_use(i + 1) != i + 1) return true;
     const LayerSpec& next = layers_[at + 1].spec;
-    if (next.kind != LayerKind::conv || next.kernel != 1 || next.stride != 1) return true;
+    if (!next.pointwise()) return true;
     return places[at + 1].pixels() < next.out_channels;
   }
 
@@ -167,7 +167,7 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
       }
       continue;
     }
-    if (spec.kernel == 1 && spec.stride == 1 && !x.is_image) {
+    if (spec.pointwise() && !x.is_image) {
       steps_.push_back(pointwise_step(layer, x, y, residual, gate));
     } else {
       steps_.push_back(dense_step(layer, x, y, residual));

@@ -19,7 +19,7 @@ class DepthwiseStep final : public Step {
       source_ = geometry_of(producer->spec, height, width);
       height = source_.out_height;
       width = source_.out_width;
-      dense_ = producer->spec.kernel > 1 || x.is_image;
+      dense_ = !producer->spec.pointwise() || x.is_image;
     }
     geometry_ = geometry_of(layer.spec, height, width);
     pitch_ = geometry_.padded_width() * panel_columns;

@@ -44,7 +44,7 @@ EFFNET_INLINE F<L> activated(F<L> x) {
   return value[0];
 }
 
-// An activation's value u and derivative s at z.
+// An activation's value u and derivative s at z. At kinks and at NaN the derivative is torch's.
 template <Activation A, int L>
 EFFNET_INLINE void differentiate(F<L> z, F<L>& u, F<L>& s) {
   const F<L> zero{}, one = broadcast<L>(1.0f);
@@ -54,13 +54,13 @@ EFFNET_INLINE void differentiate(F<L> z, F<L>& u, F<L>& s) {
     s = sigma + u * (1.0f - sigma);
   } else if constexpr (A == Activation::relu) {
     u = at_least<L>(z, 0.0f);
-    s = z > 0.0f ? one : zero;
+    s = z <= 0.0f ? zero : one;
   } else if constexpr (A == Activation::relu6) {
     u = at_most<L>(at_least<L>(z, 0.0f), 6.0f);
-    s = z > 0.0f ? (z < 6.0f ? one : zero) : zero;
+    s = z <= 0.0f ? zero : (z >= 6.0f ? zero : one);
   } else if constexpr (A == Activation::hardswish) {
     u = activated<A, L>(z);
-    s = z < -3.0f ? zero : (z > 3.0f ? one : z * (1.0f / 3.0f) + 0.5f);
+    s = z <= -3.0f ? zero : (z < 3.0f ? z * (1.0f / 3.0f) + 0.5f : one);
   } else {
     u = z;
     s = one;

@@ -41,8 +41,10 @@ def fold_batch_norm(
         var = m2 / count
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
+                for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
+                    # As torch.nn.functional.batch_norm, an empty batch moves nothing.
+                    moved = (1.0 - momentum) * running + momentum * batch.to(running.dtype)
+                    running.copy_(torch.where(count > 0, moved, running))
     rstd = torch.rsqrt(var + eps)
     scale = rstd if weight is None else rstd * weight
     shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)

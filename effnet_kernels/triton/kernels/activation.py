@@ -28,17 +28,17 @@ def activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def activate_and_differentiate(z, ACT: tl.constexpr):
-    """``act(z)`` and ``act'(z)`` in fp32, with torch's derivatives at the kinks."""
+    """``act(z)`` and ``act'(z)`` in fp32, with torch's derivatives at the kinks and at NaN."""
     if ACT == "silu":
         s = sigmoid(z)
         u = z * s
         derivative = s + u * (1.0 - s)
     elif ACT == "relu":
         u = tl.maximum(z, 0.0)
-        derivative = tl.where(z > 0.0, 1.0, 0.0)
+        derivative = tl.where(z <= 0.0, 0.0, 1.0)
     elif ACT == "relu6":
         u = tl.minimum(tl.maximum(z, 0.0), 6.0)
-        derivative = tl.where((z > 0.0) & (z < 6.0), 1.0, 0.0)
+        derivative = tl.where((z <= 0.0) | (z >= 6.0), 0.0, 1.0)
     elif ACT == "hardswish":
         u = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
         inner = tl.where(z < 3.0, z * (1.0 / 3.0) + 0.5, 1.0)

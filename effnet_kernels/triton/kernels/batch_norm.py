@@ -208,8 +208,9 @@ def fold_batch_norm_kernel(
         if SKIP_NONFINITE:
             # Only finite values are equal to themselves once they are subtracted from themselves.
             written = inside & (mean - mean == 0.0) & (variance - variance == 0.0)
-        tl.store(running_mean_ptr + channels, old_mean + momentum * (mean - old_mean), mask=written)
-        tl.store(running_var_ptr + channels, old_var + momentum * (variance - old_var), mask=written)
+        # Not old + momentum * (new - old), which at a momentum of 1 keeps the rounding errors of what it forgets.
+        tl.store(running_mean_ptr + channels, (1.0 - momentum) * old_mean + momentum * mean, mask=written)
+        tl.store(running_var_ptr + channels, (1.0 - momentum) * old_var + momentum * variance, mask=written)
 
 
 @triton.jit(do_not_specialize=["P", "C", "partial_stride", "sum_stride"])
