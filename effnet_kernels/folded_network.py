@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from effnet_kernels import block, dispatch
 from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.geometry import same_padding
 from effnet_kernels.modules.chain import ChainPlan, run_chain
-from effnet_kernels.ops.checks import same_padding
 from effnet_kernels.ops.depthwise_conv import has_depthwise
 from effnet_kernels.reference.deferred import activate, gate_of
 

@@ -8,7 +8,7 @@ from conftest import assert_close, randomize, run_python
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch, ops, reference
+from effnet_kernels import dispatch, geometry, ops, reference
 from effnet_kernels.deferred import Epilogue, Prologue
 
 AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
@@ -497,7 +497,7 @@ def test_operators_take_views(view):
     epilogue = Epilogue(scale, shift, "silu")
     y, pooled = ops.depthwise_conv(x, weight, 2, "same", None, epilogue, "pool")
     copies = (x.contiguous(), weight.contiguous())
-    padding = ops.checks.same_padding(33, 47, 3, 2)
+    padding = geometry.same_padding(33, 47, 3, 2)
     expected, expected_pooled = reference.depthwise_conv(*copies, 2, padding, None, epilogue, "pool")
     assert_close(y, expected)
     assert_close(pooled, expected_pooled)

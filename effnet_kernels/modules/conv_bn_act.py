@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
+from effnet_kernels.geometry import same_padding
 from effnet_kernels.modules.chain import ChainModule, ConvNorm, Parts, convolution_obstacle
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
-from effnet_kernels.ops.checks import same_padding
 
 PaddingMode = Literal["symmetric", "same"]
 """``"symmetric"``: (k - 1) // 2 zeros on each side, as torchvision; ``"same"``: TensorFlow's, from the input's size."""
@@ -113,7 +113,7 @@ class ConvBnAct(ChainModule, nn.Sequential):
     def norm(self) -> nn.BatchNorm2d:
         return cast(nn.BatchNorm2d, self._modules["1"])
 
-    def find_obstacle(self) -> str | None:
+    def unknown_part(self) -> str | None:
         children = self._modules
         if list(children) not in (["0", "1"], ["0", "1", "2"]):
             return f"it has the children {', '.join(children)}, not a convolution, a norm and an activation"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
-from effnet_kernels.ops.checks import same_padding
+from effnet_kernels.geometry import same_padding
 from effnet_kernels.triton import depthwise
 from effnet_kernels.triton.batch_norm import merge_statistics
 from gpu import exact
