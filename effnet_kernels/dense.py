@@ -42,8 +42,9 @@ def conv_backward(
     if grad_x is not None and padded is not x:
         left, _, top, _ = padding
         grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-    if grad_x is not None and residual is not None:
-        grad_x = grad_x + residual
+    if grad_x is not None:
+        grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+        grad_x = grad_x if residual is None else grad_x + residual
     return grad_x, grad_weight
 
 

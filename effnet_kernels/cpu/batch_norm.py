@@ -2,19 +2,33 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.cpu.memory import address, empty, empty_map, execution, gradient_addresses, map_address
+from effnet_kernels.cpu.memory import (
+    address,
+    empty,
+    empty_map,
+    execution,
+    gradient_addresses,
+    map_address,
+    strided_address,
+    with_both,
+)
 from effnet_kernels.deferred import OutputGradient
 
 
 def channel_statistics(y: Tensor) -> Tensor:
     """Partial (count, mean, M2) of each channel: y [N, C, H, W] to [P, 3, C]."""
-    cut = _cut(y, False)
-    partials = empty(cut[2] * cut[3], 3, y.shape[1])
-    extension().channel_statistics(cut, y.shape[1], map_address("y", y), partials.data_ptr(), *execution())
+    cut, channels = _cut(y, False), y.shape[1]
+    partials = empty(cut[2] * cut[3], 3, channels)
+    extension().channel_statistics(
+        cut,
+        channels,
+        map_address("y", y, *y.shape),
+        address("partials", partials, cut[2] * cut[3], 3, channels),
+        *execution(),
+    )
     return partials
 
 
@@ -22,12 +36,18 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     """Partial sums over pixels of dz and dz * (y - mean), for BatchNorm's backward: [P, 2, C]."""
     y = gradient.y
     assert y is not None
-    samples, channels = y.shape[:2]
-    cut = _cut(y, gradient.by_sample())
+    cut, channels = _cut(y, gradient.by_sample()), y.shape[1]
     sums = empty(cut[2] * cut[3], 2, channels)
-    addresses = gradient_addresses(gradient, samples, channels)
-    mean_address = address("mean", mean, channels)
-    extension().gradient_sums(cut, channels, addresses, mean_address, sums.data_ptr(), *execution())
+    # Held by name until the call returns: the memory of what is made here would be free again otherwise.
+    gradient = with_both(gradient)
+    extension().gradient_sums(
+        cut,
+        channels,
+        gradient_addresses(gradient, *y.shape),
+        address("mean", mean, channels),
+        address("sums", sums, cut[2] * cut[3], 2, channels),
+        *execution(),
+    )
     return sums
 
 
@@ -37,10 +57,14 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
     assert like is not None
     samples, channels, height, width = like.shape
     out = empty_map(samples, channels, height, width)
-    addresses = gradient_addresses(gradient, samples, channels)
-    cut = _cut(like, gradient.by_sample())
+    gradient = with_both(gradient)
     extension().apply_gradient(
-        cut, channels, addresses, map_address("residual", residual), out.data_ptr(), *execution()
+        _cut(like, gradient.by_sample()),
+        channels,
+        gradient_addresses(gradient, samples, channels, height, width),
+        map_address("residual", residual, samples, channels, height, width),
+        map_address("out", out, samples, channels, height, width),
+        *execution(),
     )
     return out
 
@@ -49,7 +73,9 @@ def merge_statistics(partials: Tensor) -> Tensor:
     """Count, mean and M2 of the union of partials: [P, 3, C] to [3, C]."""
     count, _, channels = partials.shape
     stats = empty(3, channels)
-    extension().merge_statistics(address("partials", partials, count, 3, channels), count, channels, stats.data_ptr())
+    extension().merge_statistics(
+        address("partials", partials, count, 3, channels), count, channels, address("stats", stats, 3, channels)
+    )
     return stats
 
 
@@ -70,6 +96,8 @@ def fold_batch_norm(
     whose batch statistics are not finite stay as they are.
     """
     count, _, channels = partials.shape
+    if count == 0 or (running_mean is None) != (running_var is None):
+        raise ValueError("expected at least one partial, and running_mean and running_var together")
     folded = empty(4, channels)
     extension().fold_batch_norm(
         address("partials", partials, count, 3, channels),
@@ -82,7 +110,7 @@ def fold_batch_norm(
         1.0 / float(momentum) if isinstance(momentum, Tensor) else momentum,
         eps,
         skip_nonfinite,
-        folded.data_ptr(),
+        address("folded", folded, 4, channels),
     )
     return folded
 
@@ -97,22 +125,23 @@ def fold_batch_norm_backward(
     coefficients = empty(3, channels)
     # Tensors of their own, so that autograd takes them for gradients as they are.
     dweight, dbias = empty(channels), empty(channels)
-    if sums.dtype is not torch.float32 or sums.stride(2) != 1:
-        raise ValueError(f"sums: expected float32 with stride 1 of channels, got {sums.dtype}, {sums.stride()}")
+    memory, partial_stride, kind_stride, channel_stride = strided_address("sums", sums, partials, 2, channels)
+    if channel_stride != 1 and channels > 1:
+        raise ValueError(f"sums: expected stride 1 of channels, got strides {sums.stride()}")
     extension().fold_batch_norm_backward(
-        sums.data_ptr(),
+        memory,
         partials,
-        sums.stride(0),
-        sums.stride(1),
+        partial_stride,
+        kind_stride,
         channels,
         count,
         address("weight", weight, channels),
         address("mean", mean, channels),
         address("rstd", rstd, channels),
         batch_statistics,
-        coefficients.data_ptr(),
-        dweight.data_ptr(),
-        dbias.data_ptr(),
+        address("coefficients", coefficients, 3, channels),
+        address("dweight", dweight, channels),
+        address("dbias", dbias, channels),
     )
     return coefficients, dweight, dbias
 

@@ -12,6 +12,8 @@ from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import empty_map, execution, map_address
 from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
 from effnet_kernels.deferred import Epilogue, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.geometry import output_map
+from effnet_kernels.operands import as_contiguous
 
 # Numbers of a patch, above which torch's convolution is as fast.
 _MOST_PATCH = 64
@@ -62,20 +64,19 @@ def _is_small(weight: Tensor) -> bool:
 
 def _matrix(weight: Tensor) -> Tensor:
     """[K, C, k, k] to [K, k * k * C, 1, 1], in the order of a patch."""
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1)
+    return as_contiguous(weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1))
 
 
 def _patches(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     samples, channels, height, width = x.shape
     kernel = weight.shape[-1]
-    left, right, top, bottom = padding
-    out_height = (height + top + bottom - kernel) // stride + 1
-    out_width = (width + left + right - kernel) // stride + 1
+    left, _, top, _ = padding
+    out_height, out_width = output_map(height, width, kernel, stride, padding)
     patches = empty_map(samples, kernel * kernel * channels, out_height, out_width)
     extension().patches(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
-        map_address("x", x),
-        patches.data_ptr(),
+        map_address("x", x, samples, channels, height, width),
+        map_address("patches", patches, samples, kernel * kernel * channels, out_height, out_width),
         *execution(),
     )
     return patches

@@ -13,8 +13,10 @@ from effnet_kernels.cpu.memory import (
     gradient_addresses,
     map_address,
     prologue_addresses,
+    with_both,
 )
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.geometry import output_map
 
 KERNEL_SIZES = (3, 5, 7)
 
@@ -36,9 +38,10 @@ def depthwise_conv(
     """
     samples, channels, height, width = x.shape
     kernel = _kernel_size(weight)
-    left, right, top, bottom = padding
-    out_height = (height + top + bottom - kernel) // stride + 1
-    out_width = (width + left + right - kernel) // stride + 1
+    left, _, top, _ = padding
+    out_height, out_width = output_map(height, width, kernel, stride, padding)
+    if prologue.gate is not None or epilogue.residual is not None:
+        raise ValueError("expected a prologue without a gate and an epilogue without a residual")
     scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
     y = empty_map(samples, channels, out_height, out_width)
     partials = None
@@ -47,16 +50,16 @@ def depthwise_conv(
     elif reduction == "pool":
         partials = empty(samples, 1, channels)
     # Held by name until the call returns: the memory of what is made here would be free again otherwise.
-    taps, prologue = weight.contiguous(), folded(prologue)
+    prologue = folded(prologue)
     extension().depthwise_forward(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
-        map_address("x", x),
-        address("weight", taps, channels, 1, kernel, kernel),
+        map_address("x", x, samples, channels, height, width),
+        address("weight", weight, channels, 1, kernel, kernel),
         prologue_addresses(prologue, samples, channels),
         (address("scale", scale, channels), address("shift", shift, channels), 0, ACTIVATION_INDEX[act]),
         REDUCTIONS.index(reduction),
-        y.data_ptr(),
-        0 if partials is None else partials.data_ptr(),
+        map_address("y", y, samples, channels, out_height, out_width),
+        address("partials", partials, *(() if partials is None else partials.shape)),
         *execution(),
     )
     return y, partials
@@ -77,26 +80,27 @@ def depthwise_conv_backward(
     dz [N, C, H, W], with ``mean`` [C] partial sums [P, 2, C] of dz and dz * (x - mean), and dweight [C, 1, k, k].
     """
     samples, channels, height, width = x.shape
-    assert gradient.grad is not None
-    out_height, out_width = gradient.grad.shape[2:]
     kernel = _kernel_size(weight)
     left, _, top, _ = padding
+    out_height, out_width = output_map(height, width, kernel, stride, padding)
+    if prologue.gate is not None:
+        raise ValueError("expected a prologue without a gate")
     dz = empty_map(samples, channels, height, width)
     sums = None if mean is None else empty(extension().depthwise_slots(samples), 2, channels)
     dweight = empty(channels, 1, kernel, kernel)
     # Held by name until the call returns: the memory of what is made here would be free again otherwise.
-    taps, prologue = weight.contiguous(), folded(prologue)
+    prologue, gradient = folded(prologue), with_both(gradient)
     extension().depthwise_backward(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
-        gradient_addresses(gradient, samples, channels),
-        map_address("x", x),
-        address("weight", taps, channels, 1, kernel, kernel),
+        gradient_addresses(gradient, samples, channels, out_height, out_width),
+        map_address("x", x, samples, channels, height, width),
+        address("weight", weight, channels, 1, kernel, kernel),
         prologue_addresses(prologue, samples, channels),
         address("mean", mean, channels),
-        map_address("residual", residual),
-        dz.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
-        dweight.data_ptr(),
+        map_address("residual", residual, samples, channels, height, width),
+        map_address("dz", dz, samples, channels, height, width),
+        address("sums", sums, *(() if sums is None else sums.shape)),
+        address("dweight", dweight, channels, 1, kernel, kernel),
         *execution(),
     )
     return dz, sums, dweight

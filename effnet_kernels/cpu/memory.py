@@ -6,6 +6,7 @@ Large maps come from a pool that keeps the memory of those that went: see ``csrc
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -40,20 +41,20 @@ def execution() -> tuple[int, str | None]:
 
 
 def empty(*shape: int) -> Tensor:
-    """float32, contiguous, not initialised."""
-    return torch.empty(shape, dtype=torch.float32)
+    """float32 on the CPU, contiguous, not initialised."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def empty_map(samples: int, channels: int, height: int, width: int) -> Tensor:
-    """[N, C, H, W] in channels-last strides, float32, not initialised."""
-    count = samples * channels * height * width
-    if 4 * count < _POOLED_BYTES:
-        flat = torch.empty(count, dtype=torch.float32)
-    else:
-        flat = torch.frombuffer(extension().PooledBytes(4 * count), dtype=torch.float32)
-    return flat.as_strided(
-        (samples, channels, height, width), (channels * height * width, 1, width * channels, channels)
-    )
+    """[N, C, H, W] in channels-last strides, float32 on the CPU, not initialised."""
+    shape = samples, channels, height, width
+    strides = channels * height * width, 1, width * channels, channels
+    bytes_needed = 4 * samples * channels * height * width
+    if bytes_needed < _POOLED_BYTES:
+        return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
+    pooled = torch.frombuffer(extension().PooledBytes(bytes_needed), dtype=torch.float32)
+    # A tensor of its own: autograd forbids in-place operations on a view that a custom Function returns.
+    return torch.empty(0, dtype=torch.float32, device="cpu").set_(pooled.untyped_storage(), 0, shape, strides)
 
 
 def release_memory() -> None:
@@ -61,35 +62,44 @@ def release_memory() -> None:
     extension().release_memory()
 
 
-def check_float_cpu(name: str, tensor: Tensor) -> None:
-    """The kernels read raw memory as fp32."""
-    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
+def address(
+    name: str, tensor: Tensor | None, *shape: int, memory_format: torch.memory_format = torch.contiguous_format
+) -> int:
+    """The address of an operand for the extension, 0 for None.
 
+    The kernels read and write raw memory: every address that they get is from here or from :func:`strided_address`.
 
-def map_address(name: str, x: Tensor | None) -> int:
-    """Address of [N, C, H, W] in channels-last strides, 0 for None."""
-    if x is None:
-        return 0
-    check_float_cpu(name, x)
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{name}: expected [N, C, H, W] in channels-last strides, "
-            f"got shape {tuple(x.shape)} with strides {x.stride()}"
-        )
-    return x.data_ptr()
-
-
-def address(name: str, tensor: Tensor | None, *shape: int) -> int:
-    """Address of a contiguous vector or matrix of this shape, 0 for None."""
+    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in this memory format.
+    """
     if tensor is None:
         return 0
-    check_float_cpu(name, tensor)
-    if tensor.shape != shape or not tensor.is_contiguous():
+    if tensor.shape != shape or not tensor.is_contiguous(memory_format=memory_format):
+        layout = "in channels-last strides" if memory_format is torch.channels_last else "contiguous"
         raise ValueError(
-            f"{name}: expected shape {shape}, contiguous, got {tuple(tensor.shape)} with strides {tensor.stride()}"
+            f"{name}: expected shape {shape}, {layout}, got {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
-    return tensor.data_ptr()
+    return _memory_of(name, tensor)
+
+
+def map_address(name: str, x: Tensor | None, samples: int, channels: int, height: int, width: int) -> int:
+    """The address of a map [N, C, H, W] in channels-last strides, 0 for None."""
+    return address(name, x, samples, channels, height, width, memory_format=torch.channels_last)
+
+
+def strided_address(name: str, tensor: Tensor, *shape: int) -> tuple[int, ...]:
+    """The address of an operand in any strides, and the strides, in elements; see :func:`address`."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    return _memory_of(name, tensor), *tensor.stride()
+
+
+def _memory_of(name: str, tensor: Tensor) -> int:
+    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
+    memory = tensor.data_ptr()
+    if tensor.is_neg() or (memory == 0 and tensor.numel() > 0):
+        raise ValueError(f"{name}: expected a tensor whose values are in memory, got one that is lazy or was freed")
+    return memory
 
 
 def prologue_addresses(prologue: Prologue, samples: int, channels: int) -> tuple[int, int, int, int]:
@@ -105,12 +115,17 @@ def prologue_addresses(prologue: Prologue, samples: int, channels: int) -> tuple
 
 
 def gradient_addresses(
-    gradient: OutputGradient, samples: int, channels: int
+    gradient: OutputGradient, samples: int, channels: int, height: int, width: int
 ) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """Of the gradient of a map of this shape."""
     grad, y, coefficients, gate, keep, offset, scale, shift, act = gradient
+    if (scale is None) != (shift is None):
+        raise ValueError("gradient: expected scale and shift together")
+    if y is None and (act != "none" or coefficients is not None):
+        raise ValueError("gradient: expected y beside an activation or coefficients")
     return (
-        map_address("grad", grad),
-        map_address("y", y),
+        map_address("grad", grad, samples, channels, height, width),
+        map_address("y", y, samples, channels, height, width),
         address("coefficients", coefficients, 3, channels),
         address("gate", gate, samples, channels),
         address("keep", keep, samples),
@@ -121,11 +136,19 @@ def gradient_addresses(
     )
 
 
+Affine = TypeVar("Affine", Prologue, OutputGradient)
+
+
+def with_both(owed: Affine) -> Affine:
+    """Scale and shift both, where there is one of them."""
+    if owed.scale is None and owed.shift is not None:
+        return owed._replace(scale=torch.ones_like(owed.shift))
+    if owed.shift is None and owed.scale is not None:
+        return owed._replace(shift=torch.zeros_like(owed.scale))
+    return owed
+
+
 def folded(prologue: Prologue) -> Prologue:
     """The prologue with running statistics, if any, as a scale and a shift, and both of them or neither."""
     scale, shift = fold_statistics(prologue)
-    if scale is None and shift is not None:
-        scale = torch.ones_like(shift)
-    elif shift is None and scale is not None:
-        shift = torch.zeros_like(scale)
-    return Prologue(scale, shift, prologue.act, prologue.gate)
+    return with_both(Prologue(scale, shift, prologue.act, prologue.gate))

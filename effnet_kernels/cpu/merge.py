@@ -16,11 +16,11 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
     extension().merge(
         extension().cut_pixels(samples, height * width, by_sample),
         channels,
-        map_address("x", x),
+        map_address("x", x, samples, channels, height, width),
         prologue_addresses(prologue, samples, channels),
         address("keep", keep, samples),
-        map_address("residual", residual),
-        out.data_ptr(),
+        map_address("residual", residual, samples, channels, height, width),
+        map_address("out", out, samples, channels, height, width),
         *execution(),
     )
     return out

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.cpu.memory import ACTIVATION_INDEX, check_float_cpu
+from effnet_kernels.cpu.memory import ACTIVATION_INDEX, address, strided_address
 from effnet_kernels.deferred import GATES
 from effnet_kernels.folded import Layer
+from effnet_kernels.operands import as_contiguous, in_memory
 
 
 class StepProfile(NamedTuple):
@@ -54,28 +55,33 @@ class Network:
     def _call(
         self, x: Tensor, memory_format: torch.memory_format, profiled: bool, isa: str | None = None
     ) -> tuple[list[Tensor], list[tuple[str, int, float]] | None]:
-        check_float_cpu("x", x)
         if x.dim() != 4 or x.shape[1] != self._channels:
             raise ValueError(f"expected images [N, {self._channels}, H, W], got shape {tuple(x.shape)}")
         batch, _, height, width = x.shape
         sizes = self._native.output_sizes(height, width)
-        outputs = [torch.empty((batch, *size), memory_format=memory_format) for size in sizes]
+        outputs = [
+            torch.empty((batch, *size), dtype=torch.float32, device="cpu", memory_format=memory_format)
+            for size in sizes
+        ]
         if batch == 0:
             return outputs, None
-        views = [(y.data_ptr(), *y.stride()) for y in outputs]
-        image = (x.data_ptr(), *x.stride())
+        views = [strided_address("output", y, *y.shape) for y in outputs]
+        x = in_memory(x)
+        image = strided_address("x", x, *x.shape)
         steps = self._native.run(image, batch, height, width, views, torch.get_num_threads(), profiled, isa)
         return outputs, steps
 
 
 def _canonical(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).contiguous()
+    return as_contiguous(tensor.detach().to("cpu", torch.float32))
 
 
 def _describe(layer: Layer, tensors: Sequence[Tensor]) -> dict[str, object]:
     """The layer as the extension takes it."""
     weight, bias, *excitation = tensors
     outputs, channels, kernel = weight.shape[0], weight.shape[1], weight.shape[-1]
+    if layer.depthwise and channels != 1:
+        raise ValueError(f"weight: expected shape [C, 1, k, k] of a depthwise layer, got {tuple(weight.shape)}")
     description: dict[str, object] = {
         "depthwise": layer.depthwise,
         "in_channels": outputs if layer.depthwise else channels,
@@ -86,19 +92,20 @@ def _describe(layer: Layer, tensors: Sequence[Tensor]) -> dict[str, object]:
         "act": ACTIVATION_INDEX[layer.act],
         "residual": layer.residual,
         "pool": layer.pool,
-        "weight": weight.data_ptr(),
-        "bias": bias.data_ptr(),
+        "weight": address("weight", weight, outputs, channels, kernel, kernel),
+        "bias": address("bias", bias, outputs),
         "squeeze": 0,
     }
     if layer.excitation is not None:
-        w1, b1, w2, b2 = (tensor.data_ptr() for tensor in excitation)
+        w1, b1, w2, b2 = excitation
+        squeezed = w1.shape[0]
         description |= {
-            "squeeze": excitation[0].shape[0],
+            "squeeze": squeezed,
             "squeeze_act": ACTIVATION_INDEX[layer.excitation.act],
             "gate": GATES.index(layer.excitation.gate),
-            "w1": w1,
-            "b1": b1,
-            "w2": w2,
-            "b2": b2,
+            "w1": address("w1", w1, squeezed, outputs),
+            "b1": address("b1", b1, squeezed),
+            "w2": address("w2", w2, outputs, squeezed),
+            "b2": address("b2", b2, outputs),
         }
     return description

@@ -13,6 +13,7 @@ from effnet_kernels.cpu.memory import (
     gradient_addresses,
     map_address,
     prologue_addresses,
+    with_both,
 )
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, OutputGradient, Prologue, Reduction
 
@@ -23,11 +24,14 @@ def pointwise_conv(
     """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
 
     With "statistics" the second is partial (count, mean, M2) of the stored values, [P, 3, K]; with "pool" the map is
-    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K].
+    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K]. Neither goes with a
+    residual.
     """
     samples, channels, height, width = x.shape
     outputs = weight.shape[0]
     pools = reduction == "pool"
+    if reduction != "none" and epilogue.residual is not None:
+        raise ValueError(f"reduction: expected 'none' beside a residual, got {reduction!r}")
     scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
     # Held by name until the call returns, as all that is made here: its memory would be free again otherwise.
     prologue = folded(prologue)
@@ -39,24 +43,23 @@ def pointwise_conv(
         partials = empty(parts, 3, outputs)
     elif pools:
         partials = empty(samples, cut[3], outputs)
-    matrix = weight.contiguous()
     extension().pointwise_forward(
         cut,
         channels,
         outputs,
-        map_address("x", x),
-        address("weight", matrix, outputs, channels, 1, 1),
+        map_address("x", x, samples, channels, height, width),
+        address("weight", weight, outputs, channels, 1, 1),
         address("bias", bias, outputs),
         prologue_addresses(prologue, samples, channels),
         (
             address("scale", scale, outputs),
             address("shift", shift, outputs),
-            map_address("residual", epilogue.residual),
+            map_address("residual", epilogue.residual, samples, outputs, height, width),
             ACTIVATION_INDEX[act],
         ),
         REDUCTIONS.index(reduction),
-        0 if y is None else y.data_ptr(),
-        0 if partials is None else partials.data_ptr(),
+        map_address("y", y, samples, outputs, height, width),
+        address("partials", partials, *(() if partials is None else partials.shape)),
         *execution(),
     )
     return y, partials
@@ -88,21 +91,21 @@ def pointwise_conv_backward(
     dx = empty_map(samples, channels, height, width) if needs_input else None
     sums = empty(samples, cut[3], 5, channels) if sums_needed else None
     dweight = empty(outputs, channels, 1, 1) if needs_weight else None
-    matrix, prologue = weight.contiguous(), folded(prologue)
+    prologue, gradient = folded(prologue), with_both(gradient)
     extension().pointwise_backward(
         cut,
         channels,
         outputs,
-        gradient_addresses(gradient, samples, outputs),
-        address("weight", matrix, outputs, channels, 1, 1),
-        map_address("x", x),
+        gradient_addresses(gradient, samples, outputs, height, width),
+        address("weight", weight, outputs, channels, 1, 1),
+        map_address("x", x, samples, channels, height, width),
         prologue_addresses(prologue, samples, channels),
         address("mean", mean, channels),
-        map_address("residual", residual),
+        map_address("residual", residual, samples, channels, height, width),
         through,
-        0 if dx is None else dx.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
-        0 if dweight is None else dweight.data_ptr(),
+        map_address("dx", dx, samples, channels, height, width),
+        address("sums", sums, samples, cut[3], 5, channels),
+        address("dweight", dweight, outputs, channels, 1, 1),
         *execution(),
     )
     return dx, sums, dweight

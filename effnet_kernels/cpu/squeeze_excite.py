@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.cpu.memory import empty, execution, folded, map_address, prologue_addresses
+from effnet_kernels.cpu.memory import address, empty, execution, folded, map_address, prologue_addresses
 from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Prologue
 
@@ -22,10 +22,10 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
     extension().squeeze(
         cut,
         channels,
-        map_address("x", x),
+        map_address("x", x, samples, channels, height, width),
         prologue_addresses(prologue, samples, channels),
-        map_address("factor", factor),
-        sums.data_ptr(),
+        map_address("factor", factor, samples, channels, height, width),
+        address("sums", sums, samples, cut[3], channels),
         *execution(),
     )
     return sums
@@ -52,7 +52,7 @@ def excite(
     pooled = mean_of_sums(sums, count)
     hidden = _linear(pooled, w1, b1, "none")
     logits = _linear(hidden, w2, b2, act)
-    gate = logits.sigmoid_() if kind == "sigmoid" else F.hardsigmoid(logits, inplace=True)
+    gate = logits.sigmoid() if kind == "sigmoid" else F.hardsigmoid(logits)
     return gate, pooled, hidden
 
 
