@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch
+from effnet_kernels.autograd import first_order
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, RunningStatistics
-from effnet_kernels.ops.checks import output_size, resolve_padding
+from effnet_kernels.geometry import output_map, resolve_padding
+from effnet_kernels.operands import as_contiguous, as_map, in_memory, like_parameter
 from effnet_kernels.primitives import Primitives, primitives_for
 
 
@@ -106,13 +108,14 @@ class Stored(NamedTuple):
 def run(
     chain: Chain, x: Tensor, keep: Tensor | None, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
 ) -> Tensor:
-    """The chain of ``x`` [N, C, H, W] in channels-last strides: with autograd where it is recording, else without.
+    """The chain of ``x`` [N, C, H, W]: with autograd where it is recording, else without.
 
-    Under autocast the input is cast once, here; the kernels cast weights as they load them.
+    The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here; the
+    kernels cast weights as they load them.
 
     Raises ValueError where BatchNorm would normalise a single value a channel by itself.
     """
-    x = x.to(dispatch.autocast_dtype(x) or x.dtype)
+    x = as_map(x.to(dispatch.autocast_dtype(x) or x.dtype))
     flat = [tensor for own in parameters for tensor in own]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
         return ChainFunction.apply(chain, buffers, x, keep, *flat)
@@ -129,13 +132,14 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
     x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
     """
     primitives = primitives_for(x)
+    parameters = _readable(chain, parameters)
     residual = x if chain.residual else None
     gate, sums = None, None
     for index, (layer, own, norm) in enumerate(zip(chain.layers, parameters, buffers, strict=True)):
         last = index == len(chain.layers) - 1
         statistics = None
         if norm.running_mean is not None and norm.running_var is not None:
-            statistics = RunningStatistics(norm.running_mean, norm.running_var, layer.eps)
+            statistics = RunningStatistics(norm.running_mean.contiguous(), norm.running_var.contiguous(), layer.eps)
         epilogue = Epilogue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
         reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
         if layer.kind == "pointwise":
@@ -170,6 +174,8 @@ def forward(
 ) -> tuple[Tensor, list[Stored]]:
     """The chain with activations deferred, and what backward needs. ``keep`` [N] is stochastic depth's factor."""
     primitives = primitives_for(x)
+    parameters = _readable(chain, parameters)
+    keep = None if keep is None else as_contiguous(keep)
     stored: list[Stored] = []
     residual = x if chain.residual else None
     owed = Prologue()
@@ -203,7 +209,14 @@ def backward(
     needs_input: bool,
     needs_parameters: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """The gradient of ``x`` and those of each layer's :class:`Parameters`, where they are needed."""
+    """The gradient of ``x`` and those of each layer's :class:`Parameters`, where they are needed.
+
+    Gradients and saved tensors may come in other strides than they left in: hooks on saved tensors change them.
+    """
+    given, parameters = parameters, _readable(chain, parameters)
+    grad = as_contiguous(grad) if chain.pool else as_map(grad)
+    x, keep = as_map(x), None if keep is None else as_contiguous(keep)
+    stored = [Stored(as_map(y), as_contiguous(folded), _contiguous(excitation)) for y, folded, excitation in stored]
     last, norms = stored[-1], [Normalisation(*kept.folded.unbind()) for kept in stored]
     owed = OutputGradient(
         grad, last.y, keep=keep, scale=norms[-1].scale, shift=norms[-1].shift, act=chain.layers[-1].act
@@ -263,8 +276,11 @@ def backward(
                 primitives, chain.layers[index - 1], before, norm_before, dx, five, parameters[index - 1]
             )
     return grad_input, [
-        [None if g is None or p is None or not needed else _like(g, p) for g, p, needed in zip(*row, strict=True)]
-        for row in zip(gradients, parameters, needs_parameters, strict=True)
+        [
+            None if g is None or p is None or not needed else like_parameter(g, p)
+            for g, p, needed in zip(*row, strict=True)
+        ]
+        for row in zip(gradients, given, needs_parameters, strict=True)
     ]
 
 
@@ -284,24 +300,20 @@ class ChainFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected create_graph=False: the fused blocks have no second derivative "
-                "(effnet_kernels.use_backend('torch') has)"
-            )
         chain: Chain = ctx.chain
-        x, keep, *rest = ctx.saved_tensors
+        # Hooks on saved tensors may give back any tensor of the same values.
+        saved: list[Any] = [None if t is None else in_memory(t) for t in ctx.saved_tensors]
+        x, keep, *rest = saved
         width = len(Parameters._fields)
         flat, kept = rest[: width * len(chain.layers)], rest[width * len(chain.layers) :]
         parameters = unflatten(flat)
         if kept[0] is None:
-            kept[0], _ = _convolve(ctx.primitives, chain.layers[0], x, parameters[0], Prologue())
+            kept[0], _ = _convolve(ctx.primitives, chain.layers[0], as_map(x), parameters[0], Prologue())
         stored = unflatten_stored(chain, kept)
         needs = ctx.needs_input_grad
         needs_parameters = [needs[start : start + width] for start in range(4, len(needs), width)]
-        if grad.dim() == 4:
-            grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x, gradients = backward(
             ctx.primitives, chain, grad, x, keep, parameters, stored, needs[2], needs_parameters
         )
@@ -327,6 +339,20 @@ def unflatten_stored(chain: Chain, flat: Sequence[Tensor]) -> list[Stored]:
         )
         for layer in chain.layers
     ]
+
+
+def _readable(chain: Chain, parameters: Sequence[Parameters]) -> list[Parameters]:
+    """The parameters as the primitives read them; a dense convolution's weight may have any strides."""
+    readable: list[Parameters] = []
+    for layer, own in zip(chain.layers, parameters, strict=True):
+        contiguous: Any = [t if t is None or t.is_contiguous() else t.contiguous() for t in own]
+        contiguous[0] = own.weight if layer.kind == "dense" else contiguous[0]
+        readable.append(Parameters(*contiguous))
+    return readable
+
+
+def _contiguous(excitation: Excitation | None) -> Excitation | None:
+    return None if excitation is None else Excitation(*(as_contiguous(t) for t in excitation))
 
 
 def _excitation_weights(own: Parameters) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -360,9 +386,8 @@ def _convolve(
 def _padding(layer: Layer, x: Tensor, own: Parameters) -> Padding:
     """Of the layer's convolution for ``x``; raises ValueError where the kernel does not fit."""
     height, width, kernel = x.shape[2], x.shape[3], own.weight.shape[-1]
-    left, right, top, bottom = padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
-    output_size(height, kernel, layer.stride, top, bottom)
-    output_size(width, kernel, layer.stride, left, right)
+    padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
+    output_map(height, width, kernel, layer.stride, padding)
     return padding
 
 
@@ -378,12 +403,18 @@ def _fold(primitives: Primitives, layer: Layer, own: Parameters, norm: Buffers, 
     momentum: float | Tensor | None = layer.momentum
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
+    moved_mean, moved_var = (None if t is None else as_contiguous(t) for t in (mean, var))
     folded = primitives.fold_batch_norm(
-        partials, own.norm_weight, own.norm_bias, mean, var, momentum, layer.eps, layer.skip_nonfinite
+        partials, own.norm_weight, own.norm_bias, moved_mean, moved_var, momentum, layer.eps, layer.skip_nonfinite
     )
-    if mean is not None and var is not None:
-        # A kernel's writes are invisible to autograd unless it is told.
-        torch.autograd.graph.increment_version([mean, var])
+    for running, moved in ((mean, moved_mean), (var, moved_var)):
+        if running is None or moved is None:
+            continue
+        if moved is running:
+            # A kernel's writes are invisible to autograd unless it is told.
+            torch.autograd.graph.increment_version(running)
+        else:
+            running.copy_(moved)
     return folded
 
 
@@ -448,16 +479,3 @@ def _excite_backward(
     )
     owed = OutputGradient(dq, before.y, None, gate, None, offset, norm.scale, norm.shift, layer.act)
     return owed, sums, gradients
-
-
-def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's dtype, shape and strides."""
-    gradient = gradient.to(parameter.dtype)
-    if gradient.shape != parameter.shape:
-        gradient = gradient.view(parameter.shape)
-    if gradient.stride() == parameter.stride():
-        return gradient
-    if 1 in (parameter.shape[1], parameter.shape[-1]):
-        # Of a 1x1 or a depthwise weight both memory formats are the same memory.
-        return gradient.as_strided(parameter.shape, parameter.stride())
-    return torch.empty_like(parameter).copy_(gradient)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, library
 
 from effnet_kernels import dispatch
+from effnet_kernels.operands import as_map
 
 if TYPE_CHECKING:
     from effnet_kernels.block import Buffers, Chain, Layer, Parameters
@@ -65,7 +66,7 @@ def _move_running_statistics(norm: "Buffers", mean: Tensor, rstd: Tensor, count:
     if layer.momentum is None and norm.num_batches_tracked is not None:
         weight = 1.0 / norm.num_batches_tracked
     for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
-        running.copy_(torch.where(finite, running + weight * (batch - running), running))
+        running.copy_(torch.where(finite, (1.0 - weight) * running + weight * batch, running))
 
 
 def encode(chain: "Chain", present: Sequence[bool]) -> str:
@@ -131,7 +132,7 @@ def _inference(x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor
     from effnet_kernels import block
 
     chain, own, norms = _tensors(text, parameters, buffers)
-    out = block.infer(chain, _channels_last(x), own, norms)
+    out = block.infer(chain, as_map(x), own, norms)
     # An operator's outputs may not be its inputs.
     return out.clone() if out is x else out
 
@@ -146,7 +147,7 @@ def _forward(
     from effnet_kernels import block
 
     chain, own, norms = _tensors(text, parameters, buffers)
-    out, stored = block.forward(chain, _channels_last(x), keep, own, norms)
+    out, stored = block.forward(chain, as_map(x), keep, own, norms)
     return [out, *(t.contiguous() if t.dim() < 4 else t for t in block.flatten_stored(stored))]
 
 
@@ -167,11 +168,9 @@ def _backward(
     remaining = iter(needs[1:])
     flags = [p == "1" and next(remaining) for p in present[: width * len(chain.layers)]]
     rows = [flags[start : start + width] for start in range(0, len(flags), width)]
-    if grad.dim() == 4:
-        grad = _channels_last(grad)
     kept = block.unflatten_stored(chain, stored)
     primitives = block.primitives_for(x)
-    grad_x, gradients = block.backward(primitives, chain, grad, _channels_last(x), keep, own, kept, needs[0], rows)
+    grad_x, gradients = block.backward(primitives, chain, grad, x, keep, own, kept, needs[0], rows)
     flat = [
         g
         for row, parameter_row in zip(gradients, own, strict=True)
@@ -181,17 +180,13 @@ def _backward(
     return [grad.new_empty(0) if g is None else g for g in (grad_x, *flat)]
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _map_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return x.new_empty((x.shape[0], channels, height, width)).contiguous(memory_format=torch.channels_last)
 
 
 def _fake_maps(x: Tensor, chain: "Chain", own: Sequence["Parameters"]) -> list[Tensor]:
     """The raw outputs of the layers."""
-    from effnet_kernels.ops.checks import output_size
+    from effnet_kernels.geometry import output_map
 
     maps: list[Tensor] = []
     for layer, parameters in zip(chain.layers, own, strict=True):
@@ -200,9 +195,7 @@ def _fake_maps(x: Tensor, chain: "Chain", own: Sequence["Parameters"]) -> list[T
             # By its definition, which stays short where sizes are left open.
             height, width = -(-x.shape[2] // layer.stride), -(-x.shape[3] // layer.stride)
         else:
-            left, right, top, bottom = layer.padding
-            height = output_size(x.shape[2], weight.shape[-2], layer.stride, top, bottom)
-            width = output_size(x.shape[3], weight.shape[-1], layer.stride, left, right)
+            height, width = output_map(x.shape[2], x.shape[3], weight.shape[-1], layer.stride, layer.padding)
         x = _map_like(x, weight.shape[0], height, width)
         maps.append(x)
     return maps
@@ -247,7 +240,7 @@ def _fake_backward(
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    inputs = (_channels_last(torch.empty_like(x)), *parameters)
+    inputs = (torch.empty_like(x, memory_format=torch.channels_last), *parameters)
     return [torch.empty_like(t) if n else grad.new_empty(0) for t, n in zip(inputs, needs, strict=True)]
 
 

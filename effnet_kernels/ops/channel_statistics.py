@@ -1,9 +1,9 @@
 """Statistics of a map that some other convolution has made."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
+from effnet_kernels.operands import as_map
 from effnet_kernels.ops.checks import any_requires_grad, check_map
 from effnet_kernels.primitives import primitives_for
 
@@ -16,6 +16,5 @@ def channel_statistics(y: Tensor) -> Tensor:
     check_map(y)
     if dispatch.has_kernels(y) and not any_requires_grad(y):
         primitives = primitives_for(y)
-        y = y.contiguous(memory_format=torch.channels_last)
-        return primitives.merge_statistics(primitives.channel_statistics(y))
+        return primitives.merge_statistics(primitives.channel_statistics(as_map(y)))
     return reference.channel_statistics(y)

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, Prologue, RunningStatistics
+from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Prologue, Reduction, RunningStatistics
+from effnet_kernels.operands import as_contiguous, as_map
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -78,41 +79,6 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def resolve_padding(padding: "int | Padding | str", size: tuple[int, int], kernel: int, stride: int) -> Padding:
-    """(left, right, top, bottom) of an integer, four integers, or ``"same"`` for a map of ``size`` (H, W)."""
-    if padding == "same":
-        return same_padding(size[0], size[1], kernel, stride)
-    if isinstance(padding, int) and padding >= 0:
-        return padding, padding, padding, padding
-    if isinstance(padding, tuple | list) and len(padding) == 4 and all(isinstance(p, int) and p >= 0 for p in padding):
-        return padding[0], padding[1], padding[2], padding[3]
-    raise ValueError(
-        f"padding: expected an integer >= 0, (left, right, top, bottom) of integers >= 0, or 'same', got {padding!r}"
-    )
-
-
-def same_padding(height: int, width: int, kernel: int, stride: int) -> tuple[int, int, int, int]:
-    """TensorFlow's SAME padding, (left, right, top, bottom): ceil(size / stride) outputs in each direction.
-
-    An odd zero goes to the right and to the bottom.
-    """
-    # (outputs - 1) * stride + kernel - size, written so that it stays short for a size that a tracer leaves open.
-    rows, columns = -height % stride + kernel - stride, -width % stride + kernel - stride
-    if kernel < stride:
-        rows, columns = max(rows, 0), max(columns, 0)
-    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
-
-
-def output_size(size: int, kernel: int, stride: int, before: int, after: int) -> int:
-    """Rows or columns of a convolution's output; raises ValueError where the kernel does not fit."""
-    padded = size + before + after
-    if padded < kernel:
-        raise ValueError(
-            f"expected a padded size of at least the kernel's {kernel}, got {padded} ({size} before padding)"
-        )
-    return (padded - kernel) // stride + 1
-
-
 def any_requires_grad(*tensors: object) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
@@ -135,13 +101,20 @@ def fits_kernels(
     return epilogue is None and (prologue is None or prologue.statistics is None)
 
 
+def fits_reduction(reduction: Reduction, x: Tensor, residual: Tensor | None, *parameters: object) -> bool:
+    """Whether the kernels reduce an output as asked: pooled without gradients, and nothing beside a residual."""
+    return reduction == "none" or (
+        residual is None and (reduction == "statistics" or not any_requires_grad(x, *parameters))
+    )
+
+
 Owed = TypeVar("Owed", Prologue, Epilogue)
 
 
 def contiguous(owed: Owed) -> Owed:
     """What is owed with its vectors contiguous, and a residual in channels-last strides."""
     replaced: dict[str, Any] = {
-        name: t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+        name: as_map(t) if t.dim() == 4 else as_contiguous(t)
         for name, t in zip(owed._fields, owed, strict=True)
         if isinstance(t, Tensor)
     }

@@ -1,11 +1,12 @@
 """The depthwise convolution of a deferred activation."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
+from effnet_kernels.geometry import output_map, resolve_padding
+from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_choice,
@@ -16,8 +17,7 @@ from effnet_kernels.ops.checks import (
     check_tensor,
     contiguous,
     fits_kernels,
-    output_size,
-    resolve_padding,
+    fits_reduction,
 )
 from effnet_kernels.primitives import primitives_for
 
@@ -61,9 +61,8 @@ def depthwise_conv(
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride: expected an integer >= 1, got {stride!r}")
     samples, channels, height, width = x.shape
-    left, right, top, bottom = pads = resolve_padding(padding, (height, width), kernel, stride)
-    rows = output_size(height, kernel, stride, top, bottom)
-    columns = output_size(width, kernel, stride, left, right)
+    pads = resolve_padding(padding, (height, width), kernel, stride)
+    rows, columns = output_map(height, width, kernel, stride, pads)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
     if (
@@ -72,6 +71,7 @@ def depthwise_conv(
         and fits_kernels(x, prologue, epilogue, weight)
         and (prologue is None or prologue.gate is None)
         and (epilogue is None or epilogue.residual is None)
+        and fits_reduction(reduction, x, None, weight, *(prologue or ()))
     ):
         return _on_kernels(x, weight, stride, pads, prologue, epilogue, reduction)
     return reference.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
@@ -86,7 +86,7 @@ def _on_kernels(
     epilogue: Epilogue | None,
     reduction: Reduction,
 ) -> tuple[Tensor, Tensor | None]:
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, weight = as_map(x), as_contiguous(weight)
     owed = contiguous(prologue or Prologue())
     if any_requires_grad(x, weight, *owed):
         from effnet_kernels.ops.functions import DepthwiseConv

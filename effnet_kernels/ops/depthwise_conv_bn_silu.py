@@ -1,18 +1,18 @@
 """Depthwise convolution, BatchNorm and SiLU as one differentiable function."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
 from effnet_kernels.dispatch import Backend
+from effnet_kernels.geometry import resolve_padding
+from effnet_kernels.operands import as_contiguous
 from effnet_kernels.ops.checks import (
     check_activation,
     check_map,
     check_shape,
     check_tensor,
     fits_kernels,
-    resolve_padding,
 )
 from effnet_kernels.ops.depthwise_conv import depthwise_conv, has_depthwise
 from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
@@ -80,9 +80,9 @@ def depthwise_conv_bn_silu(
         from effnet_kernels import block
 
         layer = block.Layer("depthwise", stride, pads, act, eps, momentum, training)
-        parameters = block.Parameters(weight, None, norm_weight, norm_bias)
+        norm = (None if t is None else as_contiguous(t) for t in (norm_weight, norm_bias))
+        parameters = block.Parameters(as_contiguous(weight), None, *norm)
         buffers = block.Buffers(running_mean, running_var, None)
-        x = x.contiguous(memory_format=torch.channels_last)
         return block.run(block.Chain((layer,)), x, None, [parameters], [buffers])
     if not training:
         scale, shift = fold_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)

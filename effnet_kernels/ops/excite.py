@@ -5,6 +5,7 @@ from torch import Tensor
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import GATES, Activation, Gate
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
+from effnet_kernels.operands import as_contiguous
 from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_kernels
 
 
@@ -34,7 +35,8 @@ def excite(
     if fits and dispatch.has_kernels(pooled):
         from effnet_kernels.ops.functions import Excite
 
-        return Excite.apply(pooled, w1, b1, w2, b2, act, gate)
+        operands = (None if t is None else as_contiguous(t) for t in (pooled, w1, b1, w2, b2))
+        return Excite.apply(*operands, act, gate)
     return reference.excite(pooled, w1, b1, w2, b2, act, gate)
 
 

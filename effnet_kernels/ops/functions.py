@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_kernels.autograd import first_order
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.primitives import Primitives, primitives_for
 
 
@@ -36,16 +38,18 @@ class PointwiseConv(torch.autograd.Function):
         return y, stats
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check_first_order()
         x, weight, bias, scale, shift, gate, y, stats = ctx.saved_tensors
+        x, y = as_map(x), as_map(y)
+        weight, scale, shift, gate = _contiguous(weight, scale, shift, gate)
         needs = ctx.needs_input_grad
         owed = _with_statistics(grad, y, stats, grad_stats)
         grad_x = grad_scale = grad_shift = grad_gate = grad_bias = None
         prologue = Prologue(scale, shift, ctx.act, gate)
         plain = scale is None and shift is None and gate is None and ctx.act == "none"
         needs_input = needs[0] or any(needs[3:6])
-        zero = torch.zeros(x.shape[1], device=x.device) if needs_input and not plain else None
+        zero = _zeros(x) if needs_input and not plain else None
         dz, sums, grad_weight = ctx.primitives.pointwise_conv_backward(
             owed, weight, x, prologue, zero, None, not plain, needs_input, needs[1]
         )
@@ -84,12 +88,14 @@ class DepthwiseConv(torch.autograd.Function):
         return y, stats
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check_first_order()
         x, weight, scale, shift, y, stats = ctx.saved_tensors
+        x, y = as_map(x), as_map(y)
+        weight, scale, shift = _contiguous(weight, scale, shift)
         needs = ctx.needs_input_grad
         owed = _with_statistics(grad, y, stats, grad_stats)
-        zero = torch.zeros(x.shape[1], device=x.device) if any(needs[2:4]) else None
+        zero = _zeros(x) if any(needs[2:4]) else None
         prologue = Prologue(scale, shift, ctx.act)
         dz, sums, grad_weight = ctx.primitives.depthwise_conv_backward(
             owed, x, weight, ctx.stride, ctx.padding, prologue, zero, None
@@ -112,10 +118,11 @@ class Squeeze(torch.autograd.Function):
         return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3])
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_first_order()
         x, scale, shift = ctx.saved_tensors
-        offset = grad / (x.shape[2] * x.shape[3])
+        x = as_map(x)
+        offset, scale, shift = _contiguous(grad / (x.shape[2] * x.shape[3]), scale, shift)
         owed = OutputGradient(None, x, None, None, None, offset, scale, shift, ctx.act)
         gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[:3], owed, x)
         return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), None
@@ -138,10 +145,12 @@ class Merge(torch.autograd.Function):
         return primitives.merge(x, Prologue(scale, shift, act), residual, keep)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_first_order()
         x, scale, shift, keep = ctx.saved_tensors
-        owed = OutputGradient(_channels_last(grad), x, None, None, keep, None, scale, shift, ctx.act)
+        x, grad = as_map(x), as_map(grad)
+        scale, shift, keep = _contiguous(scale, shift, keep)
+        owed = OutputGradient(grad, x, None, None, keep, None, scale, shift, ctx.act)
         gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[:3], owed, x)
         residual = grad if ctx.needs_input_grad[3] else None
         return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), residual, None, None
@@ -166,11 +175,11 @@ class Excite(torch.autograd.Function):
         return gate
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_first_order()
-        pooled, w1, b1, w2, b2, gate, hidden = ctx.saved_tensors
+        pooled, w1, b1, w2, b2, gate, hidden = _contiguous(*ctx.saved_tensors)
         primitives = ctx.primitives
-        sums = grad.contiguous()[:, None, None]
+        sums = as_contiguous(grad)[:, None, None]
         grad_pooled, logits, dhidden, _ = primitives.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act, ctx.kind)
         weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
         gradients = (grad_pooled, *weights)
@@ -197,11 +206,12 @@ class SqueezeExcite(torch.autograd.Function):
         return primitives.merge(x, Prologue(gate=gate), None, None)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_first_order()
-        x, w1, b1, w2, b2, gate, pooled, hidden = ctx.saved_tensors
+        x, *vectors = ctx.saved_tensors
+        x, grad = as_map(x), as_map(grad)
+        w1, b1, w2, b2, gate, pooled, hidden = _contiguous(*vectors)
         primitives = ctx.primitives
-        grad = _channels_last(grad)
         sums = primitives.squeeze(x, Prologue(), grad)
         offset, logits, dhidden, _ = primitives.excite_backward(
             sums[:, :, None], x.shape[2] * x.shape[3], gate, hidden, w1, w2, ctx.act, ctx.kind
@@ -211,21 +221,19 @@ class SqueezeExcite(torch.autograd.Function):
         return *_cast(ctx.needs_input_grad, (grad_x, *weights), (x, w1, b1, w2, b2)), None, None
 
 
-def _check_first_order() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "expected create_graph=False: the fused operators have no second derivative "
-            "(effnet_kernels.use_backend('reference') has)"
-        )
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Saved tensors as the primitives read them: hooks on saved tensors may have changed their strides."""
+    return [None if t is None else as_contiguous(t) for t in tensors]
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _zeros(x: Tensor) -> Tensor:
+    """[C], fp32, beside a map [N, C, H, W]."""
+    return torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _with_statistics(grad: Tensor, y: Tensor, stats: Tensor | None, grad_stats: Tensor | None) -> OutputGradient:
     """The output's gradient with that of its statistics: g + g_mean / M + 2 * g_M2 * (y - mean)."""
-    grad = _channels_last(grad)
+    grad = as_map(grad)
     if stats is None or grad_stats is None:
         return OutputGradient(grad, y)
     count, mean, _ = stats
@@ -253,7 +261,7 @@ def _through_affine(
     """The gradients of x, scale and shift, where act(scale * x + shift) got the gradient in ``owed``."""
     grad_x = grad_scale = grad_shift = None
     if needs[1] or needs[2]:
-        zero = torch.zeros(x.shape[1], device=x.device)
+        zero = _zeros(x)
         grad_shift, grad_scale = primitives.gradient_sums(owed, zero).sum(dim=0)
     if needs[0]:
         if owed.scale is not None:

@@ -1,10 +1,10 @@
 """The end of a block: the debt paid, the stochastic-depth factor, the residual."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Prologue
+from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_map,
@@ -37,9 +37,8 @@ def merge(
     if dispatch.has_kernels(x) and fits_kernels(x, prologue, None, residual, keep):
         from effnet_kernels.ops.functions import Merge
 
-        x = x.contiguous(memory_format=torch.channels_last)
-        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        keep = None if keep is None else keep.contiguous()
+        x, residual = as_map(x), None if residual is None else as_map(residual)
+        keep = None if keep is None else as_contiguous(keep)
         scale, shift, act, gate, _ = owed = contiguous(prologue or Prologue())
         if not any_requires_grad(x, residual, keep, *owed):
             return primitives_for(x).merge(x, owed, residual, keep)

@@ -1,10 +1,10 @@
 """The 1x1 convolution of a deferred activation."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Prologue, Reduction
+from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_choice,
@@ -15,6 +15,7 @@ from effnet_kernels.ops.checks import (
     check_tensor,
     contiguous,
     fits_kernels,
+    fits_reduction,
 )
 from effnet_kernels.primitives import primitives_for
 
@@ -53,7 +54,12 @@ def pointwise_conv(
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
-    if dispatch.has_kernels(x) and fits_kernels(x, prologue, epilogue, weight, bias):
+    residual = None if epilogue is None else epilogue.residual
+    if (
+        dispatch.has_kernels(x)
+        and fits_kernels(x, prologue, epilogue, weight, bias)
+        and fits_reduction(reduction, x, residual, weight, bias, *(prologue or ()))
+    ):
         return _on_kernels(x, weight, bias, prologue, epilogue, reduction)
     return reference.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
 
@@ -66,9 +72,8 @@ def _on_kernels(
     epilogue: Epilogue | None,
     reduction: Reduction,
 ) -> tuple[Tensor, Tensor | None]:
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, weight, bias = as_map(x), as_contiguous(weight), None if bias is None else as_contiguous(bias)
     owed = contiguous(prologue or Prologue())
-    bias = None if bias is None else bias.contiguous()
     if any_requires_grad(x, weight, bias, *owed):
         from effnet_kernels.ops.functions import PointwiseConv
 

@@ -1,10 +1,10 @@
 """The squeeze: a global average pool of a deferred activation."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch, reference
 from effnet_kernels.deferred import Prologue
+from effnet_kernels.operands import as_map
 from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, contiguous, fits_kernels
 from effnet_kernels.primitives import primitives_for
 
@@ -20,7 +20,7 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
     if dispatch.has_kernels(x) and fits_kernels(x, prologue):
         from effnet_kernels.ops.functions import Squeeze
 
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = as_map(x)
         scale, shift, act, gate, _ = owed = contiguous(prologue or Prologue())
         if not any_requires_grad(x, *owed):
             primitives = primitives_for(x)

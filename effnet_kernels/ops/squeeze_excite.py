@@ -1,11 +1,11 @@
 """Squeeze-and-excitation as one differentiable function."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation, Gate, Prologue
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
+from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import check_map, fits_kernels
 from effnet_kernels.ops.excite import check_excitation, excite
 from effnet_kernels.ops.merge import merge
@@ -48,5 +48,6 @@ def squeeze_excite(
     if w1.shape[0] <= MAX_SQUEEZED and dispatch.has_kernels(x) and fits_kernels(x, None, None, w1, b1, w2, b2):
         from effnet_kernels.ops.functions import SqueezeExcite
 
-        return SqueezeExcite.apply(x.contiguous(memory_format=torch.channels_last), w1, b1, w2, b2, act, gate)
+        layers = (None if t is None else as_contiguous(t) for t in (w1, b1, w2, b2))
+        return SqueezeExcite.apply(as_map(x), *layers, act, gate)
     return merge(x, Prologue(gate=excite(squeeze(x), w1, b1, w2, b2, act, gate)))

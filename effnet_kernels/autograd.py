@@ -1,0 +1,70 @@
+"""What the autograd Functions of blocks and of single operators have in common."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[..., Gradients]
+
+
+def first_order(backward: Backward) -> Backward:
+    """Decorates a Function's ``backward(ctx, *grads)``, which computes with kernels.
+
+    It raises RuntimeError where a second derivative is asked for. A batch of gradients is computed one by one: that is
+    what ``torch.autograd.grad(is_grads_batched=True)``, a vectorized ``torch.autograd.functional.jacobian`` and a
+    ``torch.vmap`` around a backward pass hand in.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Gradients:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected create_graph=False: the fused kernels have no second derivative "
+                "(effnet_kernels.use_backend('torch') has)"
+            )
+        if any(g is not None and _is_batched(g) for g in grads):
+            return _looped(functools.partial(checked, ctx), grads)
+        return backward(ctx, *grads)
+
+    return checked
+
+
+def _is_batched(g: Tensor) -> bool:
+    return _functorch.is_legacy_batchedtensor(g) or _functorch.is_batchedtensor(g)
+
+
+def _looped(backward: Backward, grads: Gradients) -> Gradients:
+    """The gradients for each item of the innermost batch, as a batch again."""
+    # There are two kinds of batches: those of torch.autograd's own loop and those of torch.vmap.
+    legacy = any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads)
+    if legacy:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        unbatched = [g if g is None or not _is_batched(g) else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    else:
+        level = max(_functorch.maybe_get_level(g) for g in grads if g is not None)
+        unbatched = [g if g is None else _moved_to_front(g, level) for g in grads]
+    batched = [g is not None and u is not g for g, u in zip(grads, unbatched, strict=True)]
+    size = next(u.shape[0] for u, is_batch in zip(unbatched, batched, strict=True) if u is not None and is_batch)
+    items = [
+        backward(*(u[i] if u is not None and is_batch else u for u, is_batch in zip(unbatched, batched, strict=True)))
+        for i in range(size)
+    ]
+    add = torch._add_batch_dim if legacy else _functorch._add_batch_dim
+    # Where one item has no gradient, none has.
+    return tuple(
+        None if column[0] is None else add(torch.stack(column), 0, level) for column in zip(*items, strict=True)
+    )
+
+
+def _moved_to_front(g: Tensor, level: int) -> Tensor:
+    """A gradient with the batch of this level as its first dimension; itself where it is no batch of that level."""
+    if not _functorch.is_batchedtensor(g) or _functorch.maybe_get_level(g) != level:
+        return g
+    inner, dimension = _functorch._unwrap_batched(g, level)
+    return inner if dimension is None else inner.movedim(dimension, 0)
