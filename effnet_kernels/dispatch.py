@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from effnet_kernels import cpu, triton
 
@@ -138,9 +139,15 @@ def interception(x: object) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     # Modes are also how launches are counted and simulated.
-    if (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) and not triton.off_device():
+    if (torch._C._len_torch_dispatch_stack() or _watching_function_modes()) and not triton.off_device():
         return "a torch dispatch or function mode is active"
     return None
+
+
+def _watching_function_modes() -> bool:
+    """Whether a function mode is active other than the one by which torch.set_default_device chooses a device."""
+    stack = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(index)) is not DeviceContext for index in stack)
 
 
 def registered(x: Tensor) -> bool:

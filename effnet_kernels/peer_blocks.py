@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.deferred import Activation, Gate, Padding
-from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle
+from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle, squeeze_layer_obstacle
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle
 from effnet_kernels.modules.stochastic_depth import draw_factors
 
@@ -26,7 +26,22 @@ class UnknownPart(Exception):
 
 def reader_of(kind: type) -> Reader | None:
     """What reads blocks of a class; None for other modules."""
-    return look_up(kind, _READERS)
+    reader = look_up(kind, _READERS)
+    return None if reader is None else partial(_read, reader)
+
+
+def _read(reader: Reader, block: nn.Module) -> Parts:
+    """The parts of a block, if they are a chain whose tensors fit one another."""
+    parts = reader(block)
+    for index, layer in enumerate(parts.layers[1:]):
+        if layer.kind() == "dense":
+            raise UnknownPart(f"convolution {index + 1} is neither a 1x1 nor a depthwise one")
+    if parts.excitation is not None and (len(parts.layers) < 2 or parts.layers[-1].kind() != "pointwise"):
+        raise UnknownPart("squeeze-and-excitation is not followed by a 1x1 convolution")
+    misfit = parts.misfit()
+    if misfit is not None:
+        raise UnknownPart(misfit)
+    return parts
 
 
 def look_up(kind: type, table: Mapping[str, Entry], methods: Collection[str] = ("forward",)) -> Entry | None:
@@ -112,23 +127,14 @@ def _excitation(block: nn.Module, fc1: str, act: str, fc2: str, gate: str | None
     """Squeeze-and-excitation; without the name of a gate the block calls the sigmoid itself."""
     first, second = _convolution(block, fc1)[0], _convolution(block, fc2)[0]
     for path, conv in ((fc1, first), (fc2, second)):
-        if conv.kernel_size != (1, 1) or conv.groups != 1:
-            raise UnknownPart(f"{path} is not a 1x1 convolution")
+        obstacle = squeeze_layer_obstacle(path, conv)
+        if obstacle is not None:
+            raise UnknownPart(obstacle)
     module = None if gate is None else _child(block, gate)
     kind = "sigmoid" if module is None else GATE_NAMES.get(type(module)) or _GATES.get(name_of(type(module)))
     if kind is None:
         raise _unknown(cast(str, gate), cast(nn.Module, module))
     return ExcitationLayers(first, second, _activation(block, act), kind)
-
-
-def _checked(parts: Parts) -> Parts:
-    """The parts, if they are a chain."""
-    for index, layer in enumerate(parts.layers[1:]):
-        if layer.kind() == "dense":
-            raise UnknownPart(f"convolution {index + 1} is neither a 1x1 nor a depthwise one")
-    if parts.excitation is not None and (len(parts.layers) < 2 or parts.layers[-1].kind() != "pointwise"):
-        raise UnknownPart("squeeze-and-excitation is not followed by a 1x1 convolution")
-    return parts
 
 
 class Pair(nn.Module):
@@ -193,7 +199,7 @@ def _read_torchvision(block: nn.Module, sequence: str) -> Parts:
         if name_of(type(drop)) != "torchvision.ops.stochastic_depth.StochasticDepth":
             raise _unknown("stochastic_depth", drop)
         keep = partial(_stochastic_depth, drop)
-    return _checked(Parts(layers, excitation, bool(block.use_res_connect), keep))
+    return Parts(layers, excitation, bool(block.use_res_connect), keep)
 
 
 def _stochastic_depth(drop: Any, x: Tensor) -> Tensor | None:
@@ -224,7 +230,7 @@ def _read_timm(block: nn.Module, *layers: tuple[str, str]) -> Parts:
             raise _unknown("drop_path", drop)
         keep = partial(_drop_path, drop)
     read = tuple(_layer(block, conv, norm) for conv, norm in layers)
-    return _checked(Parts(read, excitation, bool(block.has_skip), keep))
+    return Parts(read, excitation, bool(block.has_skip), keep)
 
 
 def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
@@ -247,7 +253,7 @@ def _read_lukemelas(block: nn.Module) -> Parts:
     layers = [_layer(block, "_expand_conv", "_bn0", act)] if expands else []
     layers += [_layer(block, "_depthwise_conv", "_bn1", act), _layer(block, "_project_conv", "_bn2", "none")]
     excitation = _excitation(block, "_se_reduce", "_swish", "_se_expand", None) if excites else None
-    return _checked(Parts(tuple(layers), excitation, bool(residual), partial(_drop_connect, block.training)))
+    return Parts(tuple(layers), excitation, bool(residual), partial(_drop_connect, block.training))
 
 
 def _drop_connect(training: bool, x: Tensor, drop_connect_rate: float | None = None) -> Tensor | None:

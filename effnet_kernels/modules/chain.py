@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from effnet_kernels import ops, registration
 from effnet_kernels.deferred import Activation, Epilogue, Gate, Padding, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
+from effnet_kernels.geometry import resolve_padding
 from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
 from effnet_kernels.modules.operator_module import OperatorModule, kernels
-from effnet_kernels.ops.checks import resolve_padding
 from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
 
 if TYPE_CHECKING:
@@ -46,6 +46,30 @@ class ConvNorm(NamedTuple):
             kernel, stride = conv.kernel_size[0], conv.stride[0]
             return None if has_depthwise(backend, kernel, stride) else no_depthwise(kernel, stride)
         return None if conv.groups == 1 else "a grouped convolution, which torch computes"
+
+    def misfit(self, channels: int | None) -> str | None:
+        """Why the tensors do not have the shapes that the modules' settings say, or other input channels, or None."""
+        conv, norm = self.conv, self.norm
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if tuple(conv.weight.shape) != shape:
+            return f"its weight has the shape {tuple(conv.weight.shape)}, expected {shape}"
+        if channels is not None and conv.in_channels != channels:
+            return f"it has {conv.in_channels} input channels, and {channels} come"
+        for vector in (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            if vector is not None and tuple(vector.shape) != shape[:1]:
+                return f"it has a bias, or its norm has a vector, of shape {tuple(vector.shape)}, expected {shape[:1]}"
+        if (norm.running_mean is None) != (norm.running_var is None):
+            return "its norm has one of running_mean and running_var"
+        return None
+
+    def keeps_size(self) -> bool:
+        """Whether a map of any size keeps its size."""
+        if self.conv.stride[0] != 1:
+            return False
+        if self.padding == "same":
+            return True
+        left, right, top, bottom = (self.padding,) * 4 if isinstance(self.padding, int) else self.padding
+        return left + right == top + bottom == self.conv.kernel_size[0] - 1
 
     def deferred(
         self, x: Tensor, owed: Prologue | None = None, residual: Tensor | None = None, pool: bool = False
@@ -92,6 +116,17 @@ class ExcitationLayers(NamedTuple):
     act: Activation
     gate: Gate = "sigmoid"
 
+    def misfit(self, channels: int) -> str | None:
+        """Why the layers do not make a gate of so many channels, or None."""
+        squeezed = self.fc1.out_channels
+        for name, fc, shape in (
+            ("first", self.fc1, (squeezed, channels, 1, 1)),
+            ("second", self.fc2, (channels, squeezed, 1, 1)),
+        ):
+            if tuple(fc.weight.shape) != shape or (fc.bias is not None and tuple(fc.bias.shape) != shape[:1]):
+                return f"squeeze-and-excitation's {name} layer has a weight {tuple(fc.weight.shape)}, expected {shape}"
+        return None
+
 
 class Parts(NamedTuple):
     """What a module computes: a chain of convolutions, and what is around it.
@@ -107,6 +142,23 @@ class Parts(NamedTuple):
     excitation: ExcitationLayers | None = None
     residual: bool = False
     keep: Callable[..., Tensor | None] | None = None
+
+    def misfit(self) -> str | None:
+        """Why the tensors do not fit one another, so that torch would raise an error or broadcast, or None."""
+        channels = None
+        for index, layer in enumerate(self.layers):
+            found = layer.misfit(channels)
+            if found is not None:
+                return f"convolution {index}: {found}"
+            channels = layer.conv.out_channels
+            if self.residual and not layer.keeps_size():
+                return f"convolution {index} changes the size of the map, to which the residual is added"
+        first, last = self.layers[0].conv, self.layers[-1].conv
+        if self.residual and first.in_channels != last.out_channels:
+            return f"a residual of {first.in_channels} channels is added to {last.out_channels}"
+        if self.excitation is None:
+            return None
+        return self.excitation.misfit(last.in_channels)
 
     def draw(self, *arguments: Any, **named: Any) -> Tensor | None:
         return None if self.keep is None or not self.residual else self.keep(*arguments, **named)
@@ -195,11 +247,18 @@ def run_operators(parts: Parts, input: Tensor, keep: Tensor | None) -> Tensor:
 
 
 class ChainModule(OperatorModule):
-    """Base of the modules that are a chain: a subclass has ``parts``, ``forward_modules`` and ``find_obstacle``."""
+    """Base of the modules that are a chain: a subclass has ``parts``, ``forward_modules`` and ``unknown_part``."""
 
     def parts(self) -> Parts:
-        """What the module computes, where there is no obstacle."""
+        """What the module computes, where there is no unknown part."""
         raise NotImplementedError
+
+    def unknown_part(self) -> str | None:
+        """Which of the inner modules the operators do not know, and why, or None."""
+        raise NotImplementedError
+
+    def find_obstacle(self) -> str | None:
+        return self.unknown_part() or self.parts().misfit()
 
     def forward_operators(self, input: Tensor) -> Tensor:
         parts = self.planned_parts()
@@ -241,3 +300,10 @@ def convolution_obstacle(name: str, conv: nn.Conv2d) -> str | None:
     if conv.kernel_size[0] == 1 and conv.padding[0] != 0:
         return f"{name} pads a 1x1 convolution"
     return None
+
+
+def squeeze_layer_obstacle(name: str, conv: nn.Conv2d) -> str | None:
+    """Why a convolution is no layer of squeeze-and-excitation, or None."""
+    if conv.kernel_size != (1, 1) or conv.groups != 1:
+        return f"{name} is not a 1x1 convolution"
+    return convolution_obstacle(name, conv)

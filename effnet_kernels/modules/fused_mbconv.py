@@ -73,7 +73,7 @@ class FusedMBConv(InvertedResidual):
     def parts(self) -> Parts:
         return self.parts_of([cast(ConvBnAct, layer) for layer in self.block])
 
-    def find_obstacle(self) -> str | None:
+    def unknown_part(self) -> str | None:
         obstacle = self.layers_obstacle([ConvBnAct] * (1 + self.expands))
         if obstacle is None and self.expands and cast(ConvBnAct, self.block[1]).part().kind() != "pointwise":
             return "project is not a 1x1 convolution"

@@ -36,8 +36,8 @@ class InvertedResidual(ChainModule):
     def forward_modules(self, input: Tensor) -> Tensor:
         result = self.block(input)
         if self.use_res_connect:
-            result = self.stochastic_depth(result)
-            result += input
+            # Not in place: an activation at the end of the branch may have saved its output for backward.
+            result = self.stochastic_depth(result) + input
         return result
 
     def parts_of(self, layers: Sequence[ConvBnAct], excitation: SqueezeExcitation | None = None) -> Parts:

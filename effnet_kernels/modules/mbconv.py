@@ -96,7 +96,7 @@ class MBConv(InvertedResidual):
         excitation = cast(SqueezeExcitation, next(layers)) if self.excites else None
         return expand, depthwise, excitation, cast(ConvBnAct, next(layers))
 
-    def find_obstacle(self) -> str | None:
+    def unknown_part(self) -> str | None:
         expands, excites = [ConvBnAct] * self.expands, [SqueezeExcitation] * self.excites
         obstacle = self.layers_obstacle([*expands, ConvBnAct, *excites, ConvBnAct])
         if obstacle is not None:

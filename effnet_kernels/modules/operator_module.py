@@ -117,7 +117,24 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
             return f"{name} has a hook, which only its own call would fire"
         if "forward" in module.__dict__:
             return f"{name} had its forward replaced"
+        setting = _unknown_setting(module)
+        if setting is not None:
+            return f"{name} has {setting}, which the operators do not know"
         for parameter in module._parameters.values():
-            if parameter is not None and type(parameter) is not nn.Parameter:
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter:
                 return f"{name} holds a {type(parameter).__name__}, not a plain parameter"
+            # A tracer has no answer to this; it traces torch's own operators, which have.
+            if not torch.compiler.is_compiling() and parameter.is_neg():
+                return f"{name} holds a parameter that is negated lazily"
+    return None
+
+
+def _unknown_setting(module: nn.Module) -> str | None:
+    """A setting by which a module computes something else than others of its class, or None."""
+    if type(module) is nn.AdaptiveAvgPool2d and module.output_size not in (1, (1, 1), [1, 1]):
+        return f"the output size {module.output_size}"
+    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
+        return f"the bounds {module.min_val} and {module.max_val}"
     return None

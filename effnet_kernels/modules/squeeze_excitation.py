@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from effnet_kernels.modules.chain import ExcitationLayers
+from effnet_kernels.modules.chain import ExcitationLayers, squeeze_layer_obstacle
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle
 
 
@@ -47,7 +47,8 @@ class SqueezeExcitation(nn.Module):
     def find_obstacle(self) -> str | None:
         """Why the operators cannot stand for :meth:`forward`, or None."""
         children = self._modules
-        return children_obstacle((name, children.get(name), expected) for name, expected in _CHILDREN.items())
+        obstacle = children_obstacle((name, children.get(name), expected) for name, expected in _CHILDREN.items())
+        return obstacle or squeeze_layer_obstacle("fc1", self.fc1) or squeeze_layer_obstacle("fc2", self.fc2)
 
 
 _CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {
