@@ -139,7 +139,7 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
         last = index == len(chain.layers) - 1
         statistics = None
         if norm.running_mean is not None and norm.running_var is not None:
-            statistics = RunningStatistics(norm.running_mean.contiguous(), norm.running_var.contiguous(), layer.eps)
+            statistics = RunningStatistics(_contiguous(norm.running_mean), _contiguous(norm.running_var), layer.eps)
         epilogue = Epilogue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
         reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
         if layer.kind == "pointwise":
@@ -216,7 +216,9 @@ def backward(
     given, parameters = parameters, _readable(chain, parameters)
     grad = as_contiguous(grad) if chain.pool else as_map(grad)
     x, keep = as_map(x), None if keep is None else as_contiguous(keep)
-    stored = [Stored(as_map(y), as_contiguous(folded), _contiguous(excitation)) for y, folded, excitation in stored]
+    stored = [
+        Stored(as_map(y), as_contiguous(folded), _readable_excitation(excitation)) for y, folded, excitation in stored
+    ]
     last, norms = stored[-1], [Normalisation(*kept.folded.unbind()) for kept in stored]
     owed = OutputGradient(
         grad, last.y, keep=keep, scale=norms[-1].scale, shift=norms[-1].shift, act=chain.layers[-1].act
@@ -342,16 +344,27 @@ def unflatten_stored(chain: Chain, flat: Sequence[Tensor]) -> list[Stored]:
 
 
 def _readable(chain: Chain, parameters: Sequence[Parameters]) -> list[Parameters]:
-    """The parameters as the primitives read them; a dense convolution's weight may have any strides."""
+    """The parameters as the primitives read them; a dense convolution's weight may have any strides.
+
+    Raises ValueError for parameters in float64, which no kernel computes in.
+    """
     readable: list[Parameters] = []
     for layer, own in zip(chain.layers, parameters, strict=True):
-        contiguous: Any = [t if t is None or t.is_contiguous() else t.contiguous() for t in own]
+        contiguous: Any = [
+            t if t is None or (t.is_contiguous() and t.dtype is not torch.float64) else _contiguous(t) for t in own
+        ]
         contiguous[0] = own.weight if layer.kind == "dense" else contiguous[0]
         readable.append(Parameters(*contiguous))
     return readable
 
 
-def _contiguous(excitation: Excitation | None) -> Excitation | None:
+def _contiguous(t: Tensor) -> Tensor:
+    if t.dtype is torch.float64:
+        raise ValueError(f"expected parameters and statistics in the input's precision, got {t.dtype}")
+    return as_contiguous(t)
+
+
+def _readable_excitation(excitation: Excitation | None) -> Excitation | None:
     return None if excitation is None else Excitation(*(as_contiguous(t) for t in excitation))
 
 
@@ -396,6 +409,7 @@ def _fold(primitives: Primitives, layer: Layer, own: Parameters, norm: Buffers, 
     if partials is None:
         assert mean is not None
         assert var is not None
+        mean, var = _contiguous(mean), _contiguous(var)
         rstd = torch.rsqrt(var.float() + layer.eps)
         scale = rstd if own.norm_weight is None else rstd * own.norm_weight
         shift = -mean * scale if own.norm_bias is None else own.norm_bias - mean * scale

@@ -89,6 +89,8 @@ def _convolution(block: nn.Module, path: str) -> tuple[nn.Conv2d, int | Padding 
     elif name not in _SAME_PADDING:
         raise _unknown(path, conv)
     conv = cast(nn.Conv2d, conv)
+    if type(conv) is not nn.Conv2d and tuple(conv.padding) != (0, 0):
+        raise UnknownPart(f"{path} pads by {conv.padding} beside the padding of its class")
     if conv._parameters.get("weight") is None:
         raise UnknownPart(f"{path} has no weight of its own, as where parameters are sharded")
     obstacle = convolution_obstacle(path, conv)

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=800, help="how many random blocks tests/test_surgery.py tries")
+
+
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of ``expected``."""
     difference, expected = actual.detach().double() - expected.detach().double(), expected.detach().double()

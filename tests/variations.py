@@ -38,7 +38,6 @@ def misfits(t: Tensor) -> Iterator[tuple[str, Tensor]]:
     for dimension in range(t.dim()):
         if t.shape[dimension] > 1:
             yield f"dimension {dimension} halved", t.narrow(dimension, 0, t.shape[dimension] // 2).clone()
-            yield f"dimension {dimension} expanded", t.narrow(dimension, 0, 1).expand(t.shape)
         yield f"dimension {dimension} doubled", torch.cat([t, t], dim=dimension)
     yield "one dimension less", t.flatten(0, 1) if t.dim() > 1 else t[0]
     yield "one dimension more", t[None]

@@ -36,14 +36,15 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     """Partial sums over pixels of dz and dz * (y - mean), for BatchNorm's backward: [P, 2, C]."""
     y = gradient.y
     assert y is not None
-    cut, channels = _cut(y, gradient.by_sample()), y.shape[1]
+    samples, channels, height, width = y.shape
+    cut = _cut(y, gradient.by_sample())
     sums = empty(cut[2] * cut[3], 2, channels)
     # Held by name until the call returns: the memory of what is made here would be free again otherwise.
     gradient = with_both(gradient)
     extension().gradient_sums(
         cut,
         channels,
-        gradient_addresses(gradient, *y.shape),
+        gradient_addresses(gradient, samples, channels, height, width),
         address("mean", mean, channels),
         address("sums", sums, cut[2] * cut[3], 2, channels),
         *execution(),

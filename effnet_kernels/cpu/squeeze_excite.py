@@ -74,7 +74,7 @@ def excite_backward(
     the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
     """
     total = _total(sums)
-    slope = gate * (1.0 - gate) if kind == "sigmoid" else ((gate > 0.0) & (gate < 1.0)) * (1.0 / 6.0)
+    slope = gate * (1.0 - gate) if kind == "sigmoid" else ((gate > 0.0) & (gate < 1.0)).to(gate.dtype) * (1.0 / 6.0)
     logits = total[:, 0] * slope
     dhidden = _through(_linear_backward(logits, w2), hidden, act)
     offset = _linear_backward(dhidden, w1).mul_(1.0 / count)
@@ -130,6 +130,8 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _total(sums: Tensor) -> Tensor:
+    if sums.dtype is not torch.float32:
+        raise ValueError(f"sums: expected float32, got {sums.dtype}")
     return sums.sum(dim=1)
 
 
