@@ -132,14 +132,15 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
     x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
     """
     primitives = primitives_for(x)
-    parameters = _readable(chain, parameters)
+    parameters = _readable(chain, parameters, x.dtype)
     residual = x if chain.residual else None
     gate, sums = None, None
     for index, (layer, own, norm) in enumerate(zip(chain.layers, parameters, buffers, strict=True)):
         last = index == len(chain.layers) - 1
         statistics = None
         if norm.running_mean is not None and norm.running_var is not None:
-            statistics = RunningStatistics(_contiguous(norm.running_mean), _contiguous(norm.running_var), layer.eps)
+            mean, var = _contiguous(norm.running_mean, x.dtype), _contiguous(norm.running_var, x.dtype)
+            statistics = RunningStatistics(mean, var, layer.eps)
         epilogue = Epilogue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
         reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
         if layer.kind == "pointwise":
@@ -174,7 +175,7 @@ def forward(
 ) -> tuple[Tensor, list[Stored]]:
     """The chain with activations deferred, and what backward needs. ``keep`` [N] is stochastic depth's factor."""
     primitives = primitives_for(x)
-    parameters = _readable(chain, parameters)
+    parameters = _readable(chain, parameters, x.dtype)
     keep = None if keep is None else as_contiguous(keep)
     stored: list[Stored] = []
     residual = x if chain.residual else None
@@ -184,7 +185,7 @@ def forward(
         y, partials = _convolve(primitives, layer, x, own, owed)
         if layer.batch_statistics and y.numel() == y.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-        folded = _fold(primitives, layer, own, norm, partials)
+        folded = _fold(primitives, layer, own, norm, partials, y.dtype)
         scale, shift, _, _ = folded.unbind()
         owed = Prologue(scale, shift, layer.act)
         excitation = None
@@ -213,7 +214,7 @@ def backward(
 
     Gradients and saved tensors may come in other strides than they left in: hooks on saved tensors change them.
     """
-    given, parameters = parameters, _readable(chain, parameters)
+    given, parameters = parameters, _readable(chain, parameters, x.dtype)
     grad = as_contiguous(grad) if chain.pool else as_map(grad)
     x, keep = as_map(x), None if keep is None else as_contiguous(keep)
     stored = [
@@ -343,24 +344,25 @@ def unflatten_stored(chain: Chain, flat: Sequence[Tensor]) -> list[Stored]:
     ]
 
 
-def _readable(chain: Chain, parameters: Sequence[Parameters]) -> list[Parameters]:
-    """The parameters as the primitives read them; a dense convolution's weight may have any strides.
+def _readable(chain: Chain, parameters: Sequence[Parameters], dtype: torch.dtype) -> list[Parameters]:
+    """The parameters as the primitives read them beside maps of ``dtype``; a dense weight may have any strides.
 
-    Raises ValueError for parameters in float64, which no kernel computes in.
+    Raises ValueError for parameters in float64 beside maps in another dtype, as torch does.
     """
     readable: list[Parameters] = []
     for layer, own in zip(chain.layers, parameters, strict=True):
         contiguous: Any = [
-            t if t is None or (t.is_contiguous() and t.dtype is not torch.float64) else _contiguous(t) for t in own
+            t if t is None or (t.is_contiguous() and t.dtype is not torch.float64) else _contiguous(t, dtype)
+            for t in own
         ]
         contiguous[0] = own.weight if layer.kind == "dense" else contiguous[0]
         readable.append(Parameters(*contiguous))
     return readable
 
 
-def _contiguous(t: Tensor) -> Tensor:
-    if t.dtype is torch.float64:
-        raise ValueError(f"expected parameters and statistics in the input's precision, got {t.dtype}")
+def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
+    if t.dtype is torch.float64 and dtype is not torch.float64:
+        raise ValueError(f"expected parameters and statistics beside maps in {dtype}, got {t.dtype}")
     return as_contiguous(t)
 
 
@@ -404,12 +406,20 @@ def _padding(layer: Layer, x: Tensor, own: Parameters) -> Padding:
     return padding
 
 
-def _fold(primitives: Primitives, layer: Layer, own: Parameters, norm: Buffers, partials: Tensor | None) -> Tensor:
+def _fold(
+    primitives: Primitives,
+    layer: Layer,
+    own: Parameters,
+    norm: Buffers,
+    partials: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A layer's Normalisation, [4, K], beside maps of ``dtype``: from the batch's statistics or the running ones."""
     mean, var = norm.running_mean, norm.running_var
     if partials is None:
         assert mean is not None
         assert var is not None
-        mean, var = _contiguous(mean), _contiguous(var)
+        mean, var = _contiguous(mean, dtype), _contiguous(var, dtype)
         rstd = torch.rsqrt(var.float() + layer.eps)
         scale = rstd if own.norm_weight is None else rstd * own.norm_weight
         shift = -mean * scale if own.norm_bias is None else own.norm_bias - mean * scale

@@ -49,6 +49,8 @@ def excite(
     """From partial sums over ``count`` pixels [N, T, C] to the gate [N, C], and what backward needs: pooled [N, C] and
     the hidden layer [N, S] before its activation. w1 [S, C], w2 [C, S], b1 [S], b2 [C].
     """
+    if sums.dim() != 3:
+        raise ValueError(f"sums: expected [N, T, C], got shape {tuple(sums.shape)}")
     pooled = mean_of_sums(sums, count)
     hidden = _linear(pooled, w1, b1, "none")
     logits = _linear(hidden, w2, b2, act)
@@ -73,12 +75,15 @@ def excite_backward(
     pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums, those that
     the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
     """
+    samples, _, kinds, channels = sums.shape
+    address("gate", gate, samples, channels)
+    address("hidden", hidden, samples, w1.shape[0])
     total = _total(sums)
     slope = gate * (1.0 - gate) if kind == "sigmoid" else ((gate > 0.0) & (gate < 1.0)).to(gate.dtype) * (1.0 / 6.0)
     logits = total[:, 0] * slope
     dhidden = _through(_linear_backward(logits, w2), hidden, act)
     offset = _linear_backward(dhidden, w1).mul_(1.0 / count)
-    if sums.shape[2] == 1:
+    if kinds == 1:
         return offset, logits, dhidden, None
     norm_sums = gate[:, None] * total[:, 1:4:2] + offset[:, None] * total[:, 2:5:2]
     return offset, logits, dhidden, norm_sums
@@ -101,10 +106,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> 
 
 def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient of what the layer read, [N, C], from its output's [N, K]."""
+    weight = _matrix(weight)
     like = empty(grad.shape[0], weight.shape[1], 1, 1)
     gradient = OutputGradient(_pixel(grad))
     dx, _, _ = pointwise_conv_backward(
-        gradient, _matrix(weight), like, Prologue(), None, None, False, needs_input=True, needs_weight=False
+        gradient, weight, like, Prologue(), None, None, False, needs_input=True, needs_weight=False
     )
     assert dx is not None
     return dx.flatten(1)
@@ -126,12 +132,14 @@ def _pixel(x: Tensor) -> Tensor:
 
 
 def _matrix(weight: Tensor) -> Tensor:
+    if weight.dim() not in (2, 4):
+        raise ValueError(f"weight: expected [K, C] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
     return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
 def _total(sums: Tensor) -> Tensor:
-    if sums.dtype is not torch.float32:
-        raise ValueError(f"sums: expected float32, got {sums.dtype}")
+    # torch would convert and broadcast what does not fit.
+    address("sums", sums, *sums.shape)
     return sums.sum(dim=1)
 
 
