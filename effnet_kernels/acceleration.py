@@ -1,8 +1,10 @@
 """accelerate(): other packages' networks on this package's operators, in place."""
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from effnet_kernels import dispatch
 from effnet_kernels.modules.chain import ChainModule, Parts, run_operators
 from effnet_kernels.modules.operator_module import OperatorModule
-from effnet_kernels.peer_blocks import Pair, Reader, UnknownPart, look_up, reader_of
+from effnet_kernels.peer_blocks import READER_MODULES, Pair, Reader, UnknownPart, look_up, reader_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,7 +31,8 @@ def accelerate(model: Model) -> Model:
     ``print(explain(model))`` lists what was switched, and why the rest was not. :func:`restore` undoes it.
 
     Outputs of switched blocks are in channels-last strides. Models may be trained, copied, pickled and accelerated
-    again; for ``torch.jit.script`` restore them first.
+    again; for ``torch.jit.script`` restore them first. Before reading a pickle with a block of a class of your own,
+    import that class's module.
 
     Args:
         model: any module, in any mode, on any device.
@@ -192,6 +195,7 @@ def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
     return None if issubclass(kind, AcceleratedNetwork) else look_up(kind, _NETWORKS, _METHODS)
 
 
+_KNOWN_MODULES = READER_MODULES | {name.rpartition(".")[0] for name in _NETWORKS}
 _classes: dict[type[nn.Module], Any] = {}
 
 
@@ -215,11 +219,20 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """A subclass by its name, for pickle."""
-    module, colon, qualified = name.replace("/", ".").partition(":")
-    if not colon:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: Any = importlib.import_module(module)
-    for part in qualified.split("."):
-        found = getattr(found, part)
+    """A subclass by its name, for pickle.
+
+    Only the modules of the tables of known classes are imported for it, and nothing but a class of those tables, or one
+    derived from it in a module that is imported already, is found: a pickle cannot lead from here to anything else.
+    """
+    path, colon, qualified = name.replace("/", ".").partition(":")
+    found: Any = None
+    if colon:
+        found = importlib.import_module(path) if path in _KNOWN_MODULES else sys.modules.get(path)
+        for part in qualified.split("."):
+            # Not getattr, which could run a module's own __getattr__ or a descriptor.
+            found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
+    if not isinstance(found, type) or (reader_of(found) is None and _network_of(found) is None):
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: expected the name of an accelerated class"
+        )
     return _accelerated_class(found)

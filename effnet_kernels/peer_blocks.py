@@ -298,3 +298,5 @@ _READERS: dict[str, Reader] = {
     "efficientnet_pytorch.model.MBConvBlock": _read_lukemelas,
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": _read_lukemelas,
 }
+READER_MODULES = frozenset(name.rpartition(".")[0] for name in _READERS)
+"""Where the known classes are defined."""
