@@ -228,7 +228,12 @@ def test_misfit_names_keys_and_leaves_the_model_alone(form: Any) -> None:
 
     missing = {key: value for key, value in good.items() if key != deep}
     misshapen = {**good, head: torch.zeros(9)}
-    prefix = {"torchvision": "features.3.0.block.", "timm": "blocks.2.0.", "lukemelas": "_blocks.3."}[form]
+    prefix = {
+        "torchvision": "features.3.0.block.",
+        "timm": "blocks.2.0.",
+        "lukemelas": "_blocks.3.",
+        "transformers": "efficientnet.encoder.blocks.3.",
+    }[form]
     unexpected = {**good, f"{prefix}stranger.weight": torch.zeros(1), "nobody": torch.zeros(1)}
     everything = {**{k: v for k, v in unexpected.items() if k != deep}, head: torch.zeros(9)}
     for state_dict, messages in (
@@ -298,7 +303,7 @@ def test_checkpoints_without_batch_counters() -> None:
 
 
 def test_to_is_checked() -> None:
-    with pytest.raises(ValueError, match="to: expected one of torchvision, timm, lukemelas, got 'keras'"):
+    with pytest.raises(ValueError, match="to: expected one of torchvision, timm, lukemelas, transformers, got 'keras'"):
         convert_state_dict({}, "keras")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected the keys of an EfficientNet in timm's format, got blocks\.x"):
         convert_state_dict({"conv_stem.weight": torch.zeros(1), "blocks.x": torch.zeros(1)}, "torchvision")

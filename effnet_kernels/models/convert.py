@@ -1,4 +1,4 @@
-"""State dicts of EfficientNets in torchvision's, timm's and lukemelas's format, converted into each other.
+"""State dicts of EfficientNets in the formats of torchvision, timm, lukemelas and transformers, converted.
 
 What neither keys nor shapes reveal, BatchNorm's settings and the padding, is carried as :class:`Settings`.
 """
@@ -22,35 +22,9 @@ from effnet_kernels.models.formats import (
     module_names,
     roles_of,
 )
+from effnet_kernels.models.wrappers import unwrap
 from effnet_kernels.modules import FusedMBConvConfig
 from effnet_kernels.modules.conv_bn_act import PaddingMode
-
-
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict inside a training checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
-
-    As timm does, averaged weights are preferred: the entries ``state_dict_ema``, ``model_ema``, ``state_dict`` and
-    ``model`` are tried in this order, then the checkpoint itself.
-
-    Raises TypeError for what is not a mapping, ValueError for an entry that is no tensor.
-    """
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-            break
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(f"expected a state dict, got {type(checkpoint).__name__}")
-    state_dict = {}
-    for key, value in checkpoint.items():
-        # torch.optim.swa_utils.AveragedModel counts its updates beside the weights.
-        if key == "n_averaged":
-            continue
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"expected a state dict of tensors, got {type(value).__name__} under the key {key!r}")
-        for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-            key = key.removeprefix(prefix)
-        state_dict[key] = value
-    return state_dict
 
 
 def convert_state_dict(
@@ -62,8 +36,8 @@ def convert_state_dict(
 
     Args:
         state_dict: of a whole network, in any format, wrapped and prefixed or not.
-        to: ``"torchvision"`` (ours), ``"timm"`` or ``"lukemelas"``.
-        like: a model with the same blocks. lukemelas numbers blocks without their stages; without ``like`` a stage is
+        to: ``"torchvision"`` (ours), ``"timm"``, ``"lukemelas"`` or ``"transformers"``.
+        like: a model with the same blocks. The last two number blocks without their stages; without ``like`` a stage is
             taken to begin where the channels, the kernel or the expansion change.
 
     Raises ValueError for keys of no known format and for blocks that ``to`` has no names for.
@@ -197,9 +171,10 @@ def settings_of(model: nn.Module) -> Settings:
     if len(found) != 1:
         raise ValueError(f"expected one eps and momentum in all BatchNorms, got {dict(found) or 'no BatchNorm'}")
     (eps, momentum), _ = found.popitem()
-    # All peers name their convolution with TensorFlow's padding Conv2d...Same...: there is no common attribute.
-    convs = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv2d)}
-    return Settings(eps, momentum, "same" if any("Same" in name for name in convs) else "symmetric")
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    # Peers name their convolution with TensorFlow's padding Conv2d...Same..., or have torch's "same" where it is that.
+    same = any("Same" in type(conv).__name__ or isinstance(conv.padding, str) for conv in convs)
+    return Settings(eps, momentum, "same" if same else "symmetric")
 
 
 def from_peer(peer: nn.Module) -> EfficientNet:

@@ -1,10 +1,12 @@
-"""The names that torchvision, timm and lukemelas give to the modules of an EfficientNet.
+"""The names that torchvision, timm, lukemelas and transformers give to the modules of an EfficientNet.
 
 A state dict is read as a layout: the kinds of the blocks, stage by stage. A format is the names that it gives to the
 modules of a layout. Ours is torchvision's; timm's is that of `timm.models.efficientnet`, lukemelas's that of the
-packages `efficientnet_pytorch` and `efficientnet_lite_pytorch`.
+packages `efficientnet_pytorch` and `efficientnet_lite_pytorch`, and transformers' that of Hugging Face's
+`EfficientNetForImageClassification`.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -12,8 +14,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor
 
-Format = Literal["torchvision", "timm", "lukemelas"]
-FORMATS: tuple[Format, ...] = ("torchvision", "timm", "lukemelas")
+Format = Literal["torchvision", "timm", "lukemelas", "transformers"]
+FORMATS: tuple[Format, ...] = ("torchvision", "timm", "lukemelas", "transformers")
+# Whose networks are TensorFlow's, number their blocks without regard to stages, and have no Fused-MBConv.
+NUMBERED: tuple[Format, ...] = ("lukemelas", "transformers")
 
 # The convolutions of a block, by its kind, in the order in which they run.
 _CONVS = {
@@ -28,15 +32,42 @@ _TIMM_CONVS = {
     "dense": ("conv",),
     "fused": ("conv_exp", "conv_pwl"),
 }
-_LUKEMELAS_CONVS = {
-    "expand": ("_expand_conv", "_bn0"),
-    "depthwise": ("_depthwise_conv", "_bn1"),
-    "project": ("_project_conv", "_bn2"),
+_NUMBERED_CONVS = {
+    "lukemelas": {
+        "expand": ("_expand_conv", "_bn0"),
+        "depthwise": ("_depthwise_conv", "_bn1"),
+        "project": ("_project_conv", "_bn2"),
+    },
+    "transformers": {
+        "expand": ("expansion.expand_conv", "expansion.expand_bn"),
+        "depthwise": ("depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"),
+        "project": ("projection.project_conv", "projection.project_bn"),
+    },
 }
+_SQUEEZE_EXCITE = {
+    "timm": ["se.conv_reduce", "se.conv_expand"],
+    "lukemelas": ["_se_reduce", "_se_expand"],
+    "transformers": ["squeeze_excite.reduce", "squeeze_excite.expand"],
+}
+# A block's name and what is inside of it.
+_BLOCK = {
+    "torchvision": re.compile(r"(features\.\d+\.\d+)\.(block\..+)"),
+    "timm": re.compile(r"(blocks\.\d+\.\d+)\.(.+)"),
+    "lukemelas": re.compile(r"(_blocks\.\d+)\.(.+)"),
+    "transformers": re.compile(r"(efficientnet\.encoder\.blocks\.\d+)\.(.+)"),
+}
+# The stem's convolution and norm, the head's, the classifier.
 _ENDS: dict[Format, tuple[str, str, str, str, str]] = {
     "torchvision": ("features.0.0", "features.0.1", "features.{}.0", "features.{}.1", "classifier.1"),
     "timm": ("conv_stem", "bn1", "conv_head", "bn2", "classifier"),
     "lukemelas": ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc"),
+    "transformers": (
+        "efficientnet.embeddings.convolution",
+        "efficientnet.embeddings.batchnorm",
+        "efficientnet.encoder.top_conv",
+        "efficientnet.encoder.top_bn",
+        "classifier",
+    ),
 }
 
 
@@ -58,6 +89,7 @@ def detect_format(state_dict: Mapping[str, Any]) -> Format:
         ("torchvision", ("features.",)),
         ("timm", ("conv_stem.", "blocks.")),
         ("lukemelas", ("_conv_stem.", "_blocks.")),
+        ("transformers", ("efficientnet.embeddings.", "efficientnet.encoder.")),
     ):
         if any(key.startswith(prefixes) for key in state_dict):
             return cast(Format, form)
@@ -70,31 +102,32 @@ def layout_of(state_dict: Mapping[str, Tensor]) -> Layout:
     form = detect_format(state_dict)
     blocks: dict[str, set[str]] = {}
     for key in state_dict:
-        parts = key.split(".")
-        in_block = parts[3:4] == ["block"] if form == "torchvision" else parts[0] in ("blocks", "_blocks")
-        cut = 2 if form == "lukemelas" else 3
-        if in_block and all(part.isdigit() for part in parts[1:cut]):
-            blocks.setdefault(".".join(parts[:cut]), set()).add(".".join(parts[cut:-1]))
+        block = _BLOCK[form].match(key)
+        if block is not None:
+            blocks.setdefault(block[1], set()).add(block[2].rpartition(".")[0])
     kinds = []
-    for prefix in sorted(blocks, key=lambda prefix: [int(part) for part in prefix.split(".")[1:]]):
+    for prefix in sorted(blocks, key=lambda prefix: [int(number) for number in re.findall(r"\d+", prefix)]):
         kind = _kind_of(form, prefix, blocks[prefix], state_dict)
-        # lukemelas numbers the blocks alone: successive ones with a kind and shapes in common are a stage.
-        stage = (kind, *_stage_shapes(prefix, state_dict)) if form == "lukemelas" else prefix.split(".")[1]
+        # Of blocks that are numbered alone successive ones with a kind and shapes in common are a stage.
+        shapes = _stage_shapes(form, prefix, state_dict) if form in NUMBERED else None
+        stage = prefix.split(".")[1] if shapes is None else (kind, *shapes)
         kinds.append((stage, kind))
     return [[kind for _, kind in stage] for _, stage in groupby(kinds, key=itemgetter(0))]
 
 
-def _stage_shapes(prefix: str, state_dict: Mapping[str, Tensor]) -> list[int | None]:
-    """Output channels and kernel size of a lukemelas block, which the blocks of a stage share."""
-    project = state_dict.get(f"{prefix}._project_conv.weight")
-    depthwise = state_dict.get(f"{prefix}._depthwise_conv.weight")
-    return [None if project is None else project.shape[0], None if depthwise is None else depthwise.shape[-1]]
+def _stage_shapes(form: Format, prefix: str, state_dict: Mapping[str, Tensor]) -> list[int | None]:
+    """Output channels and kernel size of a numbered block, which the blocks of a stage share."""
+    names = _NUMBERED_CONVS[form]
+    project = state_dict.get(f"{prefix}.{names['project'][0]}.weight")
+    depthwise = state_dict.get(f"{prefix}.{names['depthwise'][0]}.weight")
+    shapes = ((project, 0), (depthwise, -1))
+    return [None if weight is None or weight.dim() == 0 else weight.shape[side] for weight, side in shapes]
 
 
 def _kind_of(form: Format, prefix: str, modules: set[str], state_dict: Mapping[str, Tensor]) -> BlockKind:
     best, best_distance = KINDS[0], len(modules) + 1
     for kind in KINDS:
-        if form == "lukemelas" and kind.name in ("dense", "fused"):
+        if form in NUMBERED and kind.name in ("dense", "fused"):
             continue
         names = block_names(form, kind)
         # torchvision numbers the convolutions; only a depthwise kernel, with one input channel, tells them apart.
@@ -122,20 +155,20 @@ def roles_of(kind: BlockKind) -> list[str]:
 
 def block_names(form: Format, kind: BlockKind) -> list[str]:
     """A format's names for the modules of a block, in the order of :func:`_roles`."""
+    if form in NUMBERED and kind.name in ("dense", "fused"):
+        raise ValueError(f"expected a network without Fused-MBConv blocks: {form}'s format has no names for them")
     names: list[str] = []
     for index, conv in enumerate(_CONVS[kind.name]):
         last = conv == "project" and kind.squeezes
         if form == "torchvision":
             names += [f"block.{index}.fc1", f"block.{index}.fc2"] if last else []
             names += [f"block.{index + last}.0", f"block.{index + last}.1"]
-        elif form == "timm":
-            names += ["se.conv_reduce", "se.conv_expand"] if last else []
+            continue
+        names += _SQUEEZE_EXCITE[form] if last else []
+        if form == "timm":
             names += [_TIMM_CONVS[kind.name][index], f"bn{index + 1}"]
-        elif conv in _LUKEMELAS_CONVS:
-            names += ["_se_reduce", "_se_expand"] if last else []
-            names += _LUKEMELAS_CONVS[conv]
         else:
-            raise ValueError("expected a network without Fused-MBConv blocks: lukemelas's format has no names for them")
+            names += _NUMBERED_CONVS[form][conv]
     return names
 
 
@@ -149,25 +182,35 @@ def module_names(form: Format, layout: Layout) -> list[str]:
                 "torchvision": f"features.{stage + 1}.{block}",
                 "timm": f"blocks.{stage}.{block}",
                 "lukemelas": f"_blocks.{index}",
+                "transformers": f"efficientnet.encoder.blocks.{index}",
             }[form]
             names += [f"{prefix}.{name}" for name in block_names(form, kind)]
             index += 1
     return [*names, head_conv, head_bn, classifier]
 
 
+def stem_weight(form: Format) -> str:
+    """The key of the first convolution's weight."""
+    return f"{_ENDS[form][0]}.weight"
+
+
 def is_classifier(key: str, form: Format) -> bool:
-    return key.startswith(f"{_ENDS[form][-1]}.")
+    """Whether a key belongs to the classifier, or to what was put in its place."""
+    return key.split(".")[0] == _ENDS[form][-1].split(".")[0]
 
 
 def is_beyond(key: str, form: Format, layout: Layout) -> bool:
     """Whether a key belongs to what comes after these stages: further stages, the head, the classifier."""
+    if is_classifier(key, form):
+        return True
     if form == "torchvision":
         part, limit = "features", len(layout)
     elif form == "timm":
         part, limit = "blocks", len(layout) - 1
     else:
-        part, limit = "_blocks", sum(len(stage) for stage in layout) - 1
-    first, *rest = key.split(".")
-    if first == part:
-        return rest[0].isdigit() and int(rest[0]) > limit
+        part = "_blocks" if form == "lukemelas" else "efficientnet.encoder.blocks"
+        limit = sum(len(stage) for stage in layout) - 1
+    number = re.match(rf"{re.escape(part)}\.(\d+)\.", key)
+    if number is not None:
+        return int(number[1]) > limit
     return key.startswith(tuple(f"{name}." for name in _ENDS[form][2:]))
