@@ -368,7 +368,7 @@ def test_a_builder_takes_weights_for_another_use(tmp_path: Path) -> None:
         assert torch.allclose(grey, trained(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
     assert ek.efficientnet_lite0(weights=path, in_chans=5).features[0][0].weight.shape[1] == 5
     with pytest.raises(ValueError, match="num_classes: expected 7, which the weights have, or 0, got 9"):
-        ek.efficientnet_lite0(weights=path, num_classes=9)
+        ek.efficientnet_lite0(weights=path, num_classes=9, strict=True)
 
 
 def test_a_lukemelas_checkpoint_in_a_symmetric_network_is_warned_of(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from effnet_kernels.models.configs import VARIANTS, Variant
@@ -21,6 +22,7 @@ from effnet_kernels.models.formats import (
     layout_of,
     module_names,
     roles_of,
+    stem_weight,
 )
 from effnet_kernels.models.wrappers import unwrap
 from effnet_kernels.modules import FusedMBConvConfig
@@ -71,8 +73,8 @@ def load_checkpoint(
     Args:
         skip_classifier, skip_stem: leave the classifier, or the first convolution, as it is.
 
-    Raises ValueError that names the first missing, unexpected and misshapen keys (in the checkpoint's own names) and
-    the variant that the checkpoint seems to be of; the model is untouched then.
+    Raises ValueError that names the first missing, unexpected, misshapen and unfit keys (in the checkpoint's own names)
+    and the variant that the checkpoint seems to be of. All is checked before the first copy: the model is untouched.
     """
     state_dict = unwrap(checkpoint)
     own = model.state_dict()
@@ -92,25 +94,39 @@ def load_checkpoint(
         else:
             wanted[name] = key
     ends = {own_name for own_name in ours if any(key.startswith(f"{own_name}.") for key in own)}
-    has_classifier, has_head = ours[-1] in ends, ours[-3] in ends
+    classifies, has_head = ours[-1] in ends, ours[-3] in ends
     unexpected = [
         key
         for key in state_dict
         if key not in wanted
         and key not in skipped_keys
-        and not (skip_classifier and is_classifier(key, source))
-        and not (not has_classifier and is_classifier(key, source))
+        and not ((skip_classifier or not classifies) and is_classifier(key, source))
         and not (not has_head and is_beyond(key, source, layout))
     ]
     missing = [key for key in wanted if key not in state_dict and not key.endswith(".num_batches_tracked")]
-    misshapen = [
-        f"{key!r} (expected {tuple(own[wanted[key]].shape)}, got {tuple(value.shape)})"
-        for key, value in state_dict.items()
-        if key in wanted and value.shape != own[wanted[key]].shape
-    ]
+    targets = {key: own[wanted[key]] for key in state_dict if key in wanted}
+    misshapen = [key for key, target in targets.items() if state_dict[key].shape != target.shape]
     if missing or unexpected or misshapen:
-        raise ValueError(_misfit(source, missing, unexpected, misshapen, state_dict, own))
-    model.load_state_dict({wanted[key]: value for key, value in state_dict.items() if key in wanted}, strict=False)
+        raise ValueError(_misfit(source, missing, unexpected, misshapen, state_dict, targets, own))
+    for key, target in targets.items():
+        _check_copy(key, state_dict[key], target)
+    model.load_state_dict({wanted[key]: state_dict[key] for key in targets}, strict=False)
+
+
+def _check_copy(key: str, value: Tensor, target: Tensor) -> None:
+    """Raises ValueError where a tensor cannot be copied into another, or would become other numbers."""
+    if target.is_floating_point() and not value.is_floating_point():
+        raise ValueError(f"{key!r}: expected a floating-point tensor, got {value.dtype}")
+    if value.is_meta and not target.is_meta:
+        raise ValueError(f"{key!r}: expected a tensor with data, got one on the meta device")
+    try:
+        with torch.no_grad():
+            torch.empty_like(target).copy_(value)
+    # Subclasses of Tensor have errors of their own.
+    except Exception as error:
+        raise ValueError(
+            f"{key!r}: expected a tensor that can be copied, got a {type(value).__name__}: {error}"
+        ) from error
 
 
 def guess_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
@@ -129,7 +145,7 @@ def guess_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
         for kind in stage:
             modules = [next(names) for _ in roles_of(kind)]
             weight = state_dict.get(f"{modules[-2]}.weight")
-            channels = channels if weight is None else weight.shape[0]
+            channels = channels if weight is None or weight.dim() == 0 else weight.shape[0]
         signature.append((stage[-1].squeezes, len(stage), channels))
     for variant in VARIANTS.values():
         configs = variant.block_configs()
@@ -142,9 +158,17 @@ def guess_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
 
 
 def count_classes(state_dict: Mapping[str, Tensor]) -> int:
-    """Outputs of the classifier in a state dict of any format; 0 where it has none."""
+    """Outputs of the classifier in a state dict of any format; 0 where it has none, or another than one layer there."""
     form = detect_format(state_dict)
-    return next((len(t) for key, t in state_dict.items() if is_classifier(key, form) and key.endswith(".bias")), 0)
+    name = module_names(form, layout_of(state_dict))[-1]
+    found = [t for leaf in ("weight", "bias") if (t := state_dict.get(f"{name}.{leaf}")) is not None and t.dim()]
+    return len(found[0]) if found else 0
+
+
+def has_classifier(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict of any format has tensors in the classifier's place."""
+    form = detect_format(state_dict)
+    return any(is_classifier(key, form) for key in state_dict)
 
 
 @dataclass(frozen=True)
@@ -231,13 +255,25 @@ def _misfit(
     unexpected: list[str],
     misshapen: list[str],
     state_dict: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
 ) -> str:
+    shapes = [
+        f"{key!r} (expected {tuple(targets[key].shape)}, got {tuple(state_dict[key].shape)})" for key in misshapen
+    ]
     findings = []
     for name, keys in (("missing", missing), ("unexpected", unexpected)):
         findings += [f"{name} {_first(repr(key) for key in keys)}"] if keys else []
-    findings += [f"misshapen {_first(misshapen)}"] if misshapen else []
+    findings += [f"misshapen {_first(shapes)}"] if shapes else []
     message = f"the state dict ({form}'s format) does not fit the model: {'; '.join(findings)}"
+    if (stem := stem_weight(form)) in misshapen and state_dict[stem].dim() == 4:
+        given_chans, expected_chans = state_dict[stem].shape[1], targets[stem].shape[1]
+        if given_chans != expected_chans:
+            message += f"; it is for images of {given_chans} channels, the model (in_chans) of {expected_chans}"
+    if all(is_classifier(key, form) for key in (*missing, *unexpected, *misshapen)):
+        message += (
+            "; only the classifier differs: skip_classifier=True, or a builder's num_classes, keeps the model's own"
+        )
     given, expected = guess_variant(state_dict), guess_variant(own)
     if given is not None and given != expected:
         message += f"; it seems to be of {given.name}"

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from effnet_kernels.models.configs import VARIANTS, Variant
-from effnet_kernels.models.convert import convert_state_dict, count_classes, load_checkpoint, unwrap
+from effnet_kernels.models.convert import count_classes, has_classifier, load_checkpoint
 from effnet_kernels.models.efficientnet import EfficientNet, build
-from effnet_kernels.models.formats import detect_format
+from effnet_kernels.models.formats import NUMBERED, detect_format, stem_weight
 from effnet_kernels.models.pretrained import resolve_weights
+from effnet_kernels.models.wrappers import unwrap
 
 
 def find_variant(name: str) -> Variant:
@@ -22,17 +23,21 @@ def find_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
+def create_model(
+    name: str, *, weights: Any = None, progress: bool = True, strict: bool = False, **kwargs: Any
+) -> EfficientNet:
     """A released network, trained where ``weights`` are given.
 
     Args:
         name: ``efficientnet_b0`` ... ``b8``, ``l2``, ``lite0`` ... ``lite4``, ``v2_s``, ``v2_m``, ``v2_l``, ``v2_xl``,
             ``v2_b0`` ... ``v2_b3``; with ``tf_`` before it for TensorFlow's SAME padding and BatchNorm settings.
         weights: the name or member of a weight enum, an http(s) URL, or a path to ``.pth`` or ``.safetensors``, in
-            torchvision's, timm's or lukemelas's format; None for initial weights.
+            torchvision's, timm's, lukemelas's or transformers' format; None for initial weights.
         progress: whether a download shows its progress.
-        **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` must be the weights' or 0. With other than 3
-            ``in_chans`` the stem's weights are adapted as timm does.
+        strict: whether another ``num_classes`` than the weights' is an error. Otherwise the backbone is loaded, the
+            classifier keeps its initial weights, and a warning says so.
+        **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` is the weights' if it is not given, and 0 leaves
+            their classifier out. With other than 3 ``in_chans`` the stem's weights for RGB are adapted as timm does.
 
     Raises:
         ValueError: an unknown name, an argument or weights that do not fit.
@@ -44,31 +49,40 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     state_dict = unwrap(source.get_state_dict(progress=progress, check_hash=True))
     # Weights of our table bring the settings that they were trained with: the Lite ones are TensorFlow's.
     variant = find_variant(source.variant or name)
-    if source.variant == "" and variant.padding != "same" and detect_format(state_dict) == "lukemelas":
+    form = detect_format(state_dict)
+    if source.variant == "" and variant.padding != "same" and form in NUMBERED:
         warnings.warn(
-            f"the checkpoint is in lukemelas's format, whose networks have SAME padding and BatchNorm eps 1e-3: "
+            f"the checkpoint is in {form}'s format, whose networks have SAME padding and BatchNorm eps 1e-3: "
             f"'tf_{name}' computes what it was trained for",
             stacklevel=2,
         )
-    classes = count_classes(state_dict)
-    if not kwargs.get("features_only") and kwargs.setdefault("num_classes", classes) not in (0, classes):
-        got = kwargs["num_classes"]
-        raise ValueError(f"num_classes: expected {classes}, which the weights have, or 0, got {got!r}")
+    classes, is_asked = count_classes(state_dict), "num_classes" in kwargs
+    # A head that is not one layer is left for the loading to name, unless another is asked for.
+    if not is_asked and (classes > 0 or not has_classifier(state_dict)) and not kwargs.get("features_only"):
+        kwargs["num_classes"] = classes
     model = build(variant, **kwargs)
-    if model.in_chans != 3:
-        state_dict = _adapt_stem(convert_state_dict(state_dict, like=model), model.in_chans)
-    load_checkpoint(model, state_dict)
+    is_new = is_asked and model.num_classes not in (0, classes)
+    if is_new and strict:
+        raise ValueError(f"num_classes: expected {classes}, which the weights have, or 0, got {model.num_classes}")
+    load_checkpoint(model, _adapt_stem(state_dict, stem_weight(form), model.in_chans), skip_classifier=is_new)
+    if is_new:
+        found = f"{classes} classes" if classes else "no such classifier"
+        warnings.warn(
+            f"the weights have {found} and num_classes is {model.num_classes}: the backbone is loaded and the "
+            "classifier is untrained; strict=True refuses this",
+            stacklevel=2,
+        )
     return model
 
 
-def _adapt_stem(state_dict: dict[str, Tensor], in_chans: int) -> dict[str, Tensor]:
+def _adapt_stem(state_dict: dict[str, Tensor], key: str, in_chans: int) -> dict[str, Tensor]:
     """Weights for images of ``in_chans`` channels from weights for RGB, as timm adapts them.
 
-    The sum over the channels for one; else the channels repeated, scaled so that outputs keep their size.
+    The sum over the channels for one; else the channels repeated, scaled so that outputs keep their size. Weights for
+    other images than RGB stay as they are.
     """
-    key = "features.0.0.weight"
-    rgb = state_dict[key]
-    if rgb.shape[1] == in_chans:
+    rgb = state_dict.get(key)
+    if rgb is None or rgb.dim() != 4 or rgb.shape[1] != 3 or in_chans == 3:
         return state_dict
     if in_chans == 1:
         adapted = rgb.sum(dim=1, keepdim=True)
