@@ -1,6 +1,7 @@
 """From photographs to class names and probabilities."""
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Pillow would try others too, of which some start programs, such as Ghostscript for an EPS with the suffix .jpg.
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,14 @@ def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Photo]:
 
     In folders a photograph is what has a suffix out of ``PHOTO_SUFFIXES`` and no dot before its name. A file that is
     named is taken as it is, whether it exists or not: opening it raises.
+
+    Raises ValueError for an empty path, which would be the folder that the process is in.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(_walk(path)) if path.is_dir() else [path]
+    for path in paths:
+        if os.fspath(path) == "":
+            raise ValueError("expected the path of a photograph or a folder, got ''")
+        files += sorted(_walk(Path(path))) if Path(path).is_dir() else [Path(path)]
     return [Photo(str(file), lambda file=file: load_photo(file)) for file in files]  # type: ignore[misc]
 
 
@@ -84,7 +91,7 @@ def demo_photos() -> list[Photo]:
 def load_photo(path: str | os.PathLike[str]) -> "Image":
     """The photograph as it should be seen, as an RGB image of PIL: turned as its EXIF says, 8 bits a channel.
 
-    Transparent parts become white. The first frame of several is taken.
+    Transparent parts become white. The first frame of several is taken. Formats are those of ``PHOTO_FORMATS``.
 
     Raises OSError or ValueError, naming the path, for a file that cannot be read; ModuleNotFoundError without Pillow.
     """
@@ -93,15 +100,21 @@ def load_photo(path: str | os.PathLike[str]) -> "Image":
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such file")
+    image_module.init()
+    formats = [form for form in PHOTO_FORMATS if form in image_module.OPEN]
     try:
-        with image_module.open(path) as image:
+        with image_module.open(path, formats=formats) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     # Pillow's decoders raise errors of many types for damaged files.
     except Exception as error:
         if image_module.UnidentifiedImageError is type(error):
-            raise ValueError(f"{path}: not an image") from error
-        raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: not an image of one of the formats {', '.join(formats)}") from error
+        raise ValueError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or ("there is not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
 def to_rgb(image: "Image") -> "Image":
@@ -127,7 +140,10 @@ def predict(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
 ) -> Iterator[Prediction]:
-    """Classifies photographs in batches, in their order; one that cannot be read yields a prediction with an error.
+    """Classifies photographs in batches, in their order.
+
+    One that cannot be read or prepared, or for which the network's output is no number, yields a prediction with an
+    error, and the others are classified.
 
     Args:
         model: maps [N, 3, H, W] to logits [N, classes]; it is moved to ``device`` and set to evaluation.
@@ -153,14 +169,21 @@ def predict(
                 if isinstance(x, str):
                     yield Prediction(photo.name, [], x)
                 else:
-                    yield Prediction(photo.name, next(guesses))
+                    found = next(guesses)
+                    error = None if found else f"{photo.name}: the network's output for it is no number"
+                    yield Prediction(photo.name, found, error)
 
 
 def _read(photo: Photo, preprocess: Callable[[Any], Tensor]) -> Tensor | str:
     try:
         return preprocess(photo.open())
-    except (OSError, ValueError) as error:
-        return str(error) if photo.name in str(error) else f"{photo.name}: {error}"
+    # What is not installed is missing for all of them.
+    except ModuleNotFoundError:
+        raise
+    # Decoders and allocators raise errors of many types.
+    except Exception as error:
+        reason = _reason(error)
+        return reason if photo.name in reason else f"{photo.name}: {reason}"
 
 
 @torch.inference_mode()
@@ -171,6 +194,7 @@ def _guess(
     topk: int,
     device: torch.device | str,
 ) -> list[list[Guess]]:
+    """The guesses for each of the inputs; none where the network's output is no number."""
     logits = model(torch.stack(inputs).to(device))
     classes = logits.shape[1]
     if topk > classes:
@@ -180,13 +204,15 @@ def _guess(
     top = logits.float().softmax(dim=1).topk(topk)
     return [
         [Guess(class_names[i] if class_names else f"class {i}", i, p) for i, p in zip(indices, row, strict=True)]
+        if all(map(math.isfinite, row))
+        else []
         for indices, row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 
 
 def progress_bar(predictions: Iterable[Prediction], total: int) -> Iterable[Prediction]:
     """The same, with a progress bar on stderr where that is a terminal, there is something to wait for, and tqdm."""
-    if total < 2 or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+    if total < 2 or sys.stderr is None or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         return predictions
     from tqdm import tqdm
 

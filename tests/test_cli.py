@@ -15,6 +15,7 @@ from effnet_kernels.cli import main
 from effnet_kernels.models.configs import VARIANTS
 from effnet_kernels.models.convert import convert_state_dict
 from effnet_kernels.models.efficientnet import build
+from effnet_kernels.predict import PHOTO_FORMATS
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -78,7 +79,7 @@ def test_broken_files_are_skipped(folder: Path, checkpoint: Path, capsys: pytest
     shown = capsys.readouterr()
     assert [json.loads(line)["photo"] for line in shown.out.splitlines()] == [str(folder / "a.png")]
     assert shown.err.splitlines() == [
-        f"effnet: skipped {folder / 'notes.txt'}: not an image",
+        f"effnet: skipped {folder / 'notes.txt'}: not an image of one of the formats {', '.join(PHOTO_FORMATS)}",
         f"effnet: skipped {missing}: there is no such file",
     ]
 

@@ -1,5 +1,6 @@
 """From a photograph to a network's input."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +13,15 @@ Interpolation = Literal["bilinear", "bicubic"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Longer images than this many times their shorter side lose their ends before they are resized, not after.
+_LONGEST = 16
+
 
 @dataclass(frozen=True)
 class ImagePreprocess:
     """Resize, crop the centre, scale to [0, 1], normalise: ``torchvision.transforms``' preset, to the last bit.
+
+    Of an image more than 16 times as long as wide, whose resized form could be of any size, only the middle is resized.
 
     Attributes:
         crop_size: rows and columns of the result; smaller images get a black border.
@@ -60,8 +66,11 @@ class ImagePreprocess:
     def _resize_pil(self, image: Any) -> Tensor:
         from PIL import Image
 
+        top, left, height, width = self._middle(image.height, image.width)
+        if (height, width) != (image.height, image.width):
+            image = image.crop((left, top, left + width, top + height))
         image = image if image.mode == "RGB" else image.convert("RGB")
-        height, width = self._resized(image.height, image.width)
+        height, width = self._resized(height, width)
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), modes[self.interpolation])
@@ -69,7 +78,9 @@ class ImagePreprocess:
         return pixels.view(height, width, 3).permute(2, 0, 1)
 
     def _resize_tensor(self, image: Tensor) -> Tensor:
-        size = self._resized(*image.shape[-2:])
+        top, left, height, width = self._middle(*image.shape[-2:])
+        image = image[..., top : top + height, left : left + width]
+        size = self._resized(height, width)
         if size == tuple(image.shape[-2:]):
             return image
         exact = image if image.dtype in (torch.float32, torch.float64) else image.to(torch.float32)
@@ -80,9 +91,17 @@ class ImagePreprocess:
             resized = resized.clamp(0, 255).round()
         return resized.reshape(*exact.shape[:-2], *size).to(image.dtype)
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The top, left, height and width of what is resized: all but the ends of very long images."""
         if min(height, width) == 0:
             raise ValueError(f"expected an image with pixels, got {height}x{width}")
+        # At least twice what the crop shows, so that the resize's filter does not see the ends.
+        longest = min(height, width) * max(_LONGEST, 2 * math.ceil(self.crop_size / max(self.resize_size, 1)))
+        # As many on both sides, so that no pixel moves by half of one.
+        rows, columns = (min(side, longest + (side - longest) % 2) for side in (height, width))
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
         longer = int(self.resize_size * max(height, width) / min(height, width))
         return (longer, self.resize_size) if width <= height else (self.resize_size, longer)
 
