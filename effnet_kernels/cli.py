@@ -1,12 +1,13 @@
 """The command ``effnet``: one function per subcommand, which returns the exit status."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
+
+from effnet_kernels.console import printable, say, to_json
 
 # Imports of torch and of the package's parts are inside the functions: ``effnet --help`` has nothing to wait for.
 
@@ -21,19 +22,43 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (the process's by default) and returns its exit status."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        # _run reports all others: the reader of stdout has gone, or its disk is full.
+        if not isinstance(error, BrokenPipeError):
+            say(f"effnet: error: {printable(str(error))}", sys.stderr)
+        # What is buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SOME_FAILED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
-    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader of stdout has gone; what is buffered must not fail again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_SOME_FAILED
-        print(f"effnet: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) or not isinstance(error, _reported_errors()):
+            raise
+        message = str(error) or type(error).__name__
+        say("effnet: error: " + "\n".join(map(printable, message.split("\n"))), sys.stderr)
+        return EXIT_USAGE
+
+
+def _reported_errors() -> tuple[type[Exception], ...]:
+    import torch
+
+    from effnet_kernels import BackendError
+
+    memory = (MemoryError, torch.OutOfMemoryError)
+    return UsageError, ValueError, OSError, ModuleNotFoundError, BackendError, *memory
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
@@ -43,7 +68,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
     if arguments.paths:
         photos = p.find_photos(arguments.paths)
         if not any(os.path.isfile(photo.name) for photo in photos):
-            raise UsageError(f"found no photograph in {', '.join(arguments.paths)}")
+            raise UsageError(f"found no photograph in {', '.join(map(printable, arguments.paths))}")
     else:
         photos = p.demo_photos()
     device = _device(arguments.device)
@@ -61,9 +86,9 @@ def run_predict(arguments: argparse.Namespace) -> int:
     for prediction in p.progress_bar(predictions, len(photos)):
         if prediction.error is not None:
             failed = True
-            _say(f"effnet: skipped {prediction.error}", sys.stderr)
+            say(f"effnet: skipped {printable(prediction.error)}", sys.stderr)
         else:
-            _say(_as_json(prediction) if arguments.json else _as_text(prediction), sys.stdout)
+            say(_as_json(prediction) if arguments.json else _as_text(prediction), sys.stdout)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -81,7 +106,7 @@ def run_scale(arguments: argparse.Namespace) -> int:
     for variant in chosen:
         size = measure(variant)
         if arguments.json:
-            print(json.dumps({"network": variant.name, **size._asdict()}))
+            print(to_json({"network": variant.name, **size._asdict()}))
         else:
             print(
                 f"{variant.name:<28}{variant.width:>7.3g}{variant.depth:>7.3g}{size.resolution:>12}"
@@ -96,7 +121,7 @@ def run_info(arguments: argparse.Namespace) -> int:
         return _list_kernels(arguments)
     facts = _facts()
     if arguments.json:
-        print(json.dumps(facts, indent=2, default=str))
+        print(to_json(facts, indent=2))
         return EXIT_OK
     for section, values in facts.items():
         print(section)
@@ -115,7 +140,7 @@ def _list_kernels(arguments: argparse.Namespace) -> int:
 
     reason = triton.unavailable_reason()
     if reason is not None:
-        print(reason, file=sys.stderr)
+        say(reason, sys.stderr)
         return EXIT_USAGE
     from effnet_kernels.triton.compilation import distinct
     from effnet_kernels.warmup import launches_of_step
@@ -127,7 +152,7 @@ def _list_kernels(arguments: argparse.Namespace) -> int:
         for name, train in (("training step", True), ("inference", False))
     }
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(to_json(found, indent=2))
         return EXIT_OK
     for name, binaries in found.items():
         print(
@@ -195,8 +220,8 @@ def _add_predict(commands: Any) -> None:
         help="say what photographs show",
         description="Says what photographs show. Without --model, with the Lite0 weights of the extra "
         "effnet-kernels[demo], which need no download; without PHOTO, of three photographs from scikit-image.",
-        epilog="Exit status: 0; 1 where a photograph could not be read (it is named on stderr and skipped); 2 where "
-        "nothing could be done.",
+        epilog="Exit status: 0; 1 where a photograph could not be read or classified (it is named on stderr and "
+        "skipped); 2 where nothing could be done.",
     )
     command.add_argument(
         "paths",
@@ -245,19 +270,13 @@ def _add_info(commands: Any) -> None:
 
 def run_selftest(arguments: argparse.Namespace) -> int:
     """Compares the fused network with eager PyTorch on this machine's GPU. Status 0, or 1 where a check failed."""
-    from effnet_kernels import BackendError, create_model
+    from effnet_kernels import create_model
     from effnet_kernels.selftest import selftest
 
-    try:
-        report = selftest(
-            lambda: create_model(arguments.model), arguments.resolution, arguments.batch, arguments.rounds
-        )
-    except BackendError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
+    report = selftest(lambda: create_model(arguments.model), arguments.resolution, arguments.batch, arguments.rounds)
     print(report)
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.as_json(), indent=2))
+        arguments.json.write_text(to_json(report.as_json(), indent=2))
     return EXIT_OK if report.passed else EXIT_SOME_FAILED
 
 
@@ -289,11 +308,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
             arguments.training,
         )
     except bench.Disagreement as error:
-        print(f"effnet: {error}", file=sys.stderr)
+        say(f"effnet: {error}", sys.stderr)
         return EXIT_SOME_FAILED
     if arguments.json:
         facts = comparison._asdict() | {"rows": [row._asdict() for row in comparison.rows]}
-        print(json.dumps(facts, indent=2))
+        print(to_json(facts, indent=2))
     else:
         print(comparison)
     if arguments.plot:
@@ -337,10 +356,12 @@ def _device(name: str) -> Any:
 
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # Read back, which the meta device cannot.
+        torch.zeros(1, device=device).item()
     # Each device type has its own error for not being there.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise UsageError(f"--device {name}: {reason}") from error
     return device
 
 
@@ -349,6 +370,9 @@ def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] |
     from effnet_kernels.models import create_model
     from effnet_kernels.models.pretrained import imagenet_classes, resolve_weights
 
+    for option, value in (("--model", name), ("--weights", weights)):
+        if value == "":
+            raise UsageError(f"{option}: expected a name, got ''")
     if name is None and weights is not None:
         raise UsageError("--weights: expected --model beside it, to say which network they are for")
     variant = name or "efficientnet_lite0"
@@ -366,22 +390,12 @@ def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] |
 
 def _as_text(prediction: Any) -> str:
     lines = [f"  {guess.probability:7.2%}  {guess.name}" for guess in prediction.guesses]
-    return "\n".join([prediction.photo, *lines])
+    return "\n".join([printable(prediction.photo), *lines])
 
 
 def _as_json(prediction: Any) -> str:
     guesses = [{"class": g.name, "index": g.index, "probability": g.probability} for g in prediction.guesses]
-    return json.dumps({"photo": prediction.photo, "predictions": guesses})
-
-
-def _say(text: str, file: TextIO) -> None:
-    """Prints a line above the progress bar, if there is one; what the file cannot encode is escaped."""
-    encoding = file.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(text, file=file)
-    else:
-        print(text, file=file)
+    return to_json({"photo": prediction.photo, "predictions": guesses})
 
 
 if __name__ == "__main__":

@@ -269,6 +269,8 @@ def resolve_weights(variant: str, weights: Any) -> Weights:
         return weights
     if isinstance(weights, Path):
         return Weights(_usual_preprocess(variant), path=str(weights.expanduser()))
+    if weights == "":
+        raise ValueError("weights: expected a name, a URL or a path, got ''")
     if isinstance(weights, str):
         if urlparse(weights).scheme in ("http", "https"):
             return Weights(_usual_preprocess(variant), url=weights)
