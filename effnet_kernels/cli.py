@@ -1,6 +1,7 @@
 """The command ``effnet``: one function per subcommand, which returns the exit status."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # _run reports all others: the reader of stdout has gone, or its disk is full.
         if not isinstance(error, BrokenPipeError):
-            say(f"effnet: error: {printable(str(error))}", sys.stderr)
+            with contextlib.suppress(OSError):
+                say(f"effnet: error: {printable(str(error))}", sys.stderr)
         # What is buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SOME_FAILED
@@ -53,6 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _reported_errors() -> tuple[type[Exception], ...]:
+    """What is said in a line; anything else is a fault of the program, with its traceback."""
     import torch
 
     from effnet_kernels import BackendError

@@ -1,5 +1,6 @@
 """What the command prints, wherever it prints: names are shown and not obeyed, JSON is JSON, errors are a line."""
 
+import contextlib
 import io
 import json
 import os
@@ -173,7 +174,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "a full disk": lambda: open("/dev/full", "w"),  # noqa: SIM115
 }
 COMMANDS = [["predict"], ["predict", "--json"], ["scale"], ["scale", "--json"], ["info"], ["info", "--json"]]
-COMMANDS += [["--help"], ["--version"], ["predict", "--help"]]
+COMMANDS += [["scale", "nonsense"], ["--help"], ["--version"], ["predict", "--help"]]
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -185,7 +186,7 @@ def test_streams_that_are_closed(
         pytest.skip("this system has no /dev/full")
     if command[0] == "predict" and "--help" not in command:
         command = [*command, good, *model]
-    elif command[0] == "scale":
+    elif command[0] == "scale" and "nonsense" not in command:
         command = [*command, "efficientnet_b0"]
     for name in ("stdout", "stderr"):
         file, other = STREAMS[stream](), io.StringIO()
@@ -195,8 +196,9 @@ def test_streams_that_are_closed(
             status = cli.main(command)
         except SystemExit as exit:
             status = exit.code
-        assert status in (0, 1)
+        assert status in (0, 1, 2)
         assert "Traceback" not in other.getvalue()
         if file is not None:
-            # Nothing is left that could fail at exit.
-            file.close()
+            # Nothing is left in stdout that could fail at exit; of stderr Python ignores it.
+            with contextlib.suppress(*([] if name == "stdout" else [OSError])):
+                file.close()

@@ -12,13 +12,9 @@ from effnet_kernels.models.formats import detect_format
 _log = logging.getLogger(__name__)
 
 # Averaged weights first, as timm prefers them.
-_ENTRIES = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"),
-    *("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module"),
-)
-_PREFIXES = (
-    *("module.", "model.", "net.", "network.", "backbone.", "encoder.", "base.", "base_model.", "timm_model."),
-)
+_AVERAGED = "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"
+_ENTRIES = *_AVERAGED, "state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module"
+_PREFIXES = "module.", "model.", "net.", "network.", "backbone.", "encoder.", "base.", "base_model.", "timm_model."
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
