@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
@@ -138,6 +139,8 @@ def interception(x: object) -> str | None:
         return "torch.jit.trace is tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     # Modes are also how launches are counted and simulated.
     if (torch._C._len_torch_dispatch_stack() or _watching_function_modes()) and not triton.off_device():
         return "a torch dispatch or function mode is active"

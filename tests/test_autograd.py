@@ -215,6 +215,46 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(block(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("of_parameters", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+# The activation of efficientnet_pytorch is a Function of its own without a forward derivative.
+@pytest.mark.parametrize("name", [name for name in calls() if name != "efficientnet_pytorch"])
+def test_forward_mode_keeps_the_tangent(name: str, training: bool, of_parameters: bool) -> None:
+    builder, shape = calls()[name]
+    block = randomize(builder()).train(training)
+    for module in block.modules():
+        # What is drawn, and statistics that move, would differ from call to call.
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = module.running_mean is not None and not training
+        elif hasattr(module, "drop_prob") or type(module).__name__ == "StochasticDepth":
+            module.eval()
+    x, tangent = torch.randn(shape), torch.randn(shape)
+    tangents = {key: torch.randn_like(p) for key, p in block.named_parameters()} if of_parameters else {}
+
+    def tangent_of(block: nn.Module, dtype: torch.dtype) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual
+            given = {key: dual(block.get_parameter(key).detach(), t.to(dtype)) for key, t in tangents.items()}
+            y = torch.func.functional_call(block, given, (dual(x.to(dtype), tangent.to(dtype)),))
+            found = torch.autograd.forward_ad.unpack_dual(y).tangent
+        assert found is not None
+        return found
+
+    with torch.no_grad():
+        ours = tangent_of(block, torch.float32)
+        assert_close(ours, tangent_of(copy.deepcopy(block).double(), torch.float64).float(), 1e-4)
+
+
+def test_forward_mode_through_a_frozen_engine() -> None:
+    model = randomize(ek.EfficientNet([MBConvConfig(2, 3, 1, 8, 8, 1)], 0.0, 0.0, num_classes=3)).eval()
+    x, tangent = torch.randn(1, 3, 9, 9), torch.randn(1, 3, 9, 9)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        ours = torch.autograd.forward_ad.unpack_dual(ek.freeze(model)(dual)).tangent
+    expected = torch.func.jvp(copy.deepcopy(model).double(), (x.double(),), (tangent.double(),))[1]
+    assert_close(ours, expected.float())
+
+
 AFFINES = [(scale, shift, act) for scale in (0, 1) for shift in (0, 1) for act in ("none", "silu", "relu", "hardswish")]
 
 
