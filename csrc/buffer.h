@@ -15,6 +15,14 @@ namespace effnet {
 constexpr std::size_t cache_line = 64;
 constexpr std::size_t huge_page = std::size_t(1) << 21;
 
+// Whether AddressSanitizer watches memory: what is asked for is then allocated as it is and freed after use, where it would
+// otherwise be rounded up and kept.
+#if defined(EFFNET_SANITIZE)
+constexpr bool watched = true;
+#else
+constexpr bool watched = false;
+#endif
+
 struct FreeBuffer {
   std::size_t alignment = cache_line;
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t(alignment)); }

@@ -14,6 +14,10 @@ constexpr double least_share = 0.875;
 // Blocks that so many requests had no use for are given back to the system.
 constexpr std::int64_t patience = 4096;
 
+Buffer allocate_bytes(std::size_t bytes) {
+  return allocate(static_cast<std::int64_t>((bytes + sizeof(float) - 1) / sizeof(float)));
+}
+
 class Pool {
  public:
   Block acquire(std::size_t bytes) {
@@ -26,10 +30,6 @@ class Pool {
       for (std::size_t i = 0; i < free_.size(); ++i) {
         const std::size_t size = free_[i].bytes;
         if (size < bytes || static_cast<double>(bytes) < least_share * static_cast<double>(size)) continue;
-#if defined(__SANITIZE_ADDRESS__)
-        // Every request is memory of its own, whose end is watched.
-        continue;
-#endif
         if (best == free_.size() || size < free_[best].bytes) best = i;
       }
       if (best < free_.size()) taken = take(best);
@@ -37,7 +37,7 @@ class Pool {
         if (requests_ - free_[i].since > patience) stale.push_back(take(i));
       }
     }
-    if (taken.memory == nullptr) taken = {allocate(static_cast<std::int64_t>(bytes / sizeof(float) + 1)), bytes, 0};
+    if (taken.memory == nullptr) taken = {allocate_bytes(bytes), bytes, 0};
     float* memory = taken.memory.get();
     auto owner = std::make_shared<Owner>(*this, std::move(taken));
     return Block(std::move(owner), memory);
@@ -89,7 +89,10 @@ Pool& pool() {
 
 }  // namespace
 
-Block acquire(std::size_t bytes) { return pool().acquire(bytes); }
+Block acquire(std::size_t bytes) {
+  if constexpr (watched) return allocate_bytes(bytes);
+  return pool().acquire(bytes);
+}
 
 void release_memory() { pool().release(); }
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "buffer.h"
+
 namespace effnet {
 
 // Goes back to the pool when the last copy of it goes.
@@ -22,12 +24,8 @@ class Scratch {
   Scratch() = default;
   explicit Scratch(std::int64_t floats) {
     const std::size_t needed = static_cast<std::size_t>(floats) * sizeof(float);
-    std::size_t bytes = 4096;
+    std::size_t bytes = watched ? needed : 4096;
     while (bytes < needed) bytes *= 2;
-#if defined(__SANITIZE_ADDRESS__)
-    // The end is watched.
-    bytes = needed;
-#endif
     block_ = acquire(bytes);
   }
   float* get() const { return static_cast<float*>(block_.get()); }

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler"
 )
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks or maps guard pages: Linux only")
+# The folder of the package whose extension is built with sanitizers, where scripts/sanitize runs the tests.
+sanitized_folder = os.environ.get("EFFNET_KERNELS_SANITIZED")
+pools_memory = pytest.mark.skipif(
+    sanitized_folder is not None, reason="with sanitizers, freed memory is kept from use to see who touches it"
+)
 
 
 def kernel_isas() -> list[str]:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import assert_close, copies, randomize, relative_rms, run_python
-from native_cases import needs_linux, needs_native
+from native_cases import needs_linux, needs_native, pools_memory
 from test_features import small
 from torch import nn
 
@@ -214,6 +214,7 @@ def test_forked_child():
 
 
 @needs_linux
+@pools_memory
 def test_memory_does_not_grow_with_calls():
     code = """
 import torch

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_python
 from gpu import exact
-from native_cases import kernel_isas, needs_linux, needs_native, running
+from native_cases import kernel_isas, needs_linux, needs_native, pools_memory, running
 from torch import Tensor
 
 from effnet_kernels import cpu
@@ -360,6 +360,7 @@ def test_touches_nothing_outside_its_tensors(isa):
     assert done.stdout.strip() == "done", done.stderr or f"died with status {done.returncode}"
 
 
+@pools_memory
 def test_memory_of_maps_is_used_again():
     from effnet_kernels.cpu.memory import empty_map
 
