@@ -9,6 +9,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(EFFNET_SANITIZE)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace effnet {
 
@@ -45,6 +48,13 @@ inline Buffer allocate_zeros(std::int64_t count) {
   Buffer buffer = allocate(count);
   std::memset(buffer.get(), 0, static_cast<std::size_t>(count) * sizeof(float));
   return buffer;
+}
+
+// What lies between parts of one allocation: where memory is watched, a touch of it is a fault until the whole is freed.
+inline void forbid([[maybe_unused]] const float* begin, [[maybe_unused]] std::int64_t count) {
+#if defined(EFFNET_SANITIZE)
+  ASAN_POISON_MEMORY_REGION(begin, static_cast<std::size_t>(count) * sizeof(float));
+#endif
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
