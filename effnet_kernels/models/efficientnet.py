@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
@@ -128,17 +129,27 @@ class EfficientNet(nn.Module):
 
     @torch.jit.unused
     def _pools_in_head(self, x: Tensor) -> bool:
-        """Whether the head may pool its output before storing it: nobody looks at the map in between."""
-        if not dispatch.has_chains(x):
+        """Whether the head may pool its output before storing it: nobody would notice three calls that are left out."""
+        if not dispatch.has_chains(x) or _has_any_global_hook():
             return False
         features, avgpool = self.features, self.avgpool
-        head = features._modules[str(len(features) - 1)]
-        inner = (("features", features, (Features,)), ("avgpool", avgpool, (nn.AdaptiveAvgPool2d,)))
-        return children_obstacle((*inner, ("head", head, (ConvBnAct,)))) is None
+        layers = list(features._modules.values())
+        head = layers[-1] if layers else None
+        left_out = (
+            ("features", features, (Features,)),
+            ("head", head, (ConvBnAct,)),
+            ("avgpool", avgpool, (nn.AdaptiveAvgPool2d,)),
+        )
+        if children_obstacle(left_out) is not None:
+            return False
+        # A module that was compiled by itself is called as it was compiled.
+        return all(module is None or module._compiled_call_impl is None for _, module, _ in left_out)
 
     def forward_features_only(self, x: Tensor) -> list[Tensor]:
-        if not torch.jit.is_scripting():
-            return self.features.intermediates(x, self.feature_layers)
+        # Two conditions, because TorchScript compiles what follows an ``and``.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(self.features, Features):
+                return self.features.intermediates(x, self.feature_layers)
         outputs: list[Tensor] = []
         for index, module in enumerate(self.features):
             x = module(x)
