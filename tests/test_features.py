@@ -190,6 +190,30 @@ def test_feature_extractor_sees_torchvisions_tensors():
         assert_close(value, expected[name])
 
 
+@pytest.mark.filterwarnings("ignore:NOTE")
+@pytest.mark.parametrize("training", [False, True])
+def test_every_node_of_torchvisions_traces_is_one_of_ours(training):
+    extraction = pytest.importorskip("torchvision.models.feature_extraction", reason="compares with torchvision")
+    ours, theirs = (model.train(training) for model in pair())
+    drops = [
+        [node.args[1:] for node in torch.fx.symbolic_trace(model).graph.nodes if "stochastic" in str(node.target)]
+        for model in (ours, theirs)
+    ]
+    assert drops[0] == drops[1] != []
+    counts = [len(torch.fx.symbolic_trace(model).graph.nodes) for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+    # Modules that torchvision does not look into are named there, and stand for their last node here.
+    nodes = extraction.get_graph_node_names(theirs)[not training][1:]
+    x = torch.randn(2, 3, 33, 47)
+    seen = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        extractor = extraction.create_feature_extractor(model, nodes).train(training)
+        seen.append(extractor(x))
+    for name in nodes:
+        assert_close(seen[0][name], seen[1][name])
+
+
 # Memory formats
 
 

@@ -1,6 +1,7 @@
 """Stochastic depth."""
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 
@@ -25,21 +26,27 @@ class StochasticDepth(nn.Module):
         self.mode = mode
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return input
-        return input * self._draw(input)
+        return stochastic_depth(input, self.p, self.mode, self.training)
 
     def keep(self, input: Tensor) -> Tensor | None:
         """The factors that ``forward`` would draw for ``input``, [N]; None where it would change nothing."""
         if not self.training or self.p == 0.0:
             return None
-        return self._draw(input).flatten().expand(input.shape[0])
-
-    def _draw(self, input: Tensor) -> Tensor:
-        return draw_factors(input, self.p, self.mode == "row")
+        return draw_factors(input, self.p, self.mode == "row").flatten().expand(input.shape[0])
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}"
+
+
+def stochastic_depth(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+    """:class:`StochasticDepth` as a function."""
+    if not training or p == 0.0:
+        return input
+    return input * draw_factors(input, p, mode == "row")
+
+
+# One node of a symbolic trace, as torchvision's is.
+torch.fx.wrap("stochastic_depth")
 
 
 def draw_factors(input: Tensor, p: float, by_sample: bool = True, scaled: bool = True) -> Tensor:
