@@ -1,7 +1,9 @@
 """What does not fit: a clear error or torch's own behaviour, never a crash, and nothing half-written."""
 
 import copy
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close, randomize, run_python
@@ -316,6 +318,77 @@ def test_arguments_that_make_no_part_are_refused(case):
     make, message = BAD_PARTS[case]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# What an argument is called elsewhere: in timm, torchvision's layers, efficientnet_pytorch, Keras.
+NAMES_ELSEWHERE = {
+    "in_chans": ["in_channels"],
+    "dropout": ["drop_rate", "dropout_rate"],
+    "stochastic_depth_prob": ["drop_path_rate", "drop_connect_rate"],
+    "activation": ["act_layer", "activation_layer"],
+    "padding": ["pad_type"],
+    "num_classes": ["classes"],
+    "weights": ["checkpoint_path", "weights_path"],
+}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(ours, name) for ours, names in NAMES_ELSEWHERE.items() for name in names]
+)
+@pytest.mark.parametrize(
+    "make", [ek.efficientnet_b0, ek.tf_efficientnet_v2_b0, lambda **k: ek.EfficientNet.from_phi(-8, **k)]
+)
+def test_an_argument_by_another_packages_name_is_answered_with_ours(make, ours, theirs):
+    with torch.device("meta"), pytest.raises(TypeError, match=f"expected the argument {ours}, .* got {theirs}"):
+        make(**{theirs: 1})
+
+
+def test_a_class_of_the_users_may_call_its_arguments_so():
+    class Own(ek.EfficientNet):
+        def __init__(self, *arguments, drop_rate, **options):
+            super().__init__(*arguments, **{**options, "dropout": drop_rate})
+
+    with torch.device("meta"):
+        assert Own.from_phi(-8, drop_rate=0.3).classifier[0].p == 0.3
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "ImageNet", "default", "noisy-student", "imagenet1k_v1", "weights"])
+def test_names_of_weights_that_there_are_none_of(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"expected one of IMAGENET1K_V1, DEFAULT, a URL or .* got '{weights}'"):
+        ek.efficientnet_b0(weights=weights)
+    with pytest.raises(ValueError, match=f"weights: expected a URL or the path of a file .* got '{weights}'"):
+        ek.efficientnet_l2(weights=weights)
+    # A file may have that name.
+    with torch.device("meta"):
+        torch.save(ek.efficientnet_b0().to_empty(device="cpu").state_dict(), weights)
+    ek.efficientnet_b0(weights=weights)
+
+
+def test_weights_and_pretrained_are_one_too_many():
+    with pytest.raises(TypeError, match="pretrained: expected it or weights, got both"):
+        ek.efficientnet_b0(weights="DEFAULT", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["crop_size", "resize_size"])
+def test_sizes_of_the_preprocessing(name):
+    transforms = ek.EfficientNet_B0_Weights.DEFAULT.transforms
+    for size in (300, [300], (300,), np.int64(300), transforms(crop_size=300).crop_size):
+        preprocess = transforms(**{"resize_size": 320, name: size})
+        for twin in (preprocess, copy.deepcopy(preprocess), pickle.loads(pickle.dumps(preprocess))):
+            got = getattr(twin, name)
+            assert got == got[0] == 300
+            assert list(got) == [300]
+        assert preprocess(torch.rand(3, 40, 50)).shape == (3, *2 * (preprocess.crop_size,))
+    for size, error in (
+        ([300, 320], TypeError),
+        ("300", TypeError),
+        (2.5, TypeError),
+        (None, TypeError),
+        (0, ValueError),
+    ):
+        with pytest.raises(error, match=f"{name}: expected .* pixel.*, got "):
+            transforms(**{name: size})
 
 
 @pytest.mark.parametrize("name", [None, 3, []], ids=str)

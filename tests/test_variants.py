@@ -75,6 +75,32 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         find_variant("resnet")
 
 
+@pytest.mark.parametrize("arguments", [{"pretrained": False}, {"pretrained": None}, {"weights": False}], ids=str)
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_l2"])
+def test_networks_may_be_asked_for_as_torchvision_once_did(name, arguments):
+    message = f"{next(iter(arguments.values()))} is deprecated, .*weights=None"
+    for make in (getattr(ek, name), lambda **options: ek.create_model(name, **options)):
+        with pytest.warns(UserWarning, match=message):
+            on_meta(make, **arguments)
+
+
+def test_weights_may_be_given_by_position():
+    weights = ek.EfficientNet_B0_Weights.DEFAULT
+    with torch.device("meta"):
+        assert ek.efficientnet_b0(None).num_classes == 1000
+        with pytest.warns(UserWarning, match="pretrained=False"):
+            ek.efficientnet_b0(False)
+    with pytest.raises(ValueError, match=r"EfficientNet_B1_Weights.*got EfficientNet_B0_Weights"):
+        ek.efficientnet_b1(weights)
+
+
+@pytest.mark.filterwarnings("ignore:pretrained=True")
+@pytest.mark.parametrize("name", ["efficientnet_b8", "efficientnet_v2_b0", "tf_efficientnet_l2"])
+def test_pretrained_stands_for_weights_that_may_not_exist(name):
+    with pytest.raises(ValueError, match=f"weights: expected .* for {name}, got 'IMAGENET1K_V1'"):
+        getattr(ek, name)(pretrained=True)
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "efficientnet_lite0", "tf_efficientnet_v2_b1"])
 @pytest.mark.parametrize("size", [(64, 64), (33, 47)])
 def test_the_operators_compute_what_the_modules_do(name, size):

@@ -268,8 +268,30 @@ def _check_arguments(
         raise ValueError("out_indices: expected features_only=True beside it, got features_only=False")
 
 
+# What other packages call arguments of ours.
+_NAMES_ELSEWHERE = {
+    "in_channels": "in_chans",
+    "drop_rate": "dropout",
+    "dropout_rate": "dropout",
+    "drop_path_rate": "stochastic_depth_prob",
+    "drop_connect_rate": "stochastic_depth_prob",
+    "act_layer": "activation",
+    "activation_layer": "activation",
+    "pad_type": "padding",
+    "classes": "num_classes",
+    "checkpoint_path": "weights",
+    "weights_path": "weights",
+}
+
+
 def build(variant: "Variant", cls: type[EfficientNet] = EfficientNet, **kwargs: Any) -> EfficientNet:
-    """A network of ``variant``; keyword arguments of :class:`EfficientNet` take precedence over the variant's."""
+    """A network of ``variant``; keyword arguments of :class:`EfficientNet` take precedence over the variant's.
+
+    Raises TypeError for the name of an argument that is another package's.
+    """
+    for name, ours in _NAMES_ELSEWHERE.items():
+        if name in kwargs and cls.__init__ is EfficientNet.__init__:
+            raise TypeError(f"expected the argument {ours}, which is what it is called here, got {name}")
     options = {
         "dropout": variant.dropout,
         "norm_layer": variant.norm_layer(),

@@ -1,6 +1,7 @@
 """From a photograph to a network's input."""
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _LONGEST = 16
 
 
+class Pixels(int):
+    """A number of pixels that may also be read as torchvision has it, as a list of one."""
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> "Pixels":
+        """A number, or a list of one; raises TypeError for anything else, ValueError below 1."""
+        [number] = value if isinstance(value, list | tuple) and len(value) == 1 else [value]
+        try:
+            pixels = operator.index(number)
+        except TypeError:
+            raise TypeError(f"{name}: expected a number of pixels, got {value!r}") from None
+        if pixels < 1:
+            raise ValueError(f"{name}: expected at least one pixel, got {value!r}")
+        return cls(pixels)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return [int(self)][index]
+
+
 @dataclass(frozen=True)
 class ImagePreprocess:
     """Resize, crop the centre, scale to [0, 1], normalise: ``torchvision.transforms``' preset, to the last bit.
@@ -25,7 +48,7 @@ class ImagePreprocess:
 
     Attributes:
         crop_size: rows and columns of the result; smaller images get a black border.
-        resize_size: the shorter side before the crop.
+        resize_size: the shorter side before the crop. Both are numbers and may be read, and given, as lists of one.
         interpolation: of the resize, with antialiasing.
         mean, std: per channel, of values in [0, 1].
     """
@@ -35,6 +58,10 @@ class ImagePreprocess:
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("crop_size", "resize_size"):
+            object.__setattr__(self, name, Pixels.of(name, getattr(self, name)))
 
     def __call__(self, image: Any) -> Tensor:
         """The network's input.

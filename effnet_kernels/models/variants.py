@@ -1,7 +1,9 @@
 """The released networks by name."""
 
 import difflib
+import re
 import warnings
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from effnet_kernels.models.configs import VARIANTS, Variant
 from effnet_kernels.models.convert import count_classes, has_classifier, load_checkpoint
 from effnet_kernels.models.efficientnet import EfficientNet, build
 from effnet_kernels.models.formats import NUMBERED, detect_format, stem_weight
-from effnet_kernels.models.pretrained import resolve_weights
+from effnet_kernels.models.pretrained import resolve_weights, weights_of
 from effnet_kernels.models.wrappers import unwrap
 
 
@@ -38,11 +40,14 @@ def create_model(
             classifier keeps its initial weights, and a warning says so.
         **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` is the weights' if it is not given, and 0 leaves
             their classifier out. With other than 3 ``in_chans`` the stem's weights for RGB are adapted as timm does.
+            ``pretrained`` is taken with a warning, as torchvision does: True stands for ``weights="IMAGENET1K_V1"``.
 
     Raises:
         ValueError: an unknown name, an argument or weights that do not fit.
+        TypeError: an argument that there is not.
     """
     variant = find_variant(name)
+    weights = _checked_weights(name, weights, kwargs)
     if weights is None:
         return build(variant, **kwargs)
     source = resolve_weights(name, weights)
@@ -75,6 +80,24 @@ def create_model(
     return model
 
 
+def _checked_weights(name: str, weights: Any, kwargs: dict[str, Any]) -> Any:
+    """``weights``, also where they were asked for by ``pretrained``, which is taken out of ``kwargs``."""
+    if "pretrained" in kwargs or isinstance(weights, bool):
+        if weights is not None and not isinstance(weights, bool):
+            raise TypeError(f"pretrained: expected it or weights, got both, weights={weights!r}")
+        trained = kwargs.pop("pretrained", weights)
+        weights = "IMAGENET1K_V1" if trained else None
+        warnings.warn(
+            f"pretrained={trained!r} is deprecated, as in torchvision: weights={weights!r} is the same", stacklevel=3
+        )
+    # What could be the name of a file, but of none that there is, is meant as a name of weights.
+    elif isinstance(weights, str) and re.fullmatch(r"[\w-]*[a-z][\w-]*", weights) and not Path(weights).exists():
+        enum = weights_of(name)
+        names = "" if enum is None else f"one of {', '.join(enum.__members__)}, "
+        raise ValueError(f"weights: expected {names}a URL or the path of a file for {name}, got {weights!r}")
+    return weights
+
+
 def _adapt_stem(state_dict: dict[str, Tensor], key: str, in_chans: int) -> dict[str, Tensor]:
     """Weights for images of ``in_chans`` channels from weights for RGB, as timm adapts them.
 
@@ -96,11 +119,11 @@ class Builder(Protocol):
 
     __name__: str
 
-    def __call__(self, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet: ...
+    def __call__(self, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet: ...
 
 
 def _builder(name: str) -> Builder:
-    def builder(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
+    def builder(weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
         return create_model(name, weights=weights, progress=progress, **kwargs)
 
     variant = VARIANTS[name]
