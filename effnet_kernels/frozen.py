@@ -15,7 +15,7 @@ from effnet_kernels.cuda_graphs import GraphCache
 from effnet_kernels.dispatch import BackendError
 from effnet_kernels.folded import Excitation, Layer
 from effnet_kernels.folded_network import FoldedNetwork
-from effnet_kernels.models.features import FeatureInfo
+from effnet_kernels.models.features import FeatureInfo, check_images
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts
 from effnet_kernels.modules.operator_module import memory_format
 from effnet_kernels.peer_networks import read_network
@@ -159,7 +159,7 @@ class FrozenEfficientNet(nn.Module):
 
     Shapes: images [N, C, H, W] in any strides, to logits [N, num_classes], pooled features [N, num_features] or a list
     of feature maps in the image's memory format.
-    Raises ValueError for other images, RuntimeError for images that require gradients.
+    Raises ValueError or TypeError for other images, RuntimeError for images that require gradients.
     """
 
     _native: Network | None
@@ -183,6 +183,7 @@ class FrozenEfficientNet(nn.Module):
         self._forget()
 
     def forward(self, x: Tensor) -> Any:
+        check_images(x)
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("expected an image without gradients: a frozen network only infers")
         outputs = self._outputs(x)

@@ -59,9 +59,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 BAD_IMAGES = {
-    "rank 2": (lambda: torch.randn(3, 32), "got input of size"),
-    "rank 3": (lambda: torch.randn(3, 32, 32), "expected 4D input"),
-    "rank 5": (lambda: torch.randn(2, 3, 1, 32, 32), "got input of size"),
+    "rank 0": (lambda: torch.tensor(1.0), r"expected images \[N, C, H, W\], got shape \(\)"),
+    "rank 2": (lambda: torch.randn(3, 32), r"expected images .*, got shape \(3, 32\)$"),
+    "rank 3": (lambda: torch.randn(3, 32, 32), r"got shape \(3, 32, 32\); images\[None\] is a batch of one"),
+    "rank 5": (lambda: torch.randn(2, 3, 1, 32, 32), r"expected images .*, got shape \(2, 3, 1, 32, 32\)$"),
     "channels": (lambda: torch.randn(2, 4, 32, 32), "to have 3 channels, but got 4"),
     "no channels": (lambda: torch.randn(2, 0, 32, 32), "to have 3 channels, but got 0"),
     "no rows": (lambda: torch.randn(2, 3, 0, 32), "Kernel size can't be greater"),
@@ -74,8 +75,13 @@ BAD_IMAGES = {
     "complex": (lambda: torch.randn(2, 3, 32, 32, dtype=torch.complex64), "Complex"),
     "another device": (lambda: torch.empty(2, 3, 32, 32, device="meta"), "expected device meta|device"),
     "sparse": (lambda: torch.randn(2, 3, 32, 32).to_sparse(), "sparse|memory format"),
-    "None": (lambda: None, "NoneType"),
-    "a list": (lambda: [1.0], "list"),
+    "None": (lambda: None, "expected images as a tensor .* got NoneType"),
+    "a list": (lambda: [torch.randn(3, 32, 32)], "expected images as a tensor .* got list"),
+    "an array": (
+        lambda: np.zeros((2, 3, 32, 32), np.float32),
+        "expected images as a tensor .* got ndarray; torch.as_tensor",
+    ),
+    "a text": (lambda: "cat.jpg", "expected images as a tensor .* got str"),
 }
 
 
@@ -93,6 +99,15 @@ def test_images_that_do_not_fit_are_refused_and_leave_no_trace(case, backend, tr
         # torch counts the batch before it looks at its device.
         traces -= {"features.0.1.num_batches_tracked"}
     assert not traces
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the native extension")
+@pytest.mark.parametrize("case", [case for case, (_, message) in BAD_IMAGES.items() if "expected images" in message])
+def test_backbones_and_engines_refuse_images_alike(case):
+    make, message = BAD_IMAGES[case]
+    for model in (small(features_only=True), ek.freeze(small())):
+        with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
+            model(make())
 
 
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the native extension")
@@ -628,7 +643,7 @@ def test_a_forced_backend_that_cannot_run_this_call_is_refused_with_the_reason(m
 def test_the_choice_ends_with_its_block_even_after_an_error():
     model = small()
     with ek.use_backend("reference"):
-        with pytest.raises(RuntimeError, match="got input of size"), ek.use_backend("torch"):
+        with pytest.raises(ValueError, match="expected images"), ek.use_backend("torch"):
             model(torch.randn(3, 3))
         assert dispatch.forced() == "reference"
     assert dispatch.forced() is None

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
-from effnet_kernels.models.features import FeatureInfo, Features
+from effnet_kernels.models.features import FeatureInfo, Features, check_images
 from effnet_kernels.modules import BlockConfig, ConvBnAct
 from effnet_kernels.modules.conv_bn_act import PaddingMode
 from effnet_kernels.modules.operator_module import children_obstacle
@@ -45,7 +45,7 @@ class EfficientNet(nn.Module):
     ``feature_info.channels()`` and ``feature_info.reduction()`` give C_i and r_i.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit.
+        ValueError, TypeError: an argument that does not fit, or an image.
     """
 
     # TorchScript leaves out the branch that a constant rules out, and the properties named here.
@@ -116,6 +116,8 @@ class EfficientNet(nn.Module):
             _initialise(module)
 
     def forward(self, x: Tensor) -> Any:
+        if not torch.jit.is_scripting():
+            check_images(x)
         if self.features_only:
             return self.forward_features_only(x)
         # Two conditions, because TorchScript compiles what follows an ``and``.

@@ -11,6 +11,19 @@ from effnet_kernels.modules.conv_bn_act import ConvBnAct
 from effnet_kernels.modules.operator_module import memory_format
 
 
+def check_images(x: object) -> None:
+    """Raises TypeError for what is no tensor and stands for none in a trace, ValueError for a rank other than 4."""
+    if isinstance(x, Tensor):
+        if x.dim() != 4:
+            hint = "; images[None] is a batch of one" if x.dim() == 3 else ""
+            raise ValueError(f"expected images [N, C, H, W], got shape {tuple(x.shape)}{hint}")
+    elif not hasattr(type(x), "__torch_function__"):
+        raise TypeError(
+            f"expected images as a tensor [N, C, H, W], got {type(x).__name__}; torch.as_tensor makes one of "
+            "an array, transforms() of the weights one of a photograph"
+        )
+
+
 class Features(nn.Sequential):
     """A sequence of layers, walked in channels-last strides where operators run.
 
