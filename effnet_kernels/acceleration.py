@@ -1,10 +1,11 @@
 """accelerate(): other packages' networks on this package's operators, in place."""
 
 import importlib
+import inspect
 import sys
 import warnings
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -31,8 +32,8 @@ def accelerate(model: Model) -> Model:
     ``print(explain(model))`` lists what was switched, and why the rest was not. :func:`restore` undoes it.
 
     Outputs of switched blocks are in channels-last strides. Models may be trained, copied, pickled and accelerated
-    again; for ``torch.jit.script`` restore them first. Before reading a pickle with a block of a class of your own,
-    import that class's module.
+    again; ``torch.jit.script`` compiles the blocks' own forward, as if they were not switched. Before reading a pickle
+    with a block of a class of your own, import that class's module.
 
     Args:
         model: any module, in any mode, on any device.
@@ -91,8 +92,16 @@ class Accelerated(ChainModule):
 
     original: ClassVar[type[nn.Module]]
     reader: ClassVar[Reader]
+    method: ClassVar[str] = "forward"
+    # The original's method, as TorchScript compiles it.
+    scripted: ClassVar[Callable[..., Any]]
 
-    def forward(self, input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return self.dispatched(input)
+        return self.scripted(input)
+
+    def dispatched(self, input: Tensor, *arguments: Any, **named: Any) -> Tensor:
         backend = dispatch.choose(self, input).backend
         if backend == "torch":
             return self.original.forward(self, input, *arguments, **named)
@@ -115,6 +124,8 @@ class AcceleratedNetwork:
     """Mixed into the class of a network that calls its stem, and maybe its head, convolution by convolution."""
 
     original: ClassVar[Any]
+    # The method that does so.
+    method: ClassVar[str]
     # The names of a convolution, its norm and the activation behind it.
     pairs: ClassVar[Pairs]
 
@@ -139,9 +150,15 @@ def _is_observed(x: Tensor) -> bool:
 
 
 class TimmNetwork(AcceleratedNetwork):
+    method = "forward_features"
     pairs: ClassVar[Pairs] = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return self.dispatched(x)
+        return self.scripted(x)
+
+    def dispatched(self: Any, x: Tensor) -> Tensor:
         if self.grad_checkpointing or _is_observed(x):
             return self.original.forward_features(self, x)
         x = self.blocks(self.pair(0)(x))
@@ -153,9 +170,15 @@ class TimmMobileNet(TimmNetwork):
 
 
 class TimmFeatures(AcceleratedNetwork):
+    method = "forward"
     pairs = TimmNetwork.pairs[:1]
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
+        if not torch.jit.is_scripting():
+            return self.dispatched(x)
+        return self.scripted(x)
+
+    def dispatched(self: Any, x: Tensor) -> list[Tensor]:
         if self.feature_hooks is not None or self.grad_checkpointing or _is_observed(x):
             return self.original.forward(self, x)
         x = self.pair(0)(x)
@@ -168,6 +191,7 @@ class TimmFeatures(AcceleratedNetwork):
 
 
 class LukemelasNetwork(AcceleratedNetwork):
+    method = "extract_features"
     pairs = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
 
     def extract_features(self: Any, inputs: Tensor) -> Tensor:
@@ -203,12 +227,17 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
     """The subclass for modules of a class. It can be imported from this module, under a name without dots."""
     if original not in _classes:
         reader, network = reader_of(original), _network_of(original)
+        mixed_in: Any = Accelerated if network is None else network
+        own = getattr(original, mixed_in.method)
         made = type(
             original.__name__,
-            (Accelerated if network is None else network, original),
+            (mixed_in, original),
             {
                 "original": original,
+                "scripted": _under_the_name("scripted", own),
                 **({} if reader is None else {"reader": staticmethod(reader)}),
+                # TorchScript knows no variable arguments, and so no block that takes more than its input.
+                **({"forward": Accelerated.dispatched} if reader is not None and _takes_more(own) else {}),
                 "__module__": __name__,
                 "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
                 "__doc__": original.__doc__,
@@ -216,6 +245,19 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
         )
         _classes[original] = made
     return _classes[original]
+
+
+def _under_the_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under another name, by which TorchScript knows it, in the scope that its names are looked up in."""
+    if not isinstance(function, FunctionType):
+        return function
+    copied = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copied.__annotations__, copied.__kwdefaults__ = function.__annotations__, function.__kwdefaults__
+    return copied
+
+
+def _takes_more(method: Callable[..., Any]) -> bool:
+    return len(inspect.signature(method).parameters) > 2
 
 
 def __getattr__(name: str) -> Any:

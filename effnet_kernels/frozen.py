@@ -240,6 +240,13 @@ class FrozenEfficientNet(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_native": None, "_graphs": None}
 
+    def __prepare_scriptable__(self) -> "FrozenEfficientNet":
+        """What ``torch.jit.script`` calls first; raises TypeError."""
+        raise TypeError(
+            "expected a model for torch.jit.script, got a frozen engine; script the model that was frozen, or take "
+            "torch.jit.trace(engine, images) or torch.export.export(engine, (images,))"
+        )
+
     def train(self, mode: bool = True) -> "FrozenEfficientNet":
         """Nothing: a frozen network is always in eval mode."""
         return super().train(False)

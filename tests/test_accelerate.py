@@ -1,6 +1,7 @@
 """accelerate(): other packages' networks with the same numbers, keys and classes, and what people do with them."""
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
@@ -379,6 +380,39 @@ def test_compile_and_export(training: bool) -> None:
     program = torch.export.export(model, (x,))
     assert "effnet_kernels" not in str(program.graph)
     assert_close(program.module()(x), model(x), tolerance=1e-4)
+
+
+SCRIPTED = {
+    **{name: make for name, (make, _) in NETWORKS.items() if "efficientnet_pytorch" not in name},
+    "small": small,
+    "maps": lambda: timm.create_model("efficientnet_b0", features_only=True),
+    "maps of MobileNetV3": lambda: timm.create_model("mobilenetv3_small_050", features_only=True),
+    "one block": lambda: small().features[2][0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripting_compiles_the_blocks_own_forward(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    untouched, model = pair(randomize(SCRIPTED[name]()).train(training))
+    kinds = [type(module) for module in model.modules()]
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    x = torch.randn(2, 16 if name == "one block" else 3, 64, 64)
+    actual, expected = [], []
+    for outputs, of in ((actual, scripted), (expected, untouched)):
+        torch.manual_seed(1)
+        y = of(x)
+        outputs.extend([y] if isinstance(y, torch.Tensor) else y)
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b)
+    assert_buffers_close(scripted, untouched)
+    # The model that was scripted is as it was.
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_torch_func() -> None:

@@ -159,6 +159,17 @@ def test_autocast_changes_nothing():
             assert relative_rms(y[0] if isinstance(y, list) else y, expected) < TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [False, True])
+def test_scripting_an_engine_names_what_else_there_is(inside):
+    engine, x = ek.freeze(small()), torch.randn(1, 3, 32, 32)
+    model = nn.Sequential(engine, nn.Identity()) if inside else engine
+    with pytest.raises(TypeError, match=r"got a frozen engine; script the model .* torch\.jit\.trace"):
+        torch.jit.script(model)
+    assert_close(torch.jit.trace(model, x)(x), engine(x))
+    assert_close(torch.export.export(model, (x,)).module()(x), engine(x))
+
+
 def test_launches_on_a_gpu_are_recorded():
     pytest.importorskip("triton", reason="records its launches")
     from effnet_kernels.warmup import launches_of_step
