@@ -74,9 +74,14 @@ def _read_features(model: Any) -> Network:
     """A sequence ``features`` of stem, stages and head: ours, torchvision's."""
     names = list(model.features._modules)
     parts = [list(_blocks(f"features.{name}", model.features._modules[name])) for name in names]
+    maps = list(model.feature_layers) if getattr(model, "features_only", False) else None
+    ends, fewest = ([0], maps[-1] + 1) if maps is not None else ([0, -1], 2)
+    if len(parts) < fewest or any([len(chain.layers) for _, chain in parts[end]] != [1] for end in ends):
+        got = ", ".join(type(layer).__name__ for layer in model.features) or "none"
+        raise ValueError(f"features: expected all layers from the stem to the head or the last map, got {got}")
     [stem], *stages = parts
-    if getattr(model, "features_only", False):
-        return Network(stem, stages, None, None, list(model.feature_layers))
+    if maps is not None:
+        return Network(stem, stages, None, None, maps)
     [head] = stages.pop()
     return Network(stem, stages, head, _behind_dropout(model.classifier), None)
 

@@ -1,5 +1,6 @@
 """freeze(): every variant against the model it came from, and what users do with an engine."""
 
+import copy
 import threading
 
 import pytest
@@ -351,6 +352,25 @@ def test_feature_maps_of_other_packages():
         ours = randomize(ek.efficientnet_b0(features_only=True)).eval()
         for actual, y in zip(ek.freeze(ours)(x), ours(x), strict=True):
             assert_close(actual, y)
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("package", ["effnet_kernels", "torchvision.models"])
+@pytest.mark.parametrize("cut", [slice(n) for n in range(9)] + [slice(1, None), slice(3, None), slice(1, -1)], ids=str)
+def test_cut_features_are_refused_by_name(cut, package, features):
+    model = pytest.importorskip(package, reason="freezes torchvision's networks").efficientnet_b0()
+    model.features = model.features[cut]
+    with pytest.raises(ValueError, match=r"features: expected all layers from the stem to the head .* got \w+"):
+        ek.freeze(model, features=features)
+
+
+def test_a_cut_backbone_is_refused_by_name():
+    backbone = small(features_only=True)
+    for layers in range(len(backbone.features)):
+        cut = copy.deepcopy(backbone)
+        cut.features = cut.features[:layers]
+        with pytest.raises(ValueError, match="features: expected all layers from the stem"):
+            ek.freeze(cut)
 
 
 def test_parts_of_other_packages_that_it_refuses():
