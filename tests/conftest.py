@@ -89,6 +89,23 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def calibrate(model: nn.Module, size: int = 64) -> nn.Module:
+    """Random BatchNorms whose running statistics are those of random images; the model, in eval mode.
+
+    With others, outputs hardly depend on the image, and hide what is computed otherwise.
+    """
+    norms = [module for module in randomize(model).modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
 def run_python(code: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter, with the modules of this one importable.
 

@@ -1,5 +1,6 @@
 """Networks whose modules were replaced, hooked or given another forward compute what their modules say."""
 
+import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close
+from conftest import assert_close, calibrate
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -23,32 +24,22 @@ Change = Callable[[nn.Module], None]
 
 
 def network() -> nn.Module:
-    """A small network whose running statistics are those of an image, so that outputs depend on what comes in."""
     torch.manual_seed(0)
     stages = [
         ek.MBConvConfig(1, 3, 1, 8, 8, 1),
         ek.FusedMBConvConfig(4, 3, 2, 8, 16, 2),
         ek.MBConvConfig(6, 5, 2, 16, 24, 2),
     ]
-    model = ek.EfficientNet(stages, 0.0, 0.0, num_classes=0, last_channel=64)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.uniform_(norm.bias, -0.3, 0.3)
-    with torch.no_grad(), ek.use_backend("torch"):
-        model.train()(torch.randn(8, 3, 40, 56))
-    return model.eval()
+    return calibrate(ek.EfficientNet(stages, 0.0, 0.0, num_classes=0, last_channel=64))
 
 
-NETWORK = network().state_dict()
+NETWORK = network()
 
 
 def changed(change: Change) -> nn.Module:
-    model = network()
-    model.load_state_dict(NETWORK)
+    model = copy.deepcopy(NETWORK)
     change(model)
-    return model
+    return model.eval()
 
 
 def plain(model: nn.Module, x: Tensor) -> Tensor:
