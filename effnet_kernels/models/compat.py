@@ -1,7 +1,7 @@
 """The interface of lukemelas's package `efficientnet_pytorch`."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effnet_kernels.models.configs import Variant
 from effnet_kernels.models.convert import load_checkpoint
@@ -28,6 +28,27 @@ _CHECKPOINTS = {
 }
 
 
+class GlobalParams(NamedTuple):
+    """What a network was made with, in that package's words; changing it later changes nothing."""
+
+    width_coefficient: float
+    depth_coefficient: float
+    image_size: int | None
+    dropout_rate: float
+    num_classes: int
+    batch_norm_momentum: float
+    batch_norm_epsilon: float
+    drop_connect_rate: float
+    depth_divisor: int = 8
+    min_depth: int | None = None
+    include_top: bool = True
+
+
+def variant_of(model_name: str) -> Variant:
+    """The row of the table for that package's name; raises ValueError where there is none."""
+    return find_variant("tf_" + model_name.replace("-", "_") if isinstance(model_name, str) else model_name)
+
+
 def from_name(cls: "type[EfficientNet]", model_name: str, in_channels: int, **override_params: Any) -> "EfficientNet":
     """The network of that name, as `efficientnet_pytorch` builds it: SAME padding, BatchNorm eps 1e-3, momentum 0.01.
 
@@ -39,12 +60,26 @@ def from_name(cls: "type[EfficientNet]", model_name: str, in_channels: int, **ov
         in_channels: channels of the image.
         **override_params: ``num_classes``, ``dropout_rate``, ``drop_connect_rate``, ``width_coefficient``,
             ``depth_coefficient``, ``batch_norm_epsilon``, ``batch_norm_momentum`` (the share of the old statistics, as
-            TensorFlow counts), ``include_top`` (False: pooled features) and ``image_size`` (without effect).
+            TensorFlow counts), ``include_top`` (False: pooled features [N, C], in that package [N, C, 1, 1]) and
+            ``image_size`` (without effect).
 
     Raises ValueError for a name or an override that is none of these.
     """
-    variant, options = _overridden(find_variant("tf_" + model_name.replace("-", "_")), override_params)
-    return build(variant, cls=cls, in_chans=in_channels, **options)
+    released = variant_of(model_name)
+    variant, options = _overridden(released, override_params)
+    model = build(variant, cls=cls, in_chans=in_channels, **options)
+    model._global_params = GlobalParams(
+        width_coefficient=variant.width,
+        depth_coefficient=variant.depth,
+        image_size=override_params.get("image_size", released.resolution),
+        dropout_rate=variant.dropout,
+        num_classes=override_params.get("num_classes", 1000),
+        batch_norm_momentum=1 - variant.bn_momentum,
+        batch_norm_epsilon=variant.bn_eps,
+        drop_connect_rate=override_params.get("drop_connect_rate", 0.2),
+        include_top=override_params.get("include_top", True),
+    )
+    return model
 
 
 def from_pretrained(
@@ -99,5 +134,6 @@ def _overridden(variant: Variant, params: dict[str, Any]) -> tuple[Variant, dict
     if "batch_norm_momentum" in params:
         changes["bn_momentum"] = 1 - params.pop("batch_norm_momentum")
     if params:
-        raise ValueError(f"override_params: expected the overrides of efficientnet_pytorch, got {', '.join(params)}")
+        known = ", ".join(name for name in GlobalParams._fields if name not in ("depth_divisor", "min_depth"))
+        raise ValueError(f"override_params: expected some of {known}, got {', '.join(params)}")
     return replace(variant, **changes), options

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
 from effnet_kernels.models.features import FeatureInfo, Features, check_images
+from effnet_kernels.models.lukemelas import ALIASES, LukemelasInterface
 from effnet_kernels.modules import BlockConfig, ConvBnAct
 from effnet_kernels.modules.conv_bn_act import PaddingMode
 from effnet_kernels.modules.operator_module import children_obstacle
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from effnet_kernels.models.configs import Variant
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(LukemelasInterface):
     """EfficientNet V1 (Tan and Le 2019) and V2 (Tan and Le 2021).
 
     The positional arguments, the state dict and, from one seed, the initial weights are torchvision's.
@@ -50,7 +51,7 @@ class EfficientNet(nn.Module):
 
     # TorchScript leaves out the branch that a constant rules out, and the properties named here.
     features_only: Final[bool]
-    __jit_unused_properties__ = ("num_classes",)
+    __jit_unused_properties__ = ("num_classes", *ALIASES)
 
     def __init__(
         self,
@@ -119,12 +120,12 @@ class EfficientNet(nn.Module):
         if not torch.jit.is_scripting():
             check_images(x)
         if self.features_only:
-            return self.forward_features_only(x)
+            return self.maps(x, self.feature_layers)
         # Two conditions, because TorchScript compiles what follows an ``and``.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self._pools_in_head(x):
                 return self.classifier(self.features.pooled(x))
-        x = self.features(x)
+        x = self.extract_features(x)
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.classifier(x)
@@ -133,6 +134,8 @@ class EfficientNet(nn.Module):
     def _pools_in_head(self, x: Tensor) -> bool:
         """Whether the head may pool its output before storing it: nobody would notice three calls that are left out."""
         if not dispatch.has_chains(x) or _has_any_global_hook():
+            return False
+        if type(self).extract_features is not EfficientNet.extract_features or "extract_features" in self.__dict__:
             return False
         features, avgpool = self.features, self.avgpool
         layers = list(features._modules.values())
@@ -147,15 +150,16 @@ class EfficientNet(nn.Module):
         # A module that was compiled by itself is called as it was compiled.
         return all(module is None or module._compiled_call_impl is None for _, module, _ in left_out)
 
-    def forward_features_only(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor, layers: list[int]) -> list[Tensor]:
+        """The outputs of these layers of ``features``, ascending, for images ``x``."""
         # Two conditions, because TorchScript compiles what follows an ``and``.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(self.features, Features):
-                return self.features.intermediates(x, self.feature_layers)
+                return self.features.intermediates(x, layers)
         outputs: list[Tensor] = []
         for index, module in enumerate(self.features):
             x = module(x)
-            if index in self.feature_layers:
+            if index in layers:
                 outputs.append(x)
         return outputs
 
@@ -183,34 +187,6 @@ class EfficientNet(nn.Module):
         from effnet_kernels.models.scaling import scaled_variant
 
         return build(scaled_variant(phi), cls=cls, **kwargs)
-
-    @classmethod
-    def from_name(cls, model_name: str, in_channels: int = 3, **override_params: Any) -> "EfficientNet":
-        """The network of that name, with the interface of the package `efficientnet_pytorch`.
-
-        See :func:`effnet_kernels.models.compat.from_name` for the names and overrides.
-        """
-        from effnet_kernels.models.compat import from_name
-
-        return from_name(cls, model_name, in_channels, **override_params)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_name: str,
-        weights_path: str | None = None,
-        advprop: bool = False,
-        in_channels: int = 3,
-        num_classes: int = 1000,
-        **override_params: Any,
-    ) -> "EfficientNet":
-        """The network of that name with its trained weights, with the interface of `efficientnet_pytorch`.
-
-        See :func:`effnet_kernels.models.compat.from_pretrained`.
-        """
-        from effnet_kernels.models.compat import from_pretrained
-
-        return from_pretrained(cls, model_name, weights_path, advprop, in_channels, num_classes, **override_params)
 
 
 def _keep_resolution(strides: list[int]) -> list[int]:
