@@ -38,7 +38,8 @@ class EfficientNet(LukemelasInterface):
         padding: of the stem, ``"symmetric"`` or ``"same"`` (the stages have their own).
         low_resolution: for images such as CIFAR's 32x32: the stem and the first strided stage keep the resolution, so
             that the last map is an eighth of the image instead of a 32nd. Weights and keys are the same.
-        features_only: the model is a backbone: it has no head, and returns a list of feature maps.
+        features_only: the model is a backbone: it has no head, and returns a list of feature maps. It calls the layers
+            of ``features`` and not ``features`` itself, so that hooks belong on the layers.
         out_indices: which of the maps, from 0 (the finest); all if None. Only with ``features_only``.
 
     Shapes: images [N, in_chans, H, W] of the weights' dtype in any memory format to logits [N, num_classes], pooled
