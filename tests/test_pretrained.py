@@ -379,3 +379,20 @@ def test_a_lukemelas_checkpoint_in_a_symmetric_network_is_warned_of(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ek.tf_efficientnet_b0(weights=path)
+
+
+@pytest.mark.parametrize(
+    "given", ["IMAGENET1K_V1", "EfficientNet_B0_Weights.DEFAULT", "DEFAULT", None, "V9", "", 3, []]
+)
+def test_members_are_verified_as_torchvisions_are(given):
+    theirs = pytest.importorskip("torchvision.models", reason="compares with torchvision, the extra 'peers'")
+    enums = ek.EfficientNet_B0_Weights, theirs.EfficientNet_B0_Weights
+    outcomes = []
+    for enum in enums:
+        try:
+            member = enum.verify(given)
+            outcomes.append(None if member is None else member.name)
+        except (ValueError, TypeError, KeyError) as error:
+            outcomes.append(ValueError if isinstance(error, KeyError) else type(error))
+    assert outcomes[0] == outcomes[1]
+    assert ek.EfficientNet_B0_Weights.verify(ek.EfficientNet_B0_Weights.DEFAULT) is ek.EfficientNet_B0_Weights.DEFAULT

@@ -78,6 +78,21 @@ class WeightsEnum(Enum):
     def meta(self) -> dict[str, Any]:
         return self.value.meta
 
+    @classmethod
+    def verify(cls, obj: Any) -> "WeightsEnum | None":
+        """The member that a name, with or without the enum's before it, or a member stands for; None for None.
+
+        Raises ValueError for another name, TypeError for anything else.
+        """
+        if obj is None or isinstance(obj, cls):
+            return obj
+        if not isinstance(obj, str):
+            raise TypeError(f"expected a member of {cls.__name__} or its name, got {obj}")
+        name = obj.removeprefix(f"{cls.__name__}.")
+        if name not in cls.__members__:
+            raise ValueError(f"expected one of {', '.join(cls.__members__)} for {cls.__name__}, got {obj!r}")
+        return cls[name]
+
     def transforms(self, **overrides: Any) -> ImagePreprocess:
         """See :meth:`Weights.transforms`."""
         return self.value.transforms(**overrides)
