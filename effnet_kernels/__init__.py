@@ -4,7 +4,7 @@ from effnet_kernels.acceleration import accelerate, restore
 from effnet_kernels.cpu import NativeExtensionWarning
 from effnet_kernels.dispatch import BackendError, use_backend
 from effnet_kernels.explain import explain
-from effnet_kernels.frozen import freeze
+from effnet_kernels.freezing import freeze
 from effnet_kernels.models import *  # noqa: F403
 from effnet_kernels.models import __all__ as _models
 from effnet_kernels.modules import (

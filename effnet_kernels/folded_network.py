@@ -1,6 +1,6 @@
 """A folded network as a module: fused chains where there are kernels, torch's own convolutions elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class _Step(NamedTuple):
 
 
 class FoldedNetwork(nn.Module):
-    """Layers with their weights as buffers, which no state dict lists. Exported, it is torch's standard operators.
+    """Layers with their weights as buffers. Exported, it is torch's standard operators.
 
     Args:
         layers: as :class:`effnet_kernels.folded.Layer` describes them.
@@ -58,7 +58,7 @@ class FoldedNetwork(nn.Module):
                 kept = tensor.detach().to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
                 # A fully connected layer is a 1x1 convolution here.
                 kept = kept[:, :, None, None] if kept.dim() == 2 else kept
-                self.register_buffer(f"{name}_{index}", kept, persistent=False)
+                self.register_buffer(f"{name}_{index}", kept)
 
     @property
     def weight(self) -> Tensor:
@@ -99,10 +99,13 @@ class FoldedNetwork(nn.Module):
             return self._run(x)
 
     def _run(self, x: Tensor) -> list[Tensor]:
+        return [y for y, is_output in self.each(x) if is_output]
+
+    def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """The output of every group of layers, and whether it is one of the network's."""
         fused = dispatch.has_chains(x) and self._has_kernels(x)
         if fused:
             x = x.contiguous(memory_format=torch.channels_last)
-        outputs: list[Tensor] = []
         for chain, first, is_output in self._steps:
             own = [self._parameters_of(first + i, layer) for i, layer in enumerate(chain.layers)]
             if x.dim() == 2:
@@ -112,9 +115,7 @@ class FoldedNetwork(nn.Module):
                 x = run_chain(ChainPlan(chain, own, [_NOTHING] * len(own)), x, None)
             else:
                 x = _textbook(chain, x, own)
-            if is_output:
-                outputs.append(x)
-        return outputs
+            yield x, is_output
 
     def _has_kernels(self, x: Tensor) -> bool:
         backend: dispatch.Backend = "cpu" if x.device.type == "cpu" else "triton"

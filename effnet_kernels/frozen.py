@@ -1,8 +1,5 @@
-"""freeze(): a trained network as an engine for inference."""
+"""The engine that freeze() makes of a network."""
 
-import copy
-import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,104 +10,10 @@ from effnet_kernels import cpu, dispatch
 from effnet_kernels.cpu.network import Network, StepProfile
 from effnet_kernels.cuda_graphs import GraphCache
 from effnet_kernels.dispatch import BackendError
-from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.folded import Layer
 from effnet_kernels.folded_network import FoldedNetwork
-from effnet_kernels.models.features import FeatureInfo, check_images
-from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts
+from effnet_kernels.models.features import check_images
 from effnet_kernels.modules.operator_module import memory_format
-from effnet_kernels.peer_networks import read_network
-
-
-def freeze(
-    model: nn.Module, features: bool = False, dtype: torch.dtype | None = None, cuda_graph: bool = False
-) -> "FrozenEfficientNet":
-    """The network as an engine for inference, BatchNorm folded: one native call on the CPU, Triton kernels on a GPU.
-
-    The engine has the model's weights of this moment; the model is left as it is. Whether it is in train or eval mode
-    does not matter: the engine computes what it computes in eval mode. Dropout and stochastic depth are gone.
-
-    Args:
-        model: an EfficientNet: this package's, torchvision's, timm's or ``efficientnet_pytorch``'s, and torchvision's
-            MobileNets and timm's other networks of the same class; accelerated or not. A classifier that is not a
-            linear layer stays a module.
-        features: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
-            finest first, without the head. Models that return maps themselves keep to their own choice.
-        dtype: of weights, images and outputs; the model's own if None. float32 on the CPU; float32, float16 or bfloat16
-            on a GPU.
-        cuda_graph: whether a GPU's launches are captured once for each shape of images, and replayed. The eight shapes
-            used last keep their graphs.
-
-    Returns a module of images [N, C, H, W], of any batch size, resolution and strides, to what the model returns. It
-    has no gradients, is pickled with its weights, may be called by several threads and exported. Autocast does not
-    change what it computes in.
-
-    Raises:
-        TypeError: for another model.
-        ValueError: for a part that the engine does not know, or a dtype or device that it does not run on.
-        BackendError: where the native extension is missing.
-    """
-    network = read_network(model)
-    dtype = _check(model, dtype, cuda_graph)
-    layers: list[Layer] = []
-    blocks: list[tuple[int, int]] = []
-    ends, strides = [], []
-    for stage in ([network.stem], *network.stages):
-        before = len(layers)
-        for name, parts in stage:
-            _append(layers, blocks, name, parts)
-        ends.append(len(layers))
-        strides.append(math.prod(layer.stride for layer in layers[before:]))
-    maps = network.maps
-    if maps is None and features:
-        maps = FeatureInfo.of_layers([layers[end - 1].weight.shape[0] for end in ends], strides, None).layers()
-    if maps is not None:
-        return FrozenEfficientNet(layers, blocks, [ends[i] for i in maps], dtype, None, True, cuda_graph)
-    if network.head is None:
-        raise ValueError("expected a network with a classifier, or features=True")
-    _append(layers, blocks, *network.head)
-    if layers[-1].weight.shape[-1] != 1:
-        raise ValueError(
-            f"{network.head[0]}: expected a 1x1 convolution as head, got {network.head[1].layers[-1].conv}"
-        )
-    layers[-1] = layers[-1]._replace(pool=True)
-    classifier = network.classifier
-    if type(classifier) is nn.Linear:
-        bias = torch.zeros_like(classifier.weight[:, 0]) if classifier.bias is None else classifier.bias
-        blocks.append((len(layers), len(layers) + 1))
-        layers.append(Layer(classifier.weight[:, :, None, None], bias))
-    left = None if type(classifier) in (nn.Linear, nn.Identity) else copy.deepcopy(classifier)
-    return FrozenEfficientNet(layers, blocks, [len(layers)], dtype, left, False, cuda_graph)
-
-
-def _check(model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> torch.dtype:
-    """The engine's dtype, if it can be frozen where the model is."""
-    floats = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    first = next(iter(floats.values()))
-    dtype = first.dtype if dtype is None else dtype
-    on_gpu = first.device.type == "cuda"
-    expected = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
-    place = "a GPU" if on_gpu else "the CPU"
-    for name, tensor in floats.items():
-        if tensor.device != first.device or first.device.type not in ("cpu", "cuda") or tensor.dtype not in expected:
-            wanted = " or ".join(str(t) for t in expected)
-            raise ValueError(f"{name}: expected {wanted} on {place}, got {tensor.dtype} on {tensor.device}")
-    if dtype not in expected:
-        raise ValueError(f"dtype: expected {' or '.join(str(t) for t in expected)} on {place}, got {dtype}")
-    if cuda_graph and not on_gpu:
-        raise ValueError(f"cuda_graph: expected a model on a GPU, got one on {first.device}")
-    if not on_gpu:
-        _check_extension()
-    return dtype
-
-
-def _check_extension() -> None:
-    reason = cpu.unavailable_reason()
-    if reason is not None:
-        raise BackendError(f"a frozen network on the CPU needs the native extension: {reason}")
-
-
-# Of what is made at a first call, which several threads may make at once.
-_lock = threading.Lock()
 
 
 class ProfileRow(NamedTuple):
@@ -149,12 +52,14 @@ class Profile(list[ProfileRow]):
 
 
 class FrozenEfficientNet(nn.Module):
-    """What :func:`freeze` returns.
+    """What :func:`effnet_kernels.freeze` returns. Its state dict has the folded weights.
 
     Args:
-        layers, blocks, outputs, dtype: see :class:`FoldedNetwork`.
-        classifier: what torch computes of the pooled features, or None.
+        layers, blocks, outputs: see :class:`FoldedNetwork`.
+        tail: what torch computes of the output, pooled where a layer pools; or None.
         features_only: whether the outputs are maps.
+        image_first: whether the image is returned before the maps.
+        dtype: of weights, images and outputs.
         cuda_graph: whether a GPU's launches are replayed.
 
     Shapes: images [N, C, H, W] in any strides, to logits [N, num_classes], pooled features [N, num_features] or a list
@@ -170,15 +75,17 @@ class FrozenEfficientNet(nn.Module):
         layers: Sequence[Layer],
         blocks: Sequence[tuple[int, int]],
         outputs: Sequence[int],
-        dtype: torch.dtype,
-        classifier: nn.Module | None,
+        tail: nn.Module | None,
         features_only: bool,
-        cuda_graph: bool,
+        image_first: bool = False,
+        dtype: torch.dtype = torch.float32,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.folded = FoldedNetwork(layers, blocks, outputs, dtype)
-        self.classifier = None if classifier is None else classifier.eval().to(dtype).requires_grad_(False)
-        self.features_only = features_only
+        self.tail = None if tail is None else tail.to(dtype)
+        self.pools = any(layer.pool for layer in layers)
+        self.features_only, self.image_first = features_only, image_first
         self.cuda_graph = cuda_graph
         self._forget()
 
@@ -188,14 +95,14 @@ class FrozenEfficientNet(nn.Module):
             raise RuntimeError("expected an image without gradients: a frozen network only infers")
         outputs = self._outputs(x)
         if self.features_only:
-            return outputs
-        y = outputs[0].flatten(1)
-        return y if self.classifier is None else self.classifier(y)
+            return [x, *outputs] if self.image_first else outputs
+        y = outputs[0].flatten(1) if self.pools else outputs[0]
+        return y if self.tail is None else self.tail(y)
 
     def _outputs(self, x: Tensor) -> list[Tensor]:
         strides = memory_format(x) if self.features_only else torch.contiguous_format
         traced = torch.compiler.is_compiling() or dispatch.interception(x) is not None
-        if self._is_native() and not traced:
+        if self._is_native() and not traced and dispatch.forced() in (None, "cpu"):
             return self.native().run(x, strides)
         run: Callable[[Tensor], list[Tensor]] = self.folded
         on_gpu = self.folded.weight.device.type == "cuda"
@@ -217,17 +124,20 @@ class FrozenEfficientNet(nn.Module):
         if not self._is_native():
             weight = self.folded.weight
             raise ValueError(f"expected an engine in float32 on the CPU, got {weight.dtype} on {weight.device}")
-        _check_extension()
-        with _lock:
-            if self._native is None:
-                self._native = Network(self.folded.layers(), self.folded.outputs)
-        return self._native
+        native = self._native
+        if native is None:
+            if (reason := cpu.unavailable_reason()) is not None:
+                raise BackendError(f"a frozen network on the CPU needs the native extension: {reason}")
+            # Threads that come here at once each pack their own, and the last is kept: a lock that one of them holds
+            # while another forks would never be released in the child.
+            native = self._native = Network(self.folded.layers(), self.folded.outputs)
+        return native
 
     def graphs(self) -> GraphCache:
-        with _lock:
-            if self._graphs is None:
-                self._graphs = GraphCache(self.folded)
-        return self._graphs
+        graphs = self._graphs
+        if graphs is None:
+            graphs = self._graphs = GraphCache(self.folded)
+        return graphs
 
     def _forget(self) -> None:
         self._native = None
@@ -236,6 +146,10 @@ class FrozenEfficientNet(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEfficientNet":
         self._forget()
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*arguments, **named)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_native": None, "_graphs": None}
@@ -268,49 +182,3 @@ class FrozenEfficientNet(nn.Module):
 
 def _median(steps: Sequence[StepProfile]) -> StepProfile:
     return sorted(steps, key=lambda step: step.seconds)[len(steps) // 2]
-
-
-def _append(layers: list[Layer], blocks: list[tuple[int, int]], name: str, parts: Parts) -> None:
-    """Appends a block and its layers."""
-    before = len(layers)
-    for index, part in enumerate(parts.layers):
-        layer = _layer(name, part)
-        if parts.excitation is not None and index == len(parts.layers) - 2:
-            layer = layer._replace(excitation=_excitation(parts.excitation))
-        layers.append(layer)
-    if parts.residual:
-        layers[-1] = layers[-1]._replace(residual=before)
-    blocks.append((before, len(layers)))
-
-
-def _layer(name: str, part: ConvNorm) -> Layer:
-    """The convolution with its BatchNorm folded in, in float64."""
-    conv, norm = part.conv, part.norm
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"{name}: expected a BatchNorm with running statistics, got {norm}")
-    depthwise = part.kind() == "depthwise"
-    if not depthwise and conv.groups != 1:
-        raise ValueError(f"{name}: expected a dense or a depthwise convolution, got {conv}")
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    padding = part.padding
-    return Layer(
-        (conv.weight.double() * scale[:, None, None, None]).detach().float(),
-        shift.detach().float(),
-        depthwise,
-        conv.stride[0],
-        (padding, padding, padding, padding) if isinstance(padding, int) else padding,
-        part.act,
-    )
-
-
-def _excitation(layers: ExcitationLayers) -> Excitation:
-    fc1, fc2, act, gate = layers
-    biases = [fc.weight.new_zeros(fc.out_channels) if fc.bias is None else fc.bias for fc in (fc1, fc2)]
-    return Excitation(fc1.weight.flatten(1), biases[0], fc2.weight.flatten(1), biases[1], act, gate)

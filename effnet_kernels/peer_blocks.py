@@ -30,9 +30,17 @@ def reader_of(kind: type) -> Reader | None:
     return None if reader is None else partial(_read, reader)
 
 
+def is_block(kind: type) -> bool:
+    """Whether a class is a block of another package's networks, and not a single layer such as their stem."""
+    found = look_up(getattr(kind, "original", kind), _READERS)
+    return found is not None and found not in (_read_pair, _read_torchvision_layer)
+
+
 def _read(reader: Reader, block: nn.Module) -> Parts:
     """The parts of a block, if they are a chain whose tensors fit one another."""
     parts = reader(block)
+    if not parts.layers:
+        raise UnknownPart("it has no convolutions")
     for index, layer in enumerate(parts.layers[1:]):
         if layer.kind() == "dense":
             raise UnknownPart(f"convolution {index + 1} is neither a 1x1 nor a depthwise one")
@@ -122,6 +130,8 @@ def _norm(block: nn.Module, path: str) -> tuple[nn.BatchNorm2d, Activation]:
 def _layer(block: nn.Module, conv: str, norm: str, act: Activation | None = None) -> ConvNorm:
     convolution, padding = _convolution(block, conv)
     batch_norm, own = _norm(block, norm)
+    if act is not None and own != "none":
+        raise UnknownPart(f"{norm} has an activation of its own, and another follows")
     return ConvNorm(convolution, batch_norm, own if act is None else act, padding)
 
 
@@ -169,7 +179,9 @@ def _torchvision_layer(block: nn.Module, prefix: str = "") -> ConvNorm:
 def _torchvision_layers(block: nn.Module, sequence: str) -> tuple[tuple[ConvNorm, ...], ExcitationLayers | None]:
     layers: list[ConvNorm] = []
     excitation = None
-    children = list(_child(block, sequence)._modules)
+    if type(_child(block, sequence)) is not nn.Sequential:
+        raise _unknown(sequence, block.get_submodule(sequence))
+    children = list(block.get_submodule(sequence)._modules)
     for index, child in enumerate(children):
         path = f"{sequence}.{child}"
         module = _child(block, path)

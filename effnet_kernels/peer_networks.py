@@ -1,13 +1,20 @@
-"""Whole networks, this package's and others', read as chains: stem, stages, head, classifier."""
+"""Whole networks, this package's and others', read as chains: stem, stages, head, and what is behind them.
 
-from collections.abc import Callable, Iterator
+All of a network is known, or it is refused: whatever its forward calls between the image and the last map is read, and
+what it computes of that map stays its own modules.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_kernels.models.efficientnet import EfficientNet
+from effnet_kernels.models.efficientnet import EfficientNet, Features
 from effnet_kernels.modules.chain import ChainModule, Parts
-from effnet_kernels.peer_blocks import Pair, UnknownPart, look_up, name_of, reader_of
+from effnet_kernels.modules.operator_module import children_obstacle
+from effnet_kernels.peer_blocks import Pair, UnknownPart, name_of, reader_of
 
 
 class Network(NamedTuple):
@@ -16,39 +23,93 @@ class Network(NamedTuple):
     Attributes:
         stem: the first convolution.
         stages: the blocks, in groups whose last outputs are the model's own feature maps.
-        head: the convolution whose output is pooled, or None where the model does not classify.
-        classifier: of the pooled features, or None where the model does not classify.
+        head: the convolution behind the stages, or None.
+        tail: what the model computes of the last map, in order, by names; None where it returns maps.
         maps: which outputs the model returns of the stem (0) and the stages (1, 2, ...); None where it classifies.
+        image_first: whether the image is the first of the maps that it returns.
     """
 
     stem: tuple[str, Parts]
     stages: list[list[tuple[str, Parts]]]
     head: tuple[str, Parts] | None
-    classifier: nn.Module | None
+    tail: Mapping[str, nn.Module] | None
     maps: list[int] | None
+    image_first: bool = False
+
+
+class Kind(NamedTuple):
+    """A class of networks: what reads them, and the methods that this takes for the class's own."""
+
+    read: Callable[[Any], Network]
+    methods: tuple[str, ...]
 
 
 def read_network(model: nn.Module) -> Network:
     """The parts of an EfficientNet of ours, torchvision, timm or ``efficientnet_pytorch``, or of a relative of it.
 
     Raises:
-        TypeError: for another model.
-        ValueError: for a part that is not known, by its name.
+        TypeError: for another model; the message names a network inside of it, if there is one.
+        ValueError: for a part that is not known, by its name: another class, hooks, methods that were replaced.
     """
-    # An accelerated one is of a subclass of its own class.
-    kind = getattr(type(model), "original", type(model))
-    reader = look_up(kind, _READERS)
-    if reader is not None:
-        return reader(model)
-    raise TypeError(
-        f"expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, got {name_of(kind)}"
-    )
+    kind = _kind_of(model)
+    if kind is None:
+        inside = next((name for name, inner in model.named_modules() if name and _is_known(inner)), None)
+        hint = "" if inside is None else f"; {inside} is one: freeze(model.{inside}, features=True) gives its maps"
+        raise TypeError(
+            "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
+            f"got {name_of(getattr(type(model), 'original', type(model)))}{hint}"
+        )
+    obstacle = _untouched("the model", model)
+    replaced = next((method for method in kind.methods if method in model.__dict__), None)
+    if obstacle is None and replaced is not None:
+        obstacle = f"the model had its {replaced} replaced"
+    if obstacle is None and _has_any_global_hook():
+        obstacle = "a global module hook is registered"
+    if obstacle is not None:
+        raise ValueError(obstacle)
+    return kind.read(model)
+
+
+def _kind_of(model: nn.Module) -> Kind | None:
+    """What is known of a model's class, or of the one that it is derived from.
+
+    Raises ValueError where the model's class has methods of its own in place of those that are known.
+    """
+    overridden: dict[str, type] = {}
+    for base in type(model).__mro__:
+        if base.__module__ == "effnet_kernels.acceleration":
+            # What accelerate() mixes in computes what the class itself does.
+            continue
+        kind = _KINDS.get(name_of(base))
+        if kind is None:
+            overridden |= dict.fromkeys(base.__dict__, base)
+            continue
+        own = next((method for method in ("__call__", *kind.methods) if method in overridden), None)
+        if own is not None:
+            raise ValueError(f"{name_of(overridden[own])} has a {own} of its own, which is not known")
+        return kind
+    return None
+
+
+def _is_known(model: nn.Module) -> bool:
+    try:
+        return _kind_of(model) is not None
+    except ValueError:
+        return False
+
+
+def _untouched(name: str, module: nn.Module) -> str | None:
+    """Why a module does more than its class says (hooks, a replaced forward), or None."""
+    return children_obstacle([(name, module, (type(module),))])
 
 
 def read_block(name: str, module: nn.Module) -> Parts:
     """The parts of a block; raises ValueError with its name for one that is not known."""
     reader = reader_of(type(module))
-    if isinstance(module, ChainModule):
+    obstacle = _untouched("it", module)
+    if obstacle is not None:
+        pass
+    elif isinstance(module, ChainModule):
         obstacle = module.find_obstacle()
         if obstacle is None:
             return module.parts()
@@ -64,16 +125,25 @@ def read_block(name: str, module: nn.Module) -> Parts:
 
 def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, Parts]]:
     if type(module) is nn.Sequential:
-        for inner, child in module.named_children():
-            yield from _blocks(f"{name}.{inner}", child)
+        for inner, child in _children(name, module):
+            yield from _blocks(inner, child)
     else:
         yield name, read_block(name, module)
 
 
+def _children(name: str, sequence: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a sequence calls, by name; one may be there twice. Raises ValueError where it does more."""
+    obstacle = _untouched(name, sequence)
+    if obstacle is None and type(sequence) not in (nn.Sequential, Features):
+        obstacle = f"{name} is a {type(sequence).__name__}, not a sequence of modules"
+    if obstacle is not None:
+        raise ValueError(obstacle)
+    return [(f"{name}.{inner}", child) for inner, child in sequence._modules.items() if child is not None]
+
+
 def _read_features(model: Any) -> Network:
     """A sequence ``features`` of stem, stages and head: ours, torchvision's."""
-    names = list(model.features._modules)
-    parts = [list(_blocks(f"features.{name}", model.features._modules[name])) for name in names]
+    parts = [list(_blocks(*child)) for child in _children("features", model.features)]
     maps = list(model.feature_layers) if getattr(model, "features_only", False) else None
     ends, fewest = ([0], maps[-1] + 1) if maps is not None else ([0, -1], 2)
     if len(parts) < fewest or any([len(chain.layers) for _, chain in parts[end]] != [1] for end in ends):
@@ -83,44 +153,76 @@ def _read_features(model: Any) -> Network:
     if maps is not None:
         return Network(stem, stages, None, None, maps)
     [head] = stages.pop()
-    return Network(stem, stages, head, _behind_dropout(model.classifier), None)
+    # MobileNetV2 calls a function instead of a module.
+    pool = model._modules.get("avgpool", _MEAN)
+    return Network(stem, stages, head, {"avgpool": pool, "flatten": _FLATTEN, "classifier": model.classifier}, None)
 
 
-def _behind_dropout(classifier: nn.Module) -> nn.Module:
-    """The layer behind the dropout, where that is all there is."""
-    if type(classifier) is nn.Sequential and len(classifier) == 2 and type(classifier[0]) is nn.Dropout:
-        return classifier[1]
-    return classifier
+_MEAN, _FLATTEN = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
 
 
 def _read_timm(model: Any) -> Network:
-    stem = "conv_stem", read_block("conv_stem", Pair(model.conv_stem, model.bn1, None))
-    stages = [list(_blocks(f"blocks.{name}", stage)) for name, stage in model.blocks.named_children()]
-    if "conv_head" not in model._modules:
+    # MobileNetV3's backbone has an activation of its own behind the stem.
+    act = None if hasattr(model, "forward_head") else model._modules.get("act1")
+    stem = "conv_stem", read_block("conv_stem", Pair(model.conv_stem, model.bn1, act))
+    stages = [list(_blocks(*stage)) for stage in _children("blocks", model.blocks)]
+    if not hasattr(model, "forward_head"):
         if model.feature_hooks is not None:
             raise ValueError("feature_location: expected maps from between the blocks, got maps from inside of them")
         return Network(stem, stages, None, None, sorted(model._stage_out_idx))
-    if model.global_pool.pool_type not in ("avg", "fast", "fastavg"):
-        raise ValueError(f"global_pool: expected the mean, got {model.global_pool.pool_type!r}")
+    if "bn2" not in model._modules:
+        # MobileNetV3 pools before its last convolution.
+        return Network(stem, stages, None, {"global_pool": TimmHead(model)}, None)
     head = "conv_head", read_block("conv_head", Pair(model.conv_head, model.bn2, None))
-    return Network(stem, stages, head, model.classifier, None)
+    return Network(stem, stages, head, {"global_pool": model.global_pool, "classifier": model.classifier}, None)
+
+
+class TimmHead(nn.Module):
+    """What a network of timm computes of its last map, by its own method: the network without its convolutions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.copy(model)
+        left_out = ("conv_stem", "bn1", "blocks")
+        self.model._modules = {name: m for name, m in model._modules.items() if name not in left_out}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Any, self.model).forward_head(x)
 
 
 def _read_lukemelas(model: Any) -> Network:
     stem = "_conv_stem", read_block("_conv_stem", Pair(model._conv_stem, model._bn0, model._swish))
     stages = [[(f"_blocks.{i}", read_block(f"_blocks.{i}", block))] for i, block in enumerate(model._blocks)]
-    if not model._global_params.include_top:
-        return Network(stem, stages, None, None, None)
     head = "_conv_head", read_block("_conv_head", Pair(model._conv_head, model._bn1, model._swish))
-    return Network(stem, stages, head, cast(nn.Module, model._fc), None)
+    tail = {"_avg_pooling": model._avg_pooling}
+    if model._global_params.include_top:
+        tail |= {"flatten": _FLATTEN, "_dropout": model._dropout, "_fc": model._fc}
+    return Network(stem, stages, head, tail, None)
 
 
-_READERS: dict[str, Callable[[Any], Network]] = {
-    name_of(EfficientNet): _read_features,
-    "torchvision.models.efficientnet.EfficientNet": _read_features,
-    "torchvision.models.mobilenetv2.MobileNetV2": _read_features,
-    "torchvision.models.mobilenetv3.MobileNetV3": _read_features,
-    "timm.models.efficientnet.EfficientNet": _read_timm,
-    "timm.models.efficientnet.EfficientNetFeatures": _read_timm,
-    "efficientnet_pytorch.model.EfficientNet": _read_lukemelas,
+def _read_segmentation_encoder(model: Any) -> Network:
+    """The encoder of segmentation_models_pytorch: lukemelas's network, which returns the image and a map a stage."""
+    stem = "_conv_stem", read_block("_conv_stem", Pair(model._conv_stem, model._bn0, model._swish))
+    stages, begin = [], 0
+    for last in model._out_indexes[: model._depth - 1]:
+        numbers = range(begin, last + 1)
+        stages.append([(f"_blocks.{i}", read_block(f"_blocks.{i}", model._blocks[i])) for i in numbers])
+        begin = last + 1
+    return Network(stem, stages, None, None, list(range(len(stages) + 1)), image_first=True)
+
+
+_TORCHVISION, _TIMM = ("forward", "_forward_impl"), ("forward", "forward_features", "forward_head")
+_KINDS: dict[str, Kind] = {
+    name_of(EfficientNet): Kind(_read_features, ("forward", "extract_features", "maps")),
+    "torchvision.models.efficientnet.EfficientNet": Kind(_read_features, _TORCHVISION),
+    "torchvision.models.mobilenetv2.MobileNetV2": Kind(_read_features, _TORCHVISION),
+    "torchvision.models.mobilenetv3.MobileNetV3": Kind(_read_features, _TORCHVISION),
+    "timm.models.efficientnet.EfficientNet": Kind(_read_timm, _TIMM),
+    "timm.models.efficientnet.EfficientNetFeatures": Kind(_read_timm, ("forward",)),
+    "timm.models.mobilenetv3.MobileNetV3": Kind(_read_timm, _TIMM),
+    "timm.models.mobilenetv3.MobileNetV3Features": Kind(_read_timm, ("forward",)),
+    "efficientnet_pytorch.model.EfficientNet": Kind(_read_lukemelas, ("forward", "extract_features")),
+    "segmentation_models_pytorch.encoders.efficientnet.EfficientNetEncoder": Kind(
+        _read_segmentation_encoder, ("forward",)
+    ),
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCES, randomize, relative_rms
+from conftest import TOLERANCES, calibrate, randomize, relative_rms
 from torch import Tensor, nn
 
 from effnet_kernels.models.configs import VARIANTS
@@ -325,3 +325,60 @@ def test_lite_package_equals_timm() -> None:
     model = ours("tf_efficientnet_lite0").eval()
     load_checkpoint(model, checkpoint)
     assert_same_output(model, peer, 224)
+
+
+def strided(model: nn.Module) -> None:
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1)
+    conv.stride = (2, 2)
+
+
+def activations(model: nn.Module, make: Callable[[], nn.Module]) -> None:
+    for module in list(model.modules())[len(list(model.modules())) // 2 :]:
+        for name, child in list(module.named_children()):
+            if type(child).__name__ in ("SiLU", "Swish", "MemoryEfficientSwish"):
+                setattr(module, name, make())
+
+
+def gates(model: nn.Module) -> None:
+    found = [(m, name) for m in model.modules() for name, c in m.named_children() if type(c).__name__ == "Sigmoid"]
+    module, name = found[-1]
+    setattr(module, name, nn.Hardsigmoid())
+
+
+def pooling(model: nn.Module) -> None:
+    [name] = [name for name in ("avgpool", "global_pool", "_avg_pooling") if hasattr(model, name)]
+    setattr(model, name, nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(1)))
+
+
+DISGUISED: dict[str, Callable[[nn.Module], object]] = {
+    "stride": strided,
+    "ReLU": lambda m: activations(m, nn.ReLU),
+    "gate": gates,
+    "pooling": pooling,
+    "hook": lambda m: next(iter(m.children())).register_forward_hook(lambda _, a, y: 1.1 * y),
+    "residual": lambda m: (
+        [setattr(b, "use_res_connect", False) for b in m.modules() if hasattr(b, "use_res_connect")]
+        + [setattr(b, "has_skip", False) for b in m.modules() if hasattr(b, "has_skip")]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", DISGUISED)
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_what_no_tensor_shows_is_found(package: str, change: str) -> None:
+    model = calibrate(
+        torchvision_model("efficientnet_b0") if package == "torchvision" else timm_model("efficientnet_b0")
+    )
+    assert from_peer(model) is not None
+    if package == "timm" and change == "gate":
+        pytest.skip("timm's gates are functions of one class here")
+    DISGUISED[change](model)
+    with pytest.raises(ValueError, match=r"^(the stem|features\.|blocks\.|what follows).*: the released network with"):
+        from_peer(model)
+    assert from_peer(model, verify=False) is not None
+
+
+def test_output_stride_is_no_tensor() -> None:
+    model = calibrate(timm_model("efficientnet_b0", output_stride=16))
+    with pytest.raises(ValueError, match=r"^blocks\.\d\.\d: the released network with"):
+        from_peer(model)

@@ -27,6 +27,9 @@ from effnet_kernels.models.formats import (
 from effnet_kernels.models.wrappers import unwrap
 from effnet_kernels.modules import FusedMBConvConfig
 from effnet_kernels.modules.conv_bn_act import PaddingMode
+from effnet_kernels.modules.inverted_residual import InvertedResidual
+from effnet_kernels.peer_blocks import is_block
+from effnet_kernels.verification import SIZES, Observed, agree, first_difference, make_images
 
 
 def convert_state_dict(
@@ -201,7 +204,7 @@ def settings_of(model: nn.Module) -> Settings:
     return Settings(eps, momentum, "same" if same else "symmetric")
 
 
-def from_peer(peer: nn.Module) -> EfficientNet:
+def from_peer(peer: nn.Module, verify: bool | Tensor = True) -> EfficientNet:
     """Our network with a peer's weights and settings, in its training or evaluation mode, on its device and dtype.
 
     Dropout and stochastic depth are the released network's.
@@ -209,8 +212,11 @@ def from_peer(peer: nn.Module) -> EfficientNet:
     Args:
         peer: an EfficientNet of torchvision, timm or lukemelas. lukemelas fixes its padding at construction from the
             nominal image size; ours is decided by each image, and the two agree on images of the nominal size.
+        verify: whether copies of both networks have to agree on a small random batch, or the images [N, C, H, W] to
+            compare them on. What no tensor shows is found so: other strides, activations, gates or pooling.
 
-    Raises ValueError for a model that is no released network.
+    Raises ValueError for a model that is no released network, or that computes something else than the released network
+    with its weights; it names the first block that differs.
     """
     state_dict, settings = peer.state_dict(), settings_of(peer)
     variant = guess_variant(state_dict)
@@ -224,7 +230,32 @@ def from_peer(peer: nn.Module) -> EfficientNet:
     model = build(variant, in_chans=stem.shape[1], num_classes=0 if classifier is None else classifier.shape[0])
     model.to(stem.device, stem.dtype)
     load_checkpoint(model, state_dict)
+    if verify is not False:
+        _check_agreement(peer, model, None if verify is True else verify)
     return model.train(peer.training)
+
+
+def _check_agreement(peer: nn.Module, model: EfficientNet, images: Tensor | None) -> None:
+    """Raises ValueError where the two compute something else, with the first block of ``peer`` that does."""
+    names = _block_names(peer)
+    theirs, ours = Observed(peer, names), Observed(model, _block_names(model))
+    if images is None:
+        # What fixes its padding for one size agrees on that alone.
+        nominal = getattr(getattr(peer, "_global_params", None), "image_size", None)
+        images = make_images(theirs, model.in_chans, SIZES if nominal is None else (nominal,))
+    (expected, their_inputs), (y, our_inputs) = theirs.run(images), ours.run(images)
+    # Without a classifier lukemelas's features are [N, C, 1, 1].
+    if not agree([t.flatten(1) for t in y], [t.flatten(1) for t in expected]):
+        found = first_difference(our_inputs, their_inputs, ["the stem", *names])
+        raise ValueError(
+            f"{found}: the released network with these weights computes something else than the model, on images of "
+            f"shape {tuple(images.shape)}; verify=False gives it unseen"
+        )
+
+
+def _block_names(model: nn.Module) -> list[str]:
+    """The blocks of a network that we know, in the order of their calls."""
+    return [name for name, m in model.named_modules() if isinstance(m, InvertedResidual) or is_block(type(m))]
 
 
 def transfer(source: nn.Module, target: nn.Module) -> None:

@@ -160,6 +160,14 @@ class Parts(NamedTuple):
             return None
         return self.excitation.misfit(last.in_channels)
 
+    def tensors(self) -> list[Tensor]:
+        """All parameters and statistics that the parts are computed with."""
+        found = [t for conv, norm, *_ in self.layers for t in (conv.weight, conv.bias, norm.weight, norm.bias)]
+        found += [t for layer in self.layers for t in (layer.norm.running_mean, layer.norm.running_var)]
+        if self.excitation is not None:
+            found += [t for fc in self.excitation[:2] for t in (fc.weight, fc.bias)]
+        return [t for t in found if t is not None]
+
     def draw(self, *arguments: Any, **named: Any) -> Tensor | None:
         return None if self.keep is None or not self.residual else self.keep(*arguments, **named)
 
