@@ -15,6 +15,9 @@ namespace py = pybind11;
 
 namespace {
 
+// What effnet_kernels.cpu.extension expects; to be raised in both places when a function's arguments change.
+constexpr int interface_version = 2;
+
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -307,6 +310,7 @@ py::list kernels() {
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels; effnet_kernels.cpu checks the arguments.";
+  m.attr("interface") = interface_version;
   m.def("cut_pixels", &cut_pixels, "The pixels that calls take: (images, pixels, groups, parts a group).");
   m.def("depthwise_slots", &effnet::depthwise_slots);
   m.def("pointwise_forward", &pointwise_forward);
@@ -328,7 +332,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         return py::buffer_info(pooled.block.get(), 1, py::format_descriptor<unsigned char>::format(), 1,
                                {static_cast<py::ssize_t>(pooled.bytes)}, {1});
       });
-  m.def("release_memory", &effnet::release_memory);
+  m.def("release_memory", [] {
+    effnet::release_plans();
+    effnet::release_memory();
+  });
   py::class_<effnet::Network>(m, "Network")
       .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"))
       .def("run", &run_network, py::arg("image"), py::arg("batch"), py::arg("height"), py::arg("width"),

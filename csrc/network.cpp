@@ -1,9 +1,11 @@
 #include "network.h"
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "lock.h"
 #include "plan.h"
 
 namespace effnet {
@@ -14,6 +16,12 @@ namespace {
 constexpr std::int64_t images_together = 4;
 
 constexpr std::size_t plans_kept = 8;
+
+// All that there are, under the lock. Never destroyed: a network may be destroyed after every static object.
+std::set<const Network*>& networks() {
+  static std::set<const Network*>& networks = *new std::set<const Network*>;
+  return networks;
+}
 
 }  // namespace
 
@@ -56,9 +64,14 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs)
                                   std::to_string(tensor));
     }
   }
+  const Lock lock;
+  networks().insert(this);
 }
 
-Network::~Network() = default;
+Network::~Network() {
+  const Lock lock;
+  networks().erase(this);
+}
 
 std::vector<MapSize> Network::output_sizes(std::int64_t height, std::int64_t width) const {
   const std::vector<MapSize> sizes = tensor_sizes(layers_, height, width);
@@ -69,17 +82,31 @@ std::vector<MapSize> Network::output_sizes(std::int64_t height, std::int64_t wid
 
 std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height, std::int64_t width,
                                         const std::string& isa, int threads) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
-    if ((*plan)->fits(images, height, width, isa, threads)) {
-      plans_.splice(plans_.begin(), plans_, plan);
-      return plans_.front();
+  {
+    const Lock lock;
+    for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
+      if ((*plan)->fits(images, height, width, isa, threads)) {
+        plans_.splice(plans_.begin(), plans_, plan);
+        return plans_.front();
+      }
     }
   }
-  plans_.push_front(
-      std::make_shared<Plan>(layers_, outputs_, images, height, width, kernels_of(isa), std::max(1, threads)));
-  if (plans_.size() > plans_kept) plans_.pop_back();
-  return plans_.front();
+  // Threads that come here at once make a plan each, of which the oldest is forgotten first.
+  auto made = std::make_shared<Plan>(layers_, outputs_, images, height, width, kernels_of(isa), std::max(1, threads));
+  std::shared_ptr<Plan> forgotten;  // freed without the lock
+  const Lock lock;
+  plans_.push_front(made);
+  if (plans_.size() > plans_kept) {
+    forgotten = std::move(plans_.back());
+    plans_.pop_back();
+  }
+  return made;
+}
+
+void release_plans() {
+  std::list<std::shared_ptr<Plan>> forgotten;  // freed without the lock
+  const Lock lock;
+  for (const Network* network : networks()) forgotten.splice(forgotten.end(), network->plans_);
 }
 
 void Network::run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <list>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -38,6 +37,8 @@ class Network {
   // outputs are numbers of tensors (see LayerSpec), ascending.
   Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs);
   ~Network();
+  Network(const Network&) = delete;
+  Network& operator=(const Network&) = delete;
 
   std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
 
@@ -47,13 +48,17 @@ class Network {
            std::vector<StepProfile>* profile) const;
 
  private:
+  friend void release_plans();
+
   std::shared_ptr<Plan> plan_for(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa,
                                  int threads) const;
 
   std::vector<Layer> layers_;
   std::vector<std::int64_t> outputs_;
-  mutable std::mutex mutex_;
   mutable std::list<std::shared_ptr<Plan>> plans_;  // the latest first
 };
+
+// Forgets the plans of all networks, and frees their memory where no call is using it.
+void release_plans();
 
 }  // namespace effnet

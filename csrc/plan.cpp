@@ -5,6 +5,7 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "lock.h"
 #include "parallel.h"
 
 namespace effnet {
@@ -191,7 +192,7 @@ bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, co
 
 Buffer Plan::take_arena() const {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock;
     if (!arenas_.empty()) {
       Buffer arena = std::move(arenas_.back());
       arenas_.pop_back();
@@ -202,7 +203,7 @@ Buffer Plan::take_arena() const {
 }
 
 void Plan::return_arena(Buffer arena) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock;
   arenas_.push_back(std::move(arena));
 }
 

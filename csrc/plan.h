@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -38,7 +37,6 @@ class Plan {
   std::vector<std::unique_ptr<Step>> steps_;
   std::vector<Output> outputs_;
   std::int64_t tensor_floats_ = 0, scratch_floats_ = 0;
-  mutable std::mutex mutex_;
   mutable std::vector<Buffer> arenas_;
 };
 

@@ -1,10 +1,10 @@
 #include "pool.h"
 
 #include <cstdint>
-#include <mutex>
 #include <vector>
 
 #include "buffer.h"
+#include "lock.h"
 
 namespace effnet {
 namespace {
@@ -24,7 +24,7 @@ class Pool {
     Free taken{nullptr, 0, 0};
     std::vector<Free> stale;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const Lock lock;
       ++requests_;
       std::size_t best = free_.size();
       for (std::size_t i = 0; i < free_.size(); ++i) {
@@ -45,7 +45,7 @@ class Pool {
 
   void release() {
     std::vector<Free> all;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock;
     all.swap(free_);
   }
 
@@ -71,12 +71,11 @@ class Pool {
   }
 
   void put_back(Free&& block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock;
     block.since = requests_;
     free_.push_back(std::move(block));
   }
 
-  std::mutex mutex_;
   std::vector<Free> free_;
   std::int64_t requests_ = 0;
 };

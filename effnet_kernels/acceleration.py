@@ -1,5 +1,6 @@
 """accelerate(): other packages' networks on this package's operators, in place."""
 
+import functools
 import importlib
 import inspect
 import sys
@@ -87,6 +88,24 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from _blocks(child)
 
 
+def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a method that goes on as the restored class's ``name`` where another thread restores the module."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def called(self: Any, *arguments: Any, **named: Any) -> Any:
+            try:
+                return method(self, *arguments, **named)
+            except AttributeError:
+                if isinstance(self, Accelerated | AcceleratedNetwork):
+                    raise
+                return getattr(self, name)(*arguments, **named)
+
+        return called
+
+    return decorate
+
+
 class Accelerated(ChainModule):
     """Mixed into a block's own class: its forward on the operators wherever they can stand for it."""
 
@@ -98,9 +117,10 @@ class Accelerated(ChainModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            return self.dispatched(input)
+            return Accelerated.dispatched(self, input)
         return self.scripted(input)
 
+    @_outliving("forward")
     def dispatched(self, input: Tensor, *arguments: Any, **named: Any) -> Tensor:
         backend = dispatch.choose(self, input).backend
         if backend == "torch":
@@ -155,9 +175,10 @@ class TimmNetwork(AcceleratedNetwork):
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            return self.dispatched(x)
+            return TimmNetwork.dispatched(self, x)
         return self.scripted(x)
 
+    @_outliving("forward_features")
     def dispatched(self: Any, x: Tensor) -> Tensor:
         if self.grad_checkpointing or _is_observed(x):
             return self.original.forward_features(self, x)
@@ -175,9 +196,10 @@ class TimmFeatures(AcceleratedNetwork):
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
         if not torch.jit.is_scripting():
-            return self.dispatched(x)
+            return TimmFeatures.dispatched(self, x)
         return self.scripted(x)
 
+    @_outliving("forward")
     def dispatched(self: Any, x: Tensor) -> list[Tensor]:
         if self.feature_hooks is not None or self.grad_checkpointing or _is_observed(x):
             return self.original.forward(self, x)
@@ -194,6 +216,7 @@ class LukemelasNetwork(AcceleratedNetwork):
     method = "extract_features"
     pairs = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
 
+    @_outliving("extract_features")
     def extract_features(self: Any, inputs: Tensor) -> Tensor:
         if _is_observed(inputs):
             return self.original.extract_features(self, inputs)

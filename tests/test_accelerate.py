@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -540,3 +541,43 @@ def test_a_network_with_its_own_way_through_the_stem_keeps_it() -> None:
     assert type(model) is Halved
     x = torch.randn(1, 3, 64, 64)
     assert_close(model(x), untouched(x))
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm", "timm features", "efficientnet_pytorch"])
+def test_switching_while_other_threads_call(name):
+    import timm
+    from efficientnet_pytorch import EfficientNet
+    from torchvision.models import efficientnet_b0
+
+    makers = {
+        "torchvision": efficientnet_b0,
+        "timm": lambda: timm.create_model("test_efficientnet"),
+        "timm features": lambda: timm.create_model("test_efficientnet", features_only=True),
+        "efficientnet_pytorch": lambda: EfficientNet.from_name("efficientnet-b0"),
+    }
+    model, x = randomize(makers[name]()).eval(), torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    stop, failures, calls = threading.Event(), [], []
+
+    def call():
+        while not stop.is_set():
+            try:
+                with torch.no_grad():
+                    y = model(x)
+                pairs = zip(y, expected, strict=True) if isinstance(y, list) else [(y, expected)]
+                assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+                calls.append(1)
+            except Exception as error:
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(calls) < 60 and not failures:
+        ek.accelerate(model)
+        ek.restore(model)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]

@@ -1,14 +1,17 @@
 """The extension as a library: instruction sets, threads, forks, and life without it."""
 
 import os
+import shutil
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_python
 from native_cases import kernel_isas, needs_linux, needs_native
 
+import effnet_kernels
 from effnet_kernels import cpu, ops
 from effnet_kernels.cpu import extension as loader
 from effnet_kernels.cpu.extension import extension
@@ -147,3 +150,96 @@ def test_failed_build_is_explained(without_extension, monkeypatch, tmp_path):
     reason.write_text("cmake was not found\n")
     monkeypatch.setattr(loader, "FAILURE_FILE", reason)
     assert cpu.unavailable_reason().endswith("cmake was not found")
+
+
+@needs_native
+@needs_linux
+@pytest.mark.parametrize("what", ["truncated", "empty", "no library", "stale"])
+def test_an_extension_that_cannot_be_trusted_is_named(what, tmp_path):
+    """The loader would die of one that ends early, and one of another build would misread arguments."""
+    package = Path(effnet_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "effnet_kernels", ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+    library = Path(extension().__file__)
+    copied = tmp_path / "effnet_kernels" / library.name
+    contents = {"truncated": library.read_bytes()[:100_000], "empty": b"", "no library": b"x" * 1000}
+    copied.write_bytes(contents.get(what, library.read_bytes()))
+    if what == "stale":
+        loader_file = tmp_path / "effnet_kernels" / "cpu" / "extension.py"
+        loader_file.write_text(loader_file.read_text().replace("INTERFACE = ", "INTERFACE = 1 + "))
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import effnet_kernels, torch
+assert effnet_kernels.__file__.startswith({str(tmp_path)!r})
+print(effnet_kernels.cpu.unavailable_reason())
+print(effnet_kernels.efficientnet_b0().eval()(torch.randn(1, 3, 32, 32)).shape)
+"""
+    done = run_python(code)
+    reason, shape = done.stdout.strip().rsplit("\n", 1)
+    assert shape == "torch.Size([1, 1000])", done.stderr
+    expected = {"stale": "is of another version", "no library": "cannot be imported"}.get(what, "is truncated")
+    assert expected in reason
+
+
+FORKING = """
+import os, signal, threading, torch
+import effnet_kernels as ek
+torch.set_num_threads(1)
+def network():
+    return ek.EfficientNet([ek.MBConvConfig(2, 3, 2, 8, 16, 1)], 0.0, 0.0, num_classes=3).eval()
+shared = ek.freeze(network())
+stop = threading.Event()
+def calls():
+    # First calls of engines, first calls of sizes, and maps that come and go.
+    model, size = network(), 0
+    while not stop.is_set():
+        size = size % 40 + 1
+        with torch.no_grad():
+            ek.freeze(model, verify=False)(torch.randn(1, 3, 16 + size, 20))
+            shared(torch.randn(1, 3, 20, 16 + size))
+            model(torch.randn(1, 3, 96, 96))
+        ek.cpu.release_memory()
+threads = [threading.Thread(target=calls) for _ in range(3)]
+for thread in threads:
+    thread.start()
+ended = []
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        with torch.no_grad():
+            shared(torch.randn(1, 3, 57, 57))
+            ek.freeze(network(), verify=False)(torch.randn(1, 3, 32, 32))
+        os._exit(0)
+    ended.append(os.waitpid(child, 0)[1])
+stop.set()
+for thread in threads:
+    thread.join()
+print(ended == [0] * 40)
+"""
+
+
+@needs_native
+@needs_linux
+def test_a_fork_while_other_threads_call_for_the_first_time():
+    done = run_python(FORKING, timeout=300)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@needs_native
+@needs_linux
+def test_the_memory_of_engines_can_be_given_back():
+    code = """
+import resource, torch
+import effnet_kernels as ek
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+engine, x = ek.freeze(ek.efficientnet_b0()), torch.randn(4, 3, 640, 640)
+first = engine(x)
+before = resident()
+ek.cpu.release_memory()
+print(before - resident() > 20 * 2**20, torch.equal(engine(x), first))
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "True True", done.stdout + done.stderr

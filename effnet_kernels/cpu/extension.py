@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import importlib.util
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 # The extension shares torch's threads, so torch has to be in the process first.
 import torch
 
+# What csrc/bindings.cpp has; an extension of another build would misread arguments, or lack functions.
+INTERFACE = 2
 FAILURE_FILE = Path(__file__).parents[1] / "_native_build_failure.txt"
 
 
@@ -20,7 +24,17 @@ class NativeExtensionWarning(UserWarning):
 def load() -> tuple[Any, str | None]:
     """The extension module and None, or None and the reason."""
     try:
-        return importlib.import_module("effnet_kernels._native"), None
+        found = importlib.util.find_spec("effnet_kernels._native")
+        if found is not None and found.origin is not None and _is_truncated(Path(found.origin)):
+            return None, f"{found.origin} is truncated: install effnet_kernels again"
+        module = importlib.import_module("effnet_kernels._native")
+        interface = getattr(module, "interface", None)
+        if interface != INTERFACE:
+            return None, (
+                f"{module.__file__} is of another version, with interface {interface} where {INTERFACE} is expected: "
+                "install effnet_kernels again"
+            )
+        return module, None
     except ImportError as error:
         if FAILURE_FILE.exists():
             built = FAILURE_FILE.read_text(encoding="utf-8", errors="replace").strip()
@@ -29,6 +43,18 @@ def load() -> tuple[Any, str | None]:
             folder = Path(__file__).parents[1]
             return None, f"no native extension in {folder}: a source tree that was not built (pip install -e .)?"
         return None, f"the native extension cannot be imported: {error}"
+
+
+def _is_truncated(path: Path) -> bool:
+    """Whether an ELF file of 64 bits ends before the table at its end, which the loader would find out by dying."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if not header.startswith(b"\x7fELF\x02\x01"):
+        # Another system's, or nothing that a loader takes for a library.
+        return len(header) < 64
+    (offset,) = struct.unpack_from("<Q", header, 0x28)
+    size, number = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size < offset + size * number
 
 
 def extension() -> Any:

@@ -58,7 +58,7 @@ def empty_map(samples: int, channels: int, height: int, width: int) -> Tensor:
 
 
 def release_memory() -> None:
-    """Gives the memory that is kept for maps to come back to the system."""
+    """Gives the memory that is kept for maps and for frozen engines' calls to come back to the system."""
     extension().release_memory()
 
 
