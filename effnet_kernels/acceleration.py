@@ -180,9 +180,14 @@ class TimmNetwork(AcceleratedNetwork):
 
     @_outliving("forward_features")
     def dispatched(self: Any, x: Tensor) -> Tensor:
-        if self.grad_checkpointing or _is_observed(x):
+        if _is_observed(x):
             return self.original.forward_features(self, x)
-        x = self.blocks(self.pair(0)(x))
+        x = self.pair(0)(x)
+        if self.grad_checkpointing:
+            # timm's own, from where the class has it.
+            x = vars(sys.modules[self.original.__module__])["checkpoint_seq"](self.blocks, x, flatten=True)
+        else:
+            x = self.blocks(x)
         return self.pair(1)(x) if len(self.pairs) == 2 else x
 
 

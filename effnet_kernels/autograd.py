@@ -1,5 +1,6 @@
-"""What the autograd Functions of blocks and of single operators have in common."""
+"""What blocks and single operators have in common for autograd and for torch's profiler."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,12 @@ from torch._C import _functorch
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
+
+
+def profiled(name: str) -> contextlib.AbstractContextManager[object]:
+    """An event of this name where a profiler is on, which records torch's own operators alone."""
+    enabled = torch.autograd._profiler_enabled()
+    return torch.profiler.record_function(f"effnet_kernels::{name}") if enabled else contextlib.nullcontext()
 
 
 def first_order(backward: Backward) -> Backward:

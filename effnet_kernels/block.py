@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import dispatch
-from effnet_kernels.autograd import first_order
+from effnet_kernels.autograd import first_order, profiled
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, RunningStatistics
 from effnet_kernels.geometry import output_map, resolve_padding
 from effnet_kernels.operands import as_contiguous, as_map, in_memory, like_parameter
@@ -119,9 +119,10 @@ def run(
     flat = [tensor for own in parameters for tensor in own]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
         return ChainFunction.apply(chain, buffers, x, keep, *flat)
-    if keep is None and not any(layer.batch_statistics for layer in chain.layers):
-        return infer(chain, x, parameters, buffers)
-    return forward(chain, x, keep, parameters, buffers)[0]
+    with profiled(f"chain of {len(chain.layers)}"):
+        if keep is None and not any(layer.batch_statistics for layer in chain.layers):
+            return infer(chain, x, parameters, buffers)
+        return forward(chain, x, keep, parameters, buffers)[0]
 
 
 def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Sequence[Buffers]) -> Tensor:

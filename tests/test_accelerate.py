@@ -581,3 +581,42 @@ def test_switching_while_other_threads_call(name):
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050"])
+def test_checkpointed_networks_of_timm_run_stem_and_head_on_the_operators(name):
+    import timm
+
+    model = randomize(timm.create_model(name, num_classes=3)).train()
+    theirs, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    ek.accelerate(model)
+    for network in (model, theirs):
+        network.set_grad_checkpointing()
+    calls = []
+    stem = type(model.pair(0))
+    for pair in [model.pair(index) for index in range(len(model.pairs))]:
+        pair.register_forward_hook(lambda module, *_: calls.append(ek.explain(module)[0].backend))
+    assert issubclass(stem, Accelerated)
+    model(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    assert calls == ["cpu"] * len(model.pairs)
+    assert_gradients_close(model, theirs)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_profilers_see_what_the_kernels_do(frozen):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = randomize(ek.EfficientNet([ek.MBConvConfig(2, 3, 1, 8, 8, 1)], 0.0, 0.0, num_classes=3)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    run = ek.freeze(model) if frozen else model
+    run(x)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(x)
+    assert any(event.key.startswith("effnet_kernels::") for event in profile.key_averages())
+    counts = []
+    for backend in ("cpu", "torch"):
+        with torch.no_grad(), ek.use_backend(backend), FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
