@@ -133,15 +133,14 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
     x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
     """
     primitives = primitives_for(x)
-    parameters = _readable(chain, parameters, x.dtype)
+    parameters = _readable(chain, parameters)
     residual = x if chain.residual else None
     gate, sums = None, None
     for index, (layer, own, norm) in enumerate(zip(chain.layers, parameters, buffers, strict=True)):
         last = index == len(chain.layers) - 1
         statistics = None
         if norm.running_mean is not None and norm.running_var is not None:
-            mean, var = _contiguous(norm.running_mean, x.dtype), _contiguous(norm.running_var, x.dtype)
-            statistics = RunningStatistics(mean, var, layer.eps)
+            statistics = RunningStatistics(norm.running_mean.contiguous(), norm.running_var.contiguous(), layer.eps)
         epilogue = Epilogue(own.norm_weight, own.norm_bias, layer.act, None, statistics)
         reduction: Literal["none", "pool"] = "none" if layer.excite_act is None else "pool"
         if layer.kind == "pointwise":
@@ -176,7 +175,7 @@ def forward(
 ) -> tuple[Tensor, list[Stored]]:
     """The chain with activations deferred, and what backward needs. ``keep`` [N] is stochastic depth's factor."""
     primitives = primitives_for(x)
-    parameters = _readable(chain, parameters, x.dtype)
+    parameters = _readable(chain, parameters)
     keep = None if keep is None else as_contiguous(keep)
     stored: list[Stored] = []
     residual = x if chain.residual else None
@@ -215,7 +214,7 @@ def backward(
 
     Gradients and saved tensors may come in other strides than they left in: hooks on saved tensors change them.
     """
-    given, parameters = parameters, _readable(chain, parameters, x.dtype)
+    given, parameters = parameters, _readable(chain, parameters)
     grad = as_contiguous(grad) if chain.pool else as_map(grad)
     x, keep = as_map(x), None if keep is None else as_contiguous(keep)
     stored = [
@@ -307,11 +306,11 @@ class ChainFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         chain: Chain = ctx.chain
-        # Hooks on saved tensors may give back any tensor of the same values.
-        saved: list[Any] = [None if t is None else in_memory(t) for t in ctx.saved_tensors]
-        x, keep, *rest = saved
+        x, keep, *rest = ctx.saved_tensors
         width = len(Parameters._fields)
-        flat, kept = rest[: width * len(chain.layers)], rest[width * len(chain.layers) :]
+        # Hooks on saved tensors may give back any tensor of the same values; backward() brings the others in order.
+        flat = [t if t is None or not t.is_neg() else in_memory(t) for t in rest[: width * len(chain.layers)]]
+        kept = rest[width * len(chain.layers) :]
         parameters = unflatten(flat)
         if kept[0] is None:
             kept[0], _ = _convolve(ctx.primitives, chain.layers[0], as_map(x), parameters[0], Prologue())
@@ -345,26 +344,16 @@ def unflatten_stored(chain: Chain, flat: Sequence[Tensor]) -> list[Stored]:
     ]
 
 
-def _readable(chain: Chain, parameters: Sequence[Parameters], dtype: torch.dtype) -> list[Parameters]:
-    """The parameters as the primitives read them beside maps of ``dtype``; a dense weight may have any strides.
-
-    Raises ValueError for parameters in float64 beside maps in another dtype, as torch does.
-    """
+def _readable(chain: Chain, parameters: Sequence[Parameters]) -> Sequence[Parameters]:
+    """The parameters as the primitives read them; a dense convolution's weight may have any strides."""
+    if all(map(Tensor.is_contiguous, [t for own in parameters for t in own if t is not None])):
+        return parameters
     readable: list[Parameters] = []
     for layer, own in zip(chain.layers, parameters, strict=True):
-        contiguous: Any = [
-            t if t is None or (t.is_contiguous() and t.dtype is not torch.float64) else _contiguous(t, dtype)
-            for t in own
-        ]
+        contiguous: Any = [None if t is None else as_contiguous(t) for t in own]
         contiguous[0] = own.weight if layer.kind == "dense" else contiguous[0]
         readable.append(Parameters(*contiguous))
     return readable
-
-
-def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
-    if t.dtype is torch.float64 and dtype is not torch.float64:
-        raise ValueError(f"expected parameters and statistics beside maps in {dtype}, got {t.dtype}")
-    return as_contiguous(t)
 
 
 def _readable_excitation(excitation: Excitation | None) -> Excitation | None:
@@ -420,7 +409,8 @@ def _fold(
     if partials is None:
         assert mean is not None
         assert var is not None
-        mean, var = _contiguous(mean, dtype), _contiguous(var, dtype)
+        if mean.dtype is torch.float64 and dtype is not torch.float64:
+            raise ValueError(f"expected running statistics beside maps in {dtype}, got {mean.dtype}")
         rstd = torch.rsqrt(var.float() + layer.eps)
         scale = rstd if own.norm_weight is None else rstd * own.norm_weight
         shift = -mean * scale if own.norm_bias is None else own.norm_bias - mean * scale
@@ -428,18 +418,20 @@ def _fold(
     momentum: float | Tensor | None = layer.momentum
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
-    moved_mean, moved_var = (None if t is None else as_contiguous(t) for t in (mean, var))
+    if mean is None or var is None:
+        return primitives.fold_batch_norm(
+            partials, own.norm_weight, own.norm_bias, None, None, momentum, layer.eps, layer.skip_nonfinite
+        )
+    moved_mean, moved_var = mean.contiguous(), var.contiguous()
     folded = primitives.fold_batch_norm(
         partials, own.norm_weight, own.norm_bias, moved_mean, moved_var, momentum, layer.eps, layer.skip_nonfinite
     )
-    for running, moved in ((mean, moved_mean), (var, moved_var)):
-        if running is None or moved is None:
-            continue
-        if moved is running:
-            # A kernel's writes are invisible to autograd unless it is told.
-            torch.autograd.graph.increment_version(running)
-        else:
-            running.copy_(moved)
+    if moved_mean is mean and moved_var is var:
+        # A kernel's writes are invisible to autograd unless it is told.
+        torch.autograd.graph.increment_version([mean, var])
+    else:
+        mean.copy_(moved_mean)
+        var.copy_(moved_var)
     return folded
 
 

@@ -9,6 +9,8 @@ from effnet_kernels.deferred import Padding
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding) -> Tensor:
     """x [N, C, H, W], weight [K, C, k, k], bias [K] to [N, K, H', W'] in x's dtype."""
+    if weight.dtype is torch.float64 and x.dtype is not torch.float64:
+        raise ValueError(f"weight: expected the input's precision, {x.dtype}, got {weight.dtype}")
     x, symmetric = _padded(x, padding)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight.to(x.dtype), bias, stride, symmetric).contiguous(memory_format=torch.channels_last)

@@ -142,12 +142,13 @@ def interception(x: object) -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     # Modes are also how launches are counted and simulated.
-    if (torch._C._len_torch_dispatch_stack() or _watching_function_modes()) and not triton.off_device():
+    modes = torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _is_watched())
+    if modes and not triton.off_device():
         return "a torch dispatch or function mode is active"
     return None
 
 
-def _watching_function_modes() -> bool:
+def _is_watched() -> bool:
     """Whether a function mode is active other than the one by which torch.set_default_device chooses a device."""
     stack = range(torch._C._len_torch_function_stack())
     return any(type(torch._C._get_function_stack_at(index)) is not DeviceContext for index in stack)

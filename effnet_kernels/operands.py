@@ -11,12 +11,13 @@ def in_memory(t: Tensor) -> Tensor:
 
 def as_map(x: Tensor) -> Tensor:
     """A map [N, C, H, W] in channels-last strides, in memory; the same tensor where it is that already."""
-    return in_memory(x).contiguous(memory_format=torch.channels_last)
+    x = x.clone() if x.is_neg() or x._is_zerotensor() else x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def as_contiguous(t: Tensor) -> Tensor:
     """A vector, a matrix or a weight, contiguous and in memory; the same tensor where it is that already."""
-    return in_memory(t).contiguous()
+    return (t.clone() if t.is_neg() or t._is_zerotensor() else t).contiguous()
 
 
 def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from effnet_kernels.cpu.memory import (
     map_address,
     strided_address,
     with_both,
+    written,
 )
 from effnet_kernels.deferred import OutputGradient
 
@@ -26,7 +27,7 @@ def channel_statistics(y: Tensor) -> Tensor:
         cut,
         channels,
         map_address("y", y, *y.shape),
-        address("partials", partials, cut[2] * cut[3], 3, channels),
+        written(partials),
         *execution(),
     )
     return partials
@@ -46,7 +47,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         channels,
         gradient_addresses(gradient, samples, channels, height, width),
         address("mean", mean, channels),
-        address("sums", sums, cut[2] * cut[3], 2, channels),
+        written(sums),
         *execution(),
     )
     return sums
@@ -64,7 +65,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         channels,
         gradient_addresses(gradient, samples, channels, height, width),
         map_address("residual", residual, samples, channels, height, width),
-        map_address("out", out, samples, channels, height, width),
+        written(out),
         *execution(),
     )
     return out
@@ -74,9 +75,7 @@ def merge_statistics(partials: Tensor) -> Tensor:
     """Count, mean and M2 of the union of partials: [P, 3, C] to [3, C]."""
     count, _, channels = partials.shape
     stats = empty(3, channels)
-    extension().merge_statistics(
-        address("partials", partials, count, 3, channels), count, channels, address("stats", stats, 3, channels)
-    )
+    extension().merge_statistics(address("partials", partials, count, 3, channels), count, channels, written(stats))
     return stats
 
 
@@ -111,7 +110,7 @@ def fold_batch_norm(
         1.0 / float(momentum) if isinstance(momentum, Tensor) else momentum,
         eps,
         skip_nonfinite,
-        address("folded", folded, 4, channels),
+        written(folded),
     )
     return folded
 
@@ -140,9 +139,9 @@ def fold_batch_norm_backward(
         address("mean", mean, channels),
         address("rstd", rstd, channels),
         batch_statistics,
-        address("coefficients", coefficients, 3, channels),
-        address("dweight", dweight, channels),
-        address("dbias", dbias, channels),
+        written(coefficients),
+        written(dweight),
+        written(dbias),
     )
     return coefficients, dweight, dbias
 

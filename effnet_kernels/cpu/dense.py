@@ -9,7 +9,7 @@ from torch import Tensor
 from effnet_kernels import dense
 from effnet_kernels.cpu import batch_norm
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.cpu.memory import empty_map, execution, map_address
+from effnet_kernels.cpu.memory import empty_map, execution, map_address, written
 from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
 from effnet_kernels.deferred import Epilogue, OutputGradient, Padding, Prologue, Reduction
 from effnet_kernels.geometry import output_map
@@ -76,7 +76,7 @@ def _patches(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor
     extension().patches(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
         map_address("x", x, samples, channels, height, width),
-        map_address("patches", patches, samples, kernel * kernel * channels, out_height, out_width),
+        written(patches),
         *execution(),
     )
     return patches

@@ -14,6 +14,7 @@ from effnet_kernels.cpu.memory import (
     map_address,
     prologue_addresses,
     with_both,
+    written,
 )
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, OutputGradient, Padding, Prologue, Reduction
 from effnet_kernels.geometry import output_map
@@ -58,8 +59,8 @@ def depthwise_conv(
         prologue_addresses(prologue, samples, channels),
         (address("scale", scale, channels), address("shift", shift, channels), 0, ACTIVATION_INDEX[act]),
         REDUCTIONS.index(reduction),
-        map_address("y", y, samples, channels, out_height, out_width),
-        address("partials", partials, *(() if partials is None else partials.shape)),
+        written(y),
+        written(partials),
         *execution(),
     )
     return y, partials
@@ -98,9 +99,9 @@ def depthwise_conv_backward(
         prologue_addresses(prologue, samples, channels),
         address("mean", mean, channels),
         map_address("residual", residual, samples, channels, height, width),
-        map_address("dz", dz, samples, channels, height, width),
-        address("sums", sums, *(() if sums is None else sums.shape)),
-        address("dweight", dweight, channels, 1, kernel, kernel),
+        written(dz),
+        written(sums),
+        written(dweight),
         *execution(),
     )
     return dz, sums, dweight

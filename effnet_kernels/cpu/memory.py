@@ -18,6 +18,7 @@ from effnet_kernels.reference.deferred import fold_statistics
 ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
 # The system's allocator keeps what is smaller than this itself.
 _POOLED_BYTES = 128 * 1024
+_FLOAT, _CHANNELS_LAST = torch.float32, torch.channels_last
 
 _isa: ContextVar[str | None] = ContextVar("effnet_kernels_isa", default=None)
 
@@ -62,44 +63,58 @@ def release_memory() -> None:
     extension().release_memory()
 
 
-def address(
-    name: str, tensor: Tensor | None, *shape: int, memory_format: torch.memory_format = torch.contiguous_format
-) -> int:
-    """The address of an operand for the extension, 0 for None.
+def address(name: str, tensor: Tensor | None, *shape: int) -> int:
+    """The address of an operand of this shape, contiguous, for the extension; 0 for None.
 
-    The kernels read and write raw memory: every address that they get is from here or from :func:`strided_address`.
+    The kernels read and write raw memory: every operand's address comes from here, from :func:`map_address` or from
+    :func:`strided_address`, and the address of what a call is to write from :func:`written`.
 
-    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in this memory format.
+    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides.
     """
     if tensor is None:
         return 0
-    if tensor.shape != shape or not tensor.is_contiguous(memory_format=memory_format):
-        layout = "in channels-last strides" if memory_format is torch.channels_last else "contiguous"
-        raise ValueError(
-            f"{name}: expected shape {shape}, {layout}, got {tuple(tensor.shape)} with strides {tensor.stride()}"
-        )
-    return _memory_of(name, tensor)
+    memory = tensor.data_ptr()
+    if tensor.shape == shape and tensor.dtype is _FLOAT and tensor.is_cpu and memory and tensor.is_contiguous():
+        return memory
+    return _refused(name, tensor, shape, tensor.is_contiguous(), "contiguous")
 
 
 def map_address(name: str, x: Tensor | None, samples: int, channels: int, height: int, width: int) -> int:
-    """The address of a map [N, C, H, W] in channels-last strides, 0 for None."""
-    return address(name, x, samples, channels, height, width, memory_format=torch.channels_last)
+    """The address of a map [N, C, H, W] in channels-last strides, 0 for None; see :func:`address`."""
+    if x is None:
+        return 0
+    memory, shape = x.data_ptr(), (samples, channels, height, width)
+    fits = x.shape == shape and x.dtype is _FLOAT and x.is_cpu and memory and not x.is_neg()
+    if fits and x.is_contiguous(memory_format=_CHANNELS_LAST):
+        return memory
+    dense = x.dim() == 4 and x.is_contiguous(memory_format=_CHANNELS_LAST)
+    return _refused(name, x, shape, dense, "in channels-last strides")
 
 
 def strided_address(name: str, tensor: Tensor, *shape: int) -> tuple[int, ...]:
     """The address of an operand in any strides, and the strides, in elements; see :func:`address`."""
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    return _memory_of(name, tensor), *tensor.stride()
-
-
-def _memory_of(name: str, tensor: Tensor) -> int:
-    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
     memory = tensor.data_ptr()
-    if tensor.is_neg() or (memory == 0 and tensor.numel() > 0):
+    if tensor.shape != shape or tensor.dtype is not _FLOAT or not tensor.is_cpu or not memory or tensor.is_neg():
+        _refused(name, tensor, shape, True, "in any strides")
+    return memory, *tensor.stride()
+
+
+def written(tensor: Tensor | None) -> int:
+    """The address of a tensor that :func:`empty` or :func:`empty_map` has made for the call, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _refused(name: str, tensor: Tensor, shape: tuple[int, ...], is_dense: bool, layout: str) -> int:
+    """Raises ValueError with what is wrong with an operand; the address of one without elements is 0."""
+    if tensor.shape != shape or not is_dense:
+        raise ValueError(
+            f"{name}: expected shape {shape}, {layout}, got {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    if tensor.dtype is not _FLOAT or not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
+    if tensor.numel() > 0:
         raise ValueError(f"{name}: expected a tensor whose values are in memory, got one that is lazy or was freed")
-    return memory
+    return 0
 
 
 def prologue_addresses(prologue: Prologue, samples: int, channels: int) -> tuple[int, int, int, int]:
@@ -141,14 +156,17 @@ Affine = TypeVar("Affine", Prologue, OutputGradient)
 
 def with_both(owed: Affine) -> Affine:
     """Scale and shift both, where there is one of them."""
-    if owed.scale is None and owed.shift is not None:
-        return owed._replace(scale=torch.ones_like(owed.shift))
-    if owed.shift is None and owed.scale is not None:
-        return owed._replace(shift=torch.zeros_like(owed.scale))
+    scale, shift = owed.scale, owed.shift
+    if scale is not None and shift is None:
+        return owed._replace(shift=torch.zeros_like(scale))
+    if shift is not None and scale is None:
+        return owed._replace(scale=torch.ones_like(shift))
     return owed
 
 
 def folded(prologue: Prologue) -> Prologue:
     """The prologue with running statistics, if any, as a scale and a shift, and both of them or neither."""
+    if prologue.statistics is None:
+        return with_both(prologue)
     scale, shift = fold_statistics(prologue)
     return with_both(Prologue(scale, shift, prologue.act, prologue.gate))

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.cpu.memory import address, empty_map, execution, folded, map_address, prologue_addresses
+from effnet_kernels.cpu.memory import address, empty_map, execution, folded, map_address, prologue_addresses, written
 from effnet_kernels.deferred import Prologue
 
 
@@ -20,7 +20,7 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
         prologue_addresses(prologue, samples, channels),
         address("keep", keep, samples),
         map_address("residual", residual, samples, channels, height, width),
-        map_address("out", out, samples, channels, height, width),
+        written(out),
         *execution(),
     )
     return out

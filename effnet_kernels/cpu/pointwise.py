@@ -14,6 +14,7 @@ from effnet_kernels.cpu.memory import (
     map_address,
     prologue_addresses,
     with_both,
+    written,
 )
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, OutputGradient, Prologue, Reduction
 
@@ -58,8 +59,8 @@ def pointwise_conv(
             ACTIVATION_INDEX[act],
         ),
         REDUCTIONS.index(reduction),
-        map_address("y", y, samples, outputs, height, width),
-        address("partials", partials, *(() if partials is None else partials.shape)),
+        written(y),
+        written(partials),
         *execution(),
     )
     return y, partials
@@ -103,9 +104,9 @@ def pointwise_conv_backward(
         address("mean", mean, channels),
         map_address("residual", residual, samples, channels, height, width),
         through,
-        map_address("dx", dx, samples, channels, height, width),
-        address("sums", sums, samples, cut[3], 5, channels),
-        address("dweight", dweight, outputs, channels, 1, 1),
+        written(dx),
+        written(sums),
+        written(dweight),
         *execution(),
     )
     return dx, sums, dweight

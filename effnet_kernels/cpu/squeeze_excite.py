@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.cpu.extension import extension
-from effnet_kernels.cpu.memory import address, empty, execution, folded, map_address, prologue_addresses
+from effnet_kernels.cpu.memory import address, empty, execution, folded, map_address, prologue_addresses, written
 from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Prologue
 
@@ -25,7 +25,7 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         map_address("x", x, samples, channels, height, width),
         prologue_addresses(prologue, samples, channels),
         map_address("factor", factor, samples, channels, height, width),
-        address("sums", sums, samples, cut[3], channels),
+        written(sums),
         *execution(),
     )
     return sums
