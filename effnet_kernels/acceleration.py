@@ -164,31 +164,47 @@ class AcceleratedNetwork:
 _pairs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
 
 
-def _is_observed(x: Tensor) -> bool:
-    """Whether a network's own code has to run: another looks on, or a tracer, which cannot follow the pairs' making."""
-    return torch.compiler.is_compiling() or dispatch.interception(x) is not None
+class _Paired:
+    """An accelerated network as its own methods get it: convolution, norm and activation of a pair are one block."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        for index, (first, *behind) in enumerate(network.pairs):
+            setattr(self, first, network.pair(index))
+            for name in behind:
+                if name is not None:
+                    setattr(self, name, _unchanged)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _by_pairs(name: str) -> Callable[..., Any]:
+    """The original's method of this name, on the operators where nobody looks on."""
+
+    @_outliving(name)
+    def method(self: Any, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        # A tracer cannot follow the pairs' making.
+        observed = torch.compiler.is_compiling() or dispatch.interception(x) is not None
+        return getattr(self.original, name)(self if observed else _Paired(self), x, *arguments, **named)
+
+    return method
 
 
 class TimmNetwork(AcceleratedNetwork):
     method = "forward_features"
     pairs: ClassVar[Pairs] = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
+    dispatched = _by_pairs("forward_features")
+    forward_intermediates = _by_pairs("forward_intermediates")
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             return TimmNetwork.dispatched(self, x)
         return self.scripted(x)
-
-    @_outliving("forward_features")
-    def dispatched(self: Any, x: Tensor) -> Tensor:
-        if _is_observed(x):
-            return self.original.forward_features(self, x)
-        x = self.pair(0)(x)
-        if self.grad_checkpointing:
-            # timm's own, from where the class has it.
-            x = vars(sys.modules[self.original.__module__])["checkpoint_seq"](self.blocks, x, flatten=True)
-        else:
-            x = self.blocks(x)
-        return self.pair(1)(x) if len(self.pairs) == 2 else x
 
 
 class TimmMobileNet(TimmNetwork):
@@ -198,38 +214,23 @@ class TimmMobileNet(TimmNetwork):
 class TimmFeatures(AcceleratedNetwork):
     method = "forward"
     pairs = TimmNetwork.pairs[:1]
+    dispatched = _by_pairs("forward")
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
         if not torch.jit.is_scripting():
             return TimmFeatures.dispatched(self, x)
         return self.scripted(x)
 
-    @_outliving("forward")
-    def dispatched(self: Any, x: Tensor) -> list[Tensor]:
-        if self.feature_hooks is not None or self.grad_checkpointing or _is_observed(x):
-            return self.original.forward(self, x)
-        x = self.pair(0)(x)
-        maps = [x] if 0 in self._stage_out_idx else []
-        for index, stage in enumerate(self.blocks):
-            x = stage(x)
-            if index + 1 in self._stage_out_idx:
-                maps.append(x)
-        return maps
+
+class TimmMobileFeatures(TimmFeatures):
+    pairs = (("conv_stem", "bn1", "act1"),)
 
 
 class LukemelasNetwork(AcceleratedNetwork):
     method = "extract_features"
     pairs = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
-
-    @_outliving("extract_features")
-    def extract_features(self: Any, inputs: Tensor) -> Tensor:
-        if _is_observed(inputs):
-            return self.original.extract_features(self, inputs)
-        x = self.pair(0)(inputs)
-        for index, block in enumerate(self._blocks):
-            rate = self._global_params.drop_connect_rate
-            x = block(x, drop_connect_rate=rate and rate * float(index) / len(self._blocks))
-        return self.pair(1)(x)
+    extract_features = _by_pairs("extract_features")
+    extract_endpoints = _by_pairs("extract_endpoints")
 
 
 # What is mixed into a network's class, and the methods that a class may not have of its own then.
@@ -237,6 +238,7 @@ _NETWORKS: dict[str, type[AcceleratedNetwork]] = {
     "timm.models.efficientnet.EfficientNet": TimmNetwork,
     "timm.models.efficientnet.EfficientNetFeatures": TimmFeatures,
     "timm.models.mobilenetv3.MobileNetV3": TimmMobileNet,
+    "timm.models.mobilenetv3.MobileNetV3Features": TimmMobileFeatures,
     "efficientnet_pytorch.model.EfficientNet": LukemelasNetwork,
 }
 _METHODS = ("forward", "forward_features", "extract_features")

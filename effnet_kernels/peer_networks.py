@@ -54,7 +54,9 @@ def read_network(model: nn.Module) -> Network:
     kind = _kind_of(model)
     if kind is None:
         inside = next((name for name, inner in model.named_modules() if name and _is_known(inner)), None)
-        hint = "" if inside is None else f"; {inside} is one: freeze(model.{inside}, features=True) gives its maps"
+        hint = ""
+        if inside is not None:
+            hint = f"; freeze its part model.get_submodule({inside!r}), which is one, with features=True for its maps"
         raise TypeError(
             "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
             f"got {name_of(getattr(type(model), 'original', type(model)))}{hint}"

@@ -583,23 +583,65 @@ def test_switching_while_other_threads_call(name):
     assert not failures, failures[0]
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050"])
-def test_checkpointed_networks_of_timm_run_stem_and_head_on_the_operators(name):
+def ways_through_a_network():
+    """Every method by which networks of other packages call their stem and head."""
     import timm
+    from efficientnet_pytorch import EfficientNet
 
-    model = randomize(timm.create_model(name, num_classes=3)).train()
-    theirs, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    def forward(model, x):
+        return [model(x)]
+
+    def intermediates(model, x):
+        last, maps = model.forward_intermediates(x, norm=False)
+        return [last, *maps]
+
+    def checkpointed(model, x):
+        model.set_grad_checkpointing()
+        return [model(x)]
+
+    ways = {}
+    for name in ("test_efficientnet", "mobilenetv3_small_050"):
+        for way in (forward, intermediates, checkpointed):
+            ways[f"{name}, {way.__name__}"] = lambda name=name: timm.create_model(name, num_classes=3), way
+        ways[f"{name}, stop early"] = (
+            lambda name=name: timm.create_model(name, num_classes=3),
+            lambda m, x: m.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True),
+        )
+        ways[f"{name}, features"] = lambda name=name: timm.create_model(name, features_only=True), lambda m, x: m(x)
+    for method in ("forward", "extract_features", "extract_endpoints"):
+        ways[f"efficientnet_pytorch, {method}"] = (
+            lambda: EfficientNet.from_name("efficientnet-b0"),
+            lambda m, x, method=method: list(y.values()) if isinstance(y := getattr(m, method)(x), dict) else [y],
+        )
+    return ways
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ways_through_a_network())
+def test_every_way_through_a_network_runs_stem_and_head_on_the_operators(name, training):
+    make, way = ways_through_a_network()[name]
+    model = randomize(make()).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath":
+            module.eval()
+    # Of small maps few numbers are normalised together, which magnifies rounding.
+    theirs, x = copy.deepcopy(model), torch.randn(4, 3, 96, 96)
     ek.accelerate(model)
-    for network in (model, theirs):
-        network.set_grad_checkpointing()
+    if not hasattr(model, "pairs"):
+        pytest.fail(f"{type(model)} is not accelerated as a network")
     calls = []
-    stem = type(model.pair(0))
-    for pair in [model.pair(index) for index in range(len(model.pairs))]:
-        pair.register_forward_hook(lambda module, *_: calls.append(ek.explain(module)[0].backend))
-    assert issubclass(stem, Accelerated)
-    model(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    assert calls == ["cpu"] * len(model.pairs)
+    for index in range(len(model.pairs)):
+        model.pair(index).register_forward_hook(lambda module, *_: calls.append(ek.explain(module)[0].backend))
+    torch.manual_seed(1)
+    ours = way(model, x)
+    torch.manual_seed(1)
+    expected = way(theirs, x)
+    reached = 1 if "stop early" in name else len(model.pairs)
+    assert calls == ["cpu"] * reached
+    for y, right in zip(ours, expected, strict=True):
+        assert_close(y, right, 5e-5)
+    sum(y.square().sum() for y in ours).backward()
+    sum(y.square().sum() for y in expected).backward()
     assert_gradients_close(model, theirs)
 
 

@@ -354,7 +354,7 @@ def test_wrappers_are_taken_off(name: str, wrapper: str) -> None:
 
 def test_a_network_inside_of_another_model_is_named() -> None:
     inside = nn.Sequential(nn.Identity(), calibrated("torchvision"))
-    with pytest.raises(TypeError, match=r"got torch.*Sequential; 1 is one: freeze\(model\.1, features=True\)"):
+    with pytest.raises(TypeError, match=r"got torch.*Sequential; freeze its part model\.get_submodule\('1'\)"):
         ek.freeze(inside)
 
 
@@ -366,7 +366,7 @@ def test_an_encoder_of_segmentation_models_pytorch(depth: int) -> None:
     model = package.Unet("efficientnet-b0", **options)
     x = torch.randn(3, 3, 64, 96)
     calibrate(model, 64)
-    with pytest.raises(TypeError, match=r"encoder is one: freeze\(model\.encoder, features=True\) gives its maps"):
+    with pytest.raises(TypeError, match=r"freeze its part model\.get_submodule\('encoder'\), which is one"):
         ek.freeze(model)
     expected = evaluate(model, x)
     for features in (True, False):
