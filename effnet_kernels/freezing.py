@@ -56,6 +56,8 @@ def freeze(
             device that it does not run on; where model and engine disagree, with the first block that differs.
         BackendError: where the native extension is missing.
     """
+    if not isinstance(verify, bool | Tensor):
+        raise TypeError(f"verify: expected a bool or images [N, C, H, W], got {type(verify).__name__}")
     model = _unwrapped(model)
     network = read_network(model)
     dtype = _check(model, network, dtype, cuda_graph)
@@ -88,6 +90,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     }
     while (name := wrappers.get(name_of(type(model)))) is not None:
+        # A compiled model's forward is an attribute of the instance.
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ValueError(f"the {type(model).__name__} has a hook, which only its own call would fire")
         model = model.get_submodule(name)
     return model
 

@@ -31,7 +31,9 @@ class Observed:
         try:
             self.model = detached_copy(model).eval()
         except Exception as error:
-            raise ValueError(f"the model cannot be copied to be compared ({error}); verify=False does not") from error
+            raise ValueError(
+                f"the model cannot be copied to be compared ({error}); verify=False compares nothing"
+            ) from error
         parameters = list(self.model.parameters())
         small = sum(p.numel() for p in parameters) <= _MOST_IN_DOUBLE
         self.dtypes = [torch.float64, torch.float32] if small else [torch.float32]

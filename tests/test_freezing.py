@@ -352,6 +352,19 @@ def test_wrappers_are_taken_off(name: str, wrapper: str) -> None:
     assert torch.equal(y, ek.freeze(model)(IMAGES))
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_hooks_on_wrappers_are_refused(wrapper: str) -> None:
+    wrapped = WRAPPERS[wrapper](calibrated("torchvision"))
+    wrapped.register_forward_hook(lambda _, a, y: 2 * y)
+    with pytest.raises(ValueError, match=r"the \w+ has a hook"):
+        ek.freeze(wrapped)
+
+
+def test_images_to_compare_on_are_tensors() -> None:
+    with pytest.raises(TypeError, match=r"verify: expected a bool or images .*, got ndarray"):
+        ek.freeze(calibrated("torchvision"), verify=IMAGES.numpy())
+
+
 def test_a_network_inside_of_another_model_is_named() -> None:
     inside = nn.Sequential(nn.Identity(), calibrated("torchvision"))
     with pytest.raises(TypeError, match=r"got torch.*Sequential; freeze its part model\.get_submodule\('1'\)"):
