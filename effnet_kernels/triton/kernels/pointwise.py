@@ -231,12 +231,13 @@ def pointwise_conv_backward_data_kernel(
             # Rows past the end have a gradient of zero, but a derivative.
             s = tl.where(mask, s, 0.0)
             dq_u += tl.sum(acc * u, axis=0)
-            dq_s += tl.sum(acc * s, axis=0)
             s_only += tl.sum(s, axis=0)
-            dq_s_x += tl.sum(acc * s * centred, axis=0)
             s_x += tl.sum(s * centred, axis=0)
+            s *= acc
+            dq_s += tl.sum(s, axis=0)
+            dq_s_x += tl.sum(s * centred, axis=0)
             if THROUGH:
-                out = acc * s * load_row(gate_ptr, group, N, n, n_inside, 1.0)[None, :]
+                out = s * load_row(gate_ptr, group, N, n, n_inside, 1.0)[None, :]
         if residual_ptr is not None:
             out += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, out.to(dx_ptr.dtype.element_ty), mask=mask)
