@@ -1,7 +1,7 @@
 """A folded network as a module: fused chains where there are kernels, torch's own convolutions elsewhere."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,8 @@ class FoldedNetwork(nn.Module):
             _Step(_chain(layers[first:end]), first, end in outputs) for first, end in blocks if end <= len(layers)
         ]
         self.outputs = list(outputs)
+        # How often other weights were loaded.
+        self.generation = 0
         self._depthwise = {(layer.weight.shape[-1], layer.stride) for layer in layers if layer.depthwise}
         for index, layer in enumerate(layers):
             for name, tensor in zip(_NAMES, layer.tensors(), strict=False):
@@ -59,6 +61,10 @@ class FoldedNetwork(nn.Module):
                 # A fully connected layer is a 1x1 convolution here.
                 kept = kept[:, :, None, None] if kept.dim() == 2 else kept
                 self.register_buffer(f"{name}_{index}", kept)
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self.generation += 1
 
     @property
     def weight(self) -> Tensor:

@@ -53,7 +53,9 @@ class Profile(list[ProfileRow]):
 
 
 class FrozenEfficientNet(nn.Module):
-    """What :func:`effnet_kernels.freeze` returns. Its state dict has the folded weights.
+    """What :func:`effnet_kernels.freeze` returns. Its state dict has the folded weights, and may be loaded.
+
+    Changes of a buffer in place are not seen on the CPU, where weights are packed once.
 
     Args:
         layers, blocks, outputs: see :class:`FoldedNetwork`.
@@ -69,6 +71,7 @@ class FrozenEfficientNet(nn.Module):
     """
 
     _native: Network | None
+    _packed: int  # of the folded network's generations
     _graphs: GraphCache | None
 
     def __init__(
@@ -98,7 +101,10 @@ class FrozenEfficientNet(nn.Module):
         if self.features_only:
             return [x, *outputs] if self.image_first else outputs
         y = outputs[0].flatten(1) if self.pools else outputs[0]
-        return y if self.tail is None else self.tail(y)
+        if self.tail is None or dispatch.autocast_dtype(y) is None:
+            return y if self.tail is None else self.tail(y)
+        with torch.autocast("cuda" if y.is_meta else y.device.type, enabled=False):
+            return self.tail(y)
 
     def _outputs(self, x: Tensor) -> list[Tensor]:
         strides = memory_format(x) if self.features_only else torch.contiguous_format
@@ -127,11 +133,12 @@ class FrozenEfficientNet(nn.Module):
             weight = self.folded.weight
             raise ValueError(f"expected an engine in float32 on the CPU, got {weight.dtype} on {weight.device}")
         native = self._native
-        if native is None:
+        if native is None or self._packed != self.folded.generation:
             if (reason := cpu.unavailable_reason()) is not None:
                 raise BackendError(f"a frozen network on the CPU needs the native extension: {reason}")
             # Threads that come here at once each pack their own, and the last is kept: a lock that one of them holds
             # while another forks would never be released in the child.
+            self._packed = self.folded.generation
             native = self._native = Network(self.folded.layers(), self.folded.outputs)
         return native
 
@@ -142,16 +149,12 @@ class FrozenEfficientNet(nn.Module):
         return graphs
 
     def _forget(self) -> None:
-        self._native = None
+        self._native, self._packed = None, 0
         self._graphs = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEfficientNet":
         self._forget()
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*arguments, **named)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_native": None, "_graphs": None}

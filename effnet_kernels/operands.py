@@ -11,6 +11,7 @@ def in_memory(t: Tensor) -> Tensor:
 
 def as_map(x: Tensor) -> Tensor:
     """A map [N, C, H, W] in channels-last strides, in memory; the same tensor where it is that already."""
+    # in_memory(), without the call: a block asks this of every map.
     x = x.clone() if x.is_neg() or x._is_zerotensor() else x
     return x.contiguous(memory_format=torch.channels_last)
 

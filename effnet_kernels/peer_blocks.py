@@ -38,6 +38,10 @@ def is_block(kind: type) -> bool:
 
 def _read(reader: Reader, block: nn.Module) -> Parts:
     """The parts of a block, if they are a chain whose tensors fit one another."""
+    kind = getattr(type(block), "original", type(block))
+    owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+    if owner.__dict__["forward"].__module__ != owner.__module__:
+        raise UnknownPart("its class had its forward replaced")
     parts = reader(block)
     if not parts.layers:
         raise UnknownPart("it has no convolutions")
@@ -64,6 +68,22 @@ def look_up(kind: type, table: Mapping[str, Entry], methods: Collection[str] = (
 def name_of(kind: type) -> str:
     """A class's full name."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that compute nothing themselves."""
+    wrappers = {
+        "torch.nn.parallel.data_parallel.DataParallel": "module",
+        "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+        "torch.optim.swa_utils.AveragedModel": "module",
+        "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    }
+    while (name := wrappers.get(name_of(type(model)))) is not None:
+        # A compiled model's forward is an attribute of the instance.
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ValueError(f"the {type(model).__name__} has a hook, which only its own call would fire")
+        model = model.get_submodule(name)
+    return model
 
 
 def _child(block: nn.Module, path: str) -> nn.Module:

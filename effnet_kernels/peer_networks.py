@@ -6,6 +6,7 @@ what it computes of that map stays its own modules.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -143,8 +144,8 @@ def _children(name: str, sequence: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{inner}", child) for inner, child in sequence._modules.items() if child is not None]
 
 
-def _read_features(model: Any) -> Network:
-    """A sequence ``features`` of stem, stages and head: ours, torchvision's."""
+def _read_features(model: Any, calls_pool: bool = True) -> Network:
+    """A sequence ``features`` of stem, stages and head: ours, torchvision's; not all call a module to pool."""
     parts = [list(_blocks(*child)) for child in _children("features", model.features)]
     maps = list(model.feature_layers) if getattr(model, "features_only", False) else None
     ends, fewest = ([0], maps[-1] + 1) if maps is not None else ([0, -1], 2)
@@ -155,8 +156,7 @@ def _read_features(model: Any) -> Network:
     if maps is not None:
         return Network(stem, stages, None, None, maps)
     [head] = stages.pop()
-    # MobileNetV2 calls a function instead of a module.
-    pool = model._modules.get("avgpool", _MEAN)
+    pool = model.avgpool if calls_pool else _MEAN
     return Network(stem, stages, head, {"avgpool": pool, "flatten": _FLATTEN, "classifier": model.classifier}, None)
 
 
@@ -217,7 +217,7 @@ _TORCHVISION, _TIMM = ("forward", "_forward_impl"), ("forward", "forward_feature
 _KINDS: dict[str, Kind] = {
     name_of(EfficientNet): Kind(_read_features, ("forward", "extract_features", "maps")),
     "torchvision.models.efficientnet.EfficientNet": Kind(_read_features, _TORCHVISION),
-    "torchvision.models.mobilenetv2.MobileNetV2": Kind(_read_features, _TORCHVISION),
+    "torchvision.models.mobilenetv2.MobileNetV2": Kind(partial(_read_features, calls_pool=False), _TORCHVISION),
     "torchvision.models.mobilenetv3.MobileNetV3": Kind(_read_features, _TORCHVISION),
     "timm.models.efficientnet.EfficientNet": Kind(_read_timm, _TIMM),
     "timm.models.efficientnet.EfficientNetFeatures": Kind(_read_timm, ("forward",)),

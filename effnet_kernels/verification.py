@@ -1,11 +1,13 @@
 """Proof by example: that two networks compute the same of a small batch of images, and where they part if not."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from effnet_kernels import dispatch
 
@@ -46,17 +48,21 @@ class Observed:
     def _note(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         self._inputs.append(arguments[0].detach().clone())
 
-    @torch.no_grad()
     def run(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs for images x, and what the observed modules were given, in the order of the calls.
 
-        Raises what the model raises.
+        Raises what the model raises; ValueError for what are no images, and for outputs without a finite number.
         """
+        if x.dim() != 4 or x.shape[0] == 0:
+            raise ValueError(f"verify: expected images [N, C, H, W], at least one, got shape {tuple(x.shape)}")
         x = x.to(self.device)
         for dtype in self.dtypes:
             self._inputs.clear()
             try:
-                return self._run(x.to(dtype), dtype), list(self._inputs)
+                outputs = self._run(x.to(dtype), dtype)
+                if not all(bool(y.isfinite().any()) for y in outputs):
+                    raise ValueError("the model's outputs have no finite number: nothing can be compared, verify=False")
+                return outputs, list(self._inputs)
             except Exception:
                 # Modules that are quantized know one dtype.
                 if dtype is self.dtypes[-1]:
@@ -64,14 +70,22 @@ class Observed:
         raise AssertionError
 
     def _run(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        gpus = [x.device] if x.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(gpus),
-            torch.autocast(x.device.type, enabled=False),
-            dispatch.use_backend("torch"),
-        ):
-            y = self.model.to(dtype)(x)
-        return [y] if isinstance(y, Tensor) else list(y)
+        with undisturbed(x.device), dispatch.use_backend("torch"):
+            return tensors_of(self.model.to(dtype)(x))
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Calls inside are without gradients and autocast, and leave torch's random numbers as they were."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False):
+        torch.manual_seed(0)
+        yield
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors in what a model returns: one, or any nest of lists, tuples and dictionaries."""
+    return [y for y in tree_leaves(outputs) if isinstance(y, Tensor)]
 
 
 def detached_copy(module: nn.Module) -> Any:

@@ -662,3 +662,27 @@ def test_profilers_see_what_the_kernels_do(frozen):
             model(x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_a_class_that_was_patched_computes_as_it_was_patched(monkeypatch):
+    from torchvision.models import efficientnet
+
+    model, x = randomize(efficientnet.efficientnet_b0()).eval(), torch.randn(1, 3, 32, 32)
+    own = efficientnet.MBConv.forward
+    monkeypatch.setattr(efficientnet.MBConv, "forward", lambda self, x: 1.1 * own(self, x))
+    expected = model(x)
+    assert torch.equal(ek.accelerate(model)(x), expected) or torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert any("class had its forward replaced" in row.reason for row in ek.explain(model))
+
+
+def test_lazily_negated_statistics_are_torchs_to_move():
+    from torchvision.models.efficientnet import MBConv, MBConvConfig
+
+    block = randomize(MBConv(MBConvConfig(4, 3, 1, 16, 16, 1), 0.0, nn.BatchNorm2d)).train()
+    theirs, x = copy.deepcopy(block), torch.randn(2, 16, 9, 9)
+    ek.accelerate(block)
+    for module in (block, theirs):
+        norm = module.block[0][1]
+        norm.running_var = torch._neg_view(-norm.running_var.detach())
+        module(x)
+    assert_buffers_close(block, theirs)

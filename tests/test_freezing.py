@@ -12,6 +12,7 @@ from conftest import calibrate
 from native_cases import needs_native
 from test_features import small
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import effnet_kernels as ek
 
@@ -279,13 +280,19 @@ def test_hooks_on_the_model_and_on_all_modules_are_refused(name: str) -> None:
     assert outcome(model, IMAGES, verify=True) == "same"
 
 
+def patched(own: Callable, other: Callable) -> Callable:
+    """Another function in the place of a class's own, from where nothing shows that it is one."""
+    other.__module__ = own.__module__
+    return other
+
+
 def test_the_proof_names_the_first_block_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that was changed for all of its instances is what no look at one of them can see."""
     from torchvision.models import efficientnet
 
     model = calibrated("torchvision")
     own = efficientnet.MBConv.forward
-    monkeypatch.setattr(efficientnet.MBConv, "forward", lambda self, x: 1.1 * own(self, x))
+    monkeypatch.setattr(efficientnet.MBConv, "forward", patched(own, lambda self, x: 1.1 * own(self, x)))
     with pytest.raises(ValueError, match=r"features\.2\.0: the engine would compute something else"):
         ek.freeze(model)
     y = ek.freeze(model, verify=False)(IMAGES)
@@ -304,7 +311,8 @@ def test_the_proof_looks_at_feature_maps_and_at_the_users_images(features: bool,
     ek.freeze(model, features=features, verify=torch.randn(2, 3, 31, 70))
     own = efficientnet.MBConv.forward
     # Wrong for images over a certain size alone.
-    monkeypatch.setattr(efficientnet.MBConv, "forward", lambda self, x: own(self, x) * (1.1 if x.shape[3] > 33 else 1))
+    other = patched(own, lambda self, x: own(self, x) * (1.1 if x.shape[3] > 33 else 1))
+    monkeypatch.setattr(efficientnet.MBConv, "forward", other)
     ek.freeze(model, features=features)
     with pytest.raises(ValueError, match=r"features\.2\.0: the engine .* images of shape \(2, 3, 31, 70\)"):
         ek.freeze(model, features=features, verify=torch.randn(2, 3, 31, 70))
@@ -324,6 +332,76 @@ def test_the_proof_has_no_side_effect(name: str) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Drawing(nn.Module):
+    """A classifier that draws, as dropout that stays on does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * torch.rand(3).to(x).sum()
+
+
+def test_the_proof_leaves_random_numbers_alone() -> None:
+    model = calibrated("torchvision")
+    model.classifier = nn.Sequential(Drawing(), nn.Linear(64, 5))
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    ek.freeze(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+HEADS: dict[str, Callable[[Tensor], object]] = {
+    "tuple": lambda y: (y, y[:, :1]),
+    "list of one": lambda y: [y],
+    "dictionary": lambda y: {"logits": y, "more": [y.exp()]},
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_may_return_anything_and_autocast_changes_nothing(head: str, autocast: bool) -> None:
+    class Head(nn.Linear):
+        def forward(self, x: Tensor) -> object:
+            return HEADS[head](super().forward(x))
+
+    model = calibrated("torchvision")
+    model.classifier = Head(64, 5)
+    expected = evaluate(model, IMAGES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ek.freeze(model)(IMAGES)
+    assert type(y) is type(expected)
+    for ours, right in zip(tree_leaves(y), tree_leaves(expected), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [torch.empty(0, 3, 64, 64), torch.randn(3, 64, 64), torch.randn(5)])
+def test_images_that_prove_nothing_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="verify: expected images"):
+        ek.freeze(calibrated("torchvision"), verify=images)
+
+
+def test_outputs_that_prove_nothing_are_refused() -> None:
+    model = calibrated("torchvision")
+    model.features[0][1].running_var.fill_(-1.0)
+    with pytest.raises(ValueError, match="no finite number"):
+        ek.freeze(model)
+
+
+def test_names_of_a_tail_may_be_alike() -> None:
+    model = calibrated("torchvision")
+    model.classifier = nn.Sequential()
+    model.classifier.add_module("fc", nn.Sequential())
+    model.classifier.fc.add_module("1", nn.Linear(64, 5))
+    model.classifier.add_module("fc_1", Scaled(nn.Softplus()))
+    assert outcome(model, IMAGES, verify=False) == "same"
+
+
+def test_modules_that_a_class_does_not_call_are_left_out() -> None:
+    model = calibrated("mobilenet_v2")
+    model.avgpool = nn.AdaptiveMaxPool2d(1)
+    assert outcome(model, IMAGES, verify=False) == "same"
 
 
 def test_a_head_that_wants_one_size() -> None:
@@ -426,6 +504,10 @@ def test_engines_have_state_dicts() -> None:
     assert state
     engines[0].load_state_dict(state)
     assert torch.equal(engines[0](IMAGES), before)
+    part = ek.freeze(one)
+    part(IMAGES)
+    part.folded.load_state_dict({key.removeprefix("folded."): value for key, value in state.items()})
+    assert torch.equal(part(IMAGES), before)
     inside = nn.ModuleDict({"engine": ek.freeze(one)})
     inside.load_state_dict({f"engine.{key}": value for key, value in state.items()})
     assert torch.equal(inside["engine"](IMAGES), before)

@@ -283,6 +283,7 @@ def test_tracers_see_the_assigned_modules(tracer):
     model = half()
     model._fc = nn.Linear(640, 2)
     model._avg_pooling = nn.AdaptiveMaxPool2d(1)
+    calibrate(model)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)

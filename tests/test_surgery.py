@@ -126,6 +126,8 @@ def operate(model: nn.Module, draw: random.Random) -> str:
 
     operations: dict[str, Callable[[], object]] = {
         "stride": lambda: setattr(conv, "stride", (number, number)),
+        "stride, a number": lambda: setattr(conv, "stride", number),
+        "padding, a list": lambda: setattr(conv, "padding", [number - 1, number - 1]),
         "uneven stride": lambda: setattr(conv, "stride", (number, 1)),
         "padding": lambda: setattr(conv, "padding", (2 * number - 2,) * 2),
         "dilation": lambda: setattr(conv, "dilation", (number, number)),
@@ -208,8 +210,9 @@ def test_changed_blocks_compute_what_torch_computes_or_raise(part: int, request:
             assert isinstance(ours, Exception), f"{name}: torch says {theirs}"
             seen["both raise"] += 1
         elif isinstance(ours, Exception):
-            # A parameter of another dtype is refused, where torch may convert it.
+            # A parameter of another dtype is refused, where torch may convert it; all else runs as torch has it.
             assert isinstance(ours, ValueError), f"{name}: {ours!r}"
+            assert "double" in name, f"{name}: {ours!r}"
             seen["refused"] += 1
         else:
             assert agree(ours, theirs, train(copy.deepcopy(block).double(), x.double(), "torch")), name

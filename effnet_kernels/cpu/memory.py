@@ -69,7 +69,8 @@ def address(name: str, tensor: Tensor | None, *shape: int) -> int:
     The kernels read and write raw memory: every operand's address comes from here, from :func:`map_address` or from
     :func:`strided_address`, and the address of what a call is to write from :func:`written`.
 
-    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides.
+    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides. Whether it
+    is negated lazily is asked of maps alone: who calls a primitive brings parameters and vectors to memory.
     """
     if tensor is None:
         return 0
@@ -154,14 +155,14 @@ def gradient_addresses(
 Affine = TypeVar("Affine", Prologue, OutputGradient)
 
 
-def with_both(owed: Affine) -> Affine:
+def with_both(affine: Affine) -> Affine:
     """Scale and shift both, where there is one of them."""
-    scale, shift = owed.scale, owed.shift
+    scale, shift = affine.scale, affine.shift
     if scale is not None and shift is None:
-        return owed._replace(shift=torch.zeros_like(scale))
+        return affine._replace(shift=torch.zeros_like(scale))
     if shift is not None and scale is None:
-        return owed._replace(scale=torch.ones_like(shift))
-    return owed
+        return affine._replace(scale=torch.ones_like(shift))
+    return affine
 
 
 def folded(prologue: Prologue) -> Prologue:

@@ -28,7 +28,7 @@ from effnet_kernels.models.wrappers import unwrap
 from effnet_kernels.modules import FusedMBConvConfig
 from effnet_kernels.modules.conv_bn_act import PaddingMode
 from effnet_kernels.modules.inverted_residual import InvertedResidual
-from effnet_kernels.peer_blocks import is_block
+from effnet_kernels.peer_blocks import is_block, unwrapped
 from effnet_kernels.verification import SIZES, Observed, agree, first_difference, make_images
 
 
@@ -218,6 +218,7 @@ def from_peer(peer: nn.Module, verify: bool | Tensor = True) -> EfficientNet:
     Raises ValueError for a model that is no released network, or that computes something else than the released network
     with its weights; it names the first block that differs.
     """
+    peer = unwrapped(peer)
     state_dict, settings = peer.state_dict(), settings_of(peer)
     variant = guess_variant(state_dict)
     if variant is None:

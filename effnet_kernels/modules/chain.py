@@ -34,7 +34,7 @@ class ConvNorm(NamedTuple):
 
     def kind(self) -> Literal["pointwise", "depthwise", "dense"]:
         conv = self.conv
-        if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+        if tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.groups == 1:
             return "pointwise"
         if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels and conv.bias is None:
             return "depthwise"
@@ -301,7 +301,7 @@ class ChainModule(OperatorModule):
 
 def convolution_obstacle(name: str, conv: nn.Conv2d) -> str | None:
     """Why the operators do not compute a convolution, or None."""
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or tuple(conv.dilation) != (1, 1):
         return f"{name} has a padding mode or a dilation that the operators do not know"
     if any(pair[0] != pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding)):
         return f"{name} has a rectangular kernel, stride or padding"
@@ -312,6 +312,6 @@ def convolution_obstacle(name: str, conv: nn.Conv2d) -> str | None:
 
 def squeeze_layer_obstacle(name: str, conv: nn.Conv2d) -> str | None:
     """Why a convolution is no layer of squeeze-and-excitation, or None."""
-    if conv.kernel_size != (1, 1) or conv.groups != 1:
+    if tuple(conv.kernel_size) != (1, 1) or conv.groups != 1:
         return f"{name} is not a 1x1 convolution"
     return convolution_obstacle(name, conv)

@@ -115,8 +115,9 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
             return f"{name} is a {type(module).__name__}, which the operators do not know"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has a hook, which only its own call would fire"
-        if "forward" in module.__dict__:
-            return f"{name} had its forward replaced"
+        for method in ("forward", "_call_impl", "_conv_forward"):
+            if method in module.__dict__:
+                return f"{name} had its {method} replaced"
         setting = _unknown_setting(module)
         if setting is not None:
             return f"{name} has {setting}, which the operators do not know"
@@ -125,9 +126,11 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
                 continue
             if type(parameter) is not nn.Parameter:
                 return f"{name} holds a {type(parameter).__name__}, not a plain parameter"
-            # A tracer has no answer to this; it traces torch's own operators, which have.
-            if not torch.compiler.is_compiling() and parameter.is_neg():
-                return f"{name} holds a parameter that is negated lazily"
+        # A tracer has no answer to this; it traces torch's own operators, which have.
+        if not torch.compiler.is_compiling():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and tensor.is_neg():
+                    return f"{name} holds a tensor that is negated lazily"
     return None
 
 
@@ -135,6 +138,12 @@ def _unknown_setting(module: nn.Module) -> str | None:
     """A setting by which a module computes something else than others of its class, or None."""
     if type(module) is nn.AdaptiveAvgPool2d and module.output_size not in (1, (1, 1), [1, 1]):
         return f"the output size {module.output_size}"
+    if isinstance(module, nn.Conv2d):
+        for setting in ("kernel_size", "stride", "padding", "dilation"):
+            value = getattr(module, setting)
+            # torch takes a number too, where somebody sets one.
+            if not isinstance(value, str) and (not isinstance(value, tuple | list) or len(value) != 2):
+                return f"the {setting} {value!r}, which is no pair"
     if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
         return f"the bounds {module.min_val} and {module.max_val}"
     return None

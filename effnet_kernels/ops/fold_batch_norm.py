@@ -53,7 +53,7 @@ def fold_batch_norm(
         stats is not None
         and dispatch.has_kernels(stats)
         and fits_kernels(stats, None, None, *vectors)
-        and all(v is None or v.is_contiguous() for v in vectors)
+        and all(v is None or (v.is_contiguous() and not v.is_neg()) for v in vectors)
         and not any_requires_grad(stats, weight, bias)
     ):
         primitives = primitives_for(stats)
