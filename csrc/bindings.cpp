@@ -311,6 +311,15 @@ py::list kernels() {
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels; effnet_kernels.cpu checks the arguments.";
   m.attr("interface") = interface_version;
+  // What is made once is made now: a fork while another thread is about it would leave the child waiting.
+  effnet::thread_runtime();
+  effnet::release_plans();
+  effnet::release_memory();
+  try {
+    effnet::selected_isa();
+  } catch (const std::exception&) {
+    // The first call says so.
+  }
   m.def("cut_pixels", &cut_pixels, "The pixels that calls take: (images, pixels, groups, parts a group).");
   m.def("depthwise_slots", &effnet::depthwise_slots);
   m.def("pointwise_forward", &pointwise_forward);
