@@ -77,9 +77,13 @@ class Observed:
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Calls inside are without gradients and autocast, and leave torch's random numbers as they were."""
-    gpus = [device] if device.type == "cuda" else []
+    # Tensors that are only simulated to be on a GPU have no generator there.
+    gpus = [device] if device.type == "cuda" and torch.cuda.is_initialized() else []
     with torch.no_grad(), torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs not saved here
+        if gpus:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
         yield
 
 
