@@ -21,7 +21,6 @@ from effnet_kernels.verification import (
     agree,
     detached_copy,
     first_difference,
-    make_images,
     tensors_of,
     undisturbed,
 )
@@ -182,8 +181,8 @@ def _verify(
     # Each gets what the one before it makes, beginning with the stem.
     behind = [network.head[0]] if network.head is not None else list(network.tail or ())[:1]
     observed = Observed(model, [*blocks, *behind])
-    x = make_images(observed, network.stem[1].layers[0].conv.in_channels) if images is None else images
-    theirs, maps = observed.run(x)
+    channels = network.stem[1].layers[0].conv.in_channels
+    x, theirs, maps = observed.run_random(channels) if images is None else observed.run(images)
     if len(maps) != len(blocks) + len(behind):
         raise ValueError(f"expected the model to call its {len(blocks)} blocks once each, got {len(maps)} calls")
     if engine.features_only and network.maps is None:

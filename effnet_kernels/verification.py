@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ SIZES = (64, 224)
 _MOST_IN_DOUBLE = 50_000_000
 # What rounding in float32 may make of a difference: a share of what tells the images apart, and of the numbers' size.
 _OF_SPREAD, _OF_SIZE = 2e-3, 1e-5
+
+
+class Observation(NamedTuple):
+    """What a model made of images: its outputs, and what its observed modules were given, in the order of the calls."""
+
+    images: Tensor
+    outputs: list[Tensor]
+    inputs: list[Tensor]
 
 
 class Observed:
@@ -48,8 +56,8 @@ class Observed:
     def _note(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         self._inputs.append(arguments[0].detach().clone())
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The outputs for images x, and what the observed modules were given, in the order of the calls.
+    def run(self, x: Tensor) -> Observation:
+        """What the model makes of images x [N, C, H, W].
 
         Raises what the model raises; ValueError for what are no images, and for outputs without a finite number.
         """
@@ -62,12 +70,31 @@ class Observed:
                 outputs = self._run(x.to(dtype), dtype)
                 if not all(bool(y.isfinite().any()) for y in outputs):
                     raise ValueError("the model's outputs have no finite number: nothing can be compared, verify=False")
-                return outputs, list(self._inputs)
+                return Observation(x, outputs, list(self._inputs))
             except Exception:
                 # Modules that are quantized know one dtype.
                 if dtype is self.dtypes[-1]:
                     raise
         raise AssertionError
+
+    def run_random(self, channels: int, sizes: Sequence[int] = SIZES) -> Observation:
+        """What the model makes of three random images [3, C, H, W], of the first of some sizes that it takes.
+
+        Raises ValueError where it takes none.
+        """
+        failure: Exception | None = None
+        for size in sizes:
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(3, channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
+            try:
+                return self.run(x)
+            except Exception as error:
+                failure = failure or error
+        tried = " and ".join(f"{size}x{size}" for size in sizes)
+        raise ValueError(
+            f"the model fails on images of {tried} ({failure}); give it others to be compared on, verify=images, or "
+            "verify=False"
+        ) from failure
 
     def _run(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
         with undisturbed(x.device), dispatch.use_backend("torch"):
@@ -100,25 +127,6 @@ def detached_copy(module: nn.Module) -> Any:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
-
-
-def make_images(model: Observed, channels: int, sizes: Sequence[int] = SIZES) -> Tensor:
-    """Three random images [3, C, H, W] that the model takes, float32, of the first of some sizes that it takes."""
-    failure: Exception | None = None
-    for size in sizes:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(3, channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
-        try:
-            model.run(x)
-        except Exception as error:
-            failure = failure or error
-            continue
-        return x.to(model.device)
-    tried = " and ".join(f"{size}x{size}" for size in sizes)
-    raise ValueError(
-        f"the model fails on images of {tried} ({failure}); give it others to be compared on, verify=images, or "
-        "verify=False"
-    ) from failure
 
 
 def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

@@ -29,7 +29,7 @@ from effnet_kernels.modules import FusedMBConvConfig
 from effnet_kernels.modules.conv_bn_act import PaddingMode
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 from effnet_kernels.peer_blocks import is_block, unwrapped
-from effnet_kernels.verification import SIZES, Observed, agree, first_difference, make_images
+from effnet_kernels.verification import SIZES, Observed, agree, first_difference
 
 
 def convert_state_dict(
@@ -243,8 +243,11 @@ def _check_agreement(peer: nn.Module, model: EfficientNet, images: Tensor | None
     if images is None:
         # What fixes its padding for one size agrees on that alone.
         nominal = getattr(getattr(peer, "_global_params", None), "image_size", None)
-        images = make_images(theirs, model.in_chans, SIZES if nominal is None else (nominal,))
-    (expected, their_inputs), (y, our_inputs) = theirs.run(images), ours.run(images)
+        seen = theirs.run_random(model.in_chans, SIZES if nominal is None else (nominal,))
+    else:
+        seen = theirs.run(images)
+    images, expected, their_inputs = seen
+    _, y, our_inputs = ours.run(images)
     # Without a classifier lukemelas's features are [N, C, 1, 1].
     if not agree([t.flatten(1) for t in y], [t.flatten(1) for t in expected]):
         found = first_difference(our_inputs, their_inputs, ["the stem", *names])
