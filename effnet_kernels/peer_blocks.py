@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.deferred import Activation, Gate, Padding
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle, squeeze_layer_obstacle
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle, is_patched
 from effnet_kernels.modules.stochastic_depth import draw_factors
 
 Entry = TypeVar("Entry")
@@ -38,9 +38,7 @@ def is_block(kind: type) -> bool:
 
 def _read(reader: Reader, block: nn.Module) -> Parts:
     """The parts of a block, if they are a chain whose tensors fit one another."""
-    kind = getattr(type(block), "original", type(block))
-    owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
-    if owner.__dict__["forward"].__module__ != owner.__module__:
+    if is_patched(getattr(type(block), "original", type(block))):
         raise UnknownPart("its class had its forward replaced")
     parts = reader(block)
     if not parts.layers:

@@ -32,6 +32,16 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SiLU])
+def test_a_patched_class_is_noticed(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    m, snapshots = module(), Snapshots[str]()
+    snapshots.keep(m, "found")
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, x: x)
+        assert snapshots.get(m) is None
+    assert snapshots.get(m) == "found"
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_noticed(name: str) -> None:
     m, snapshots = module(), Snapshots[str]()

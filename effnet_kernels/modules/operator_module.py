@@ -1,6 +1,7 @@
 """Modules with two ways to compute: their inner modules as torch has them, or this package's operators."""
 
 from collections.abc import Callable, Hashable, Iterable
+from types import FunctionType
 from typing import TypeVar, cast
 
 import torch
@@ -118,6 +119,8 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
         for method in ("forward", "_call_impl", "_conv_forward"):
             if method in module.__dict__:
                 return f"{name} had its {method} replaced"
+        if is_patched(type(module)):
+            return f"{name}'s class had its forward replaced"
         setting = _unknown_setting(module)
         if setting is not None:
             return f"{name} has {setting}, which the operators do not know"
@@ -132,6 +135,15 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
                 if tensor is not None and tensor.is_neg():
                     return f"{name} holds a tensor that is negated lazily"
     return None
+
+
+# A tracer cannot follow the questions.
+@dispatch.constant_when_traced
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether the ``forward`` of a class, or of the one that it inherits it from, was defined in another module."""
+    forward, owner = kind.forward, next(base for base in kind.__mro__ if "forward" in base.__dict__)
+    # Not forward.__module__, which functools.wraps copies from what it wraps.
+    return not isinstance(forward, FunctionType) or forward.__globals__.get("__name__") != owner.__module__
 
 
 def _unknown_setting(module: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 Whether operators can stand for a module's children, and with which tensors, takes a hundred microseconds of questions;
 to see that nothing has changed since takes a few. Anything counts as a change that shows in the attributes, children,
-parameters, buffers or hooks of the module or of those inside it.
+parameters, buffers, hooks or classes of the module or of those inside it, or in the ``forward`` of these classes.
 """
 
 import operator
@@ -22,6 +22,9 @@ class Snapshot(Generic[Finding]):
         inner = list(module.modules())[1:]
         self.finding = finding
         self.types = [type(m) for m in inner]
+        # An accelerated block's own class is the one that it was switched from.
+        self.classes = list({getattr(kind, "original", kind) for kind in (type(module), *self.types)})
+        self.forwards = [kind.forward for kind in self.classes]
         self.inner = inner
         self.attributes = [module.__dict__, *(m.__dict__ for m in inner)]
         self.values = [list(d.values()) for d in self.attributes]
@@ -39,6 +42,8 @@ class Snapshot(Generic[Finding]):
     def holds(self) -> bool:
         """Whether all is as it was. Hooks on the module itself fire by themselves and do not matter."""
         if self.hooked or any(self.hooks) or list(map(type, self.inner)) != self.types:
+            return False
+        if [kind.forward for kind in self.classes] != self.forwards:
             return False
         now = [t for d in self.members for t in d.values()]
         if len(now) != len(self.tensors) or not all(map(operator.is_, now, self.tensors)):
