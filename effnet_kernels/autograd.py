@@ -1,6 +1,5 @@
-"""What blocks and single operators have in common for autograd and for torch's profiler."""
+"""What blocks and single operators have in common for autograd."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +10,6 @@ from torch._C import _functorch
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
-
-
-def profiled(name: str) -> contextlib.AbstractContextManager[object]:
-    """An event of this name where a profiler is on, which records torch's own operators alone."""
-    enabled = torch.autograd._profiler_enabled()
-    return torch.profiler.record_function(f"effnet_kernels::{name}") if enabled else contextlib.nullcontext()
 
 
 def first_order(backward: Backward) -> Backward:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.autograd import first_order, profiled
+from effnet_kernels import dispatch, profiling
+from effnet_kernels.autograd import first_order
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, RunningStatistics
 from effnet_kernels.geometry import output_map, resolve_padding
 from effnet_kernels.operands import as_contiguous, as_map, in_memory, like_parameter
@@ -116,10 +116,12 @@ def run(
     Raises ValueError where BatchNorm would normalise a single value a channel by itself.
     """
     x = as_map(x.to(dispatch.autocast_dtype(x) or x.dtype))
+    if profiling.enabled():
+        profiling.record_convolutions(chain, parameters, x.shape)
     flat = [tensor for own in parameters for tensor in own]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
         return ChainFunction.apply(chain, buffers, x, keep, *flat)
-    with profiled(f"chain of {len(chain.layers)}"):
+    with profiling.profiled(f"chain of {len(chain.layers)}"):
         if keep is None and not any(layer.batch_statistics for layer in chain.layers):
             return infer(chain, x, parameters, buffers)
         return forward(chain, x, keep, parameters, buffers)[0]

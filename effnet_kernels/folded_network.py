@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels import block, dispatch
+from effnet_kernels import block, dispatch, profiling
 from effnet_kernels.folded import Excitation, Layer
 from effnet_kernels.geometry import same_padding
 from effnet_kernels.modules.chain import ChainPlan, run_chain
@@ -113,7 +113,7 @@ class FoldedNetwork(nn.Module):
         if fused:
             x = x.contiguous(memory_format=torch.channels_last)
         for chain, first, is_output in self._steps:
-            own = [self._parameters_of(first + i, layer) for i, layer in enumerate(chain.layers)]
+            own = self._chain_parameters(chain, first)
             if x.dim() == 2:
                 assert own[0].norm_bias is not None
                 x = F.linear(x, own[0].weight.flatten(1), own[0].norm_bias.to(x.dtype))
@@ -122,6 +122,15 @@ class FoldedNetwork(nn.Module):
             else:
                 x = _textbook(chain, x, own)
             yield x, is_output
+
+    def record_convolutions(self, x: Tensor) -> None:
+        """Tells torch's profiler the convolutions of images ``x``, where all layers are computed in one call."""
+        size: profiling.Size = x.shape
+        for chain, first, _ in self._steps:
+            size = profiling.record_convolutions(chain, self._chain_parameters(chain, first), size)
+
+    def _chain_parameters(self, chain: block.Chain, first: int) -> list[block.Parameters]:
+        return [self._parameters_of(first + i, layer) for i, layer in enumerate(chain.layers)]
 
     def _has_kernels(self, x: Tensor) -> bool:
         backend: dispatch.Backend = "cpu" if x.device.type == "cpu" else "triton"

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import cpu, dispatch
-from effnet_kernels.autograd import profiled
+from effnet_kernels import cpu, dispatch, profiling
 from effnet_kernels.cpu.network import Network, StepProfile
 from effnet_kernels.cuda_graphs import GraphCache
 from effnet_kernels.dispatch import BackendError
@@ -110,7 +109,9 @@ class FrozenEfficientNet(nn.Module):
         strides = memory_format(x) if self.features_only else torch.contiguous_format
         traced = torch.compiler.is_compiling() or dispatch.interception(x) is not None
         if self._is_native() and not traced and dispatch.forced() in (None, "cpu"):
-            with profiled("network"):
+            if profiling.enabled():
+                self.folded.record_convolutions(x)
+            with profiling.profiled("network"):
                 return self.native().run(x, strides)
         run: Callable[[Tensor], list[Tensor]] = self.folded
         on_gpu = self.folded.weight.device.type == "cuda"

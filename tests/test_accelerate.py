@@ -1,6 +1,7 @@
 """accelerate(): other packages' networks with the same numbers, keys and classes, and what people do with them."""
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -645,34 +646,65 @@ def test_every_way_through_a_network_runs_stem_and_head_on_the_operators(name, t
     assert_gradients_close(model, theirs)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_profilers_see_what_the_kernels_do(frozen):
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_lite0", "mobilenet_v3_large"])
+@pytest.mark.parametrize("mode", ["inference", "training", "frozen"])
+def test_profilers_count_the_convolutions(name, mode):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = randomize(ek.EfficientNet([ek.MBConvConfig(2, 3, 1, 8, 8, 1)], 0.0, 0.0, num_classes=3)).eval()
-    x = torch.randn(1, 3, 32, 32)
-    run = ek.freeze(model) if frozen else model
-    run(x)
-    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(x)
-    assert any(event.key.startswith("effnet_kernels::") for event in profile.key_averages())
+    torchvision = pytest.importorskip("torchvision.models")
+    model = torchvision.mobilenet_v3_large() if name.startswith("mobile") else getattr(ek, name)()
+    model, x = randomize(model).train(mode == "training"), torch.randn(2, 3, 50, 40)
     counts = []
-    for backend in ("cpu", "torch"):
-        with torch.no_grad(), ek.use_backend(backend), FlopCounterMode(display=False) as counter:
-            model(x)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    for backend in ("torch", "cpu"):
+        run = model
+        if backend == "cpu":
+            run = ek.freeze(model) if mode == "frozen" else ek.accelerate(model)
+        with torch.set_grad_enabled(mode == "training"), ek.use_backend(backend):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+                run(x)
+            events = profile.key_averages()
+            # The classifier is a matrix product in torch, and a convolution of one pixel in an engine.
+            counts.append(sum(e.flops for e in events if e.key in ("aten::conv2d", "aten::addmm")))
+            with FlopCounterMode(display=False) as counter:
+                model(x)
+            assert counter.get_total_flops() == counts[0] > 0
+    assert counts[0] == counts[1]
+    found = {e.key for e in events}
+    assert "ChainFunction" in found if mode == "training" else any(k.startswith("effnet_kernels::") for k in found)
 
 
-def test_a_class_that_was_patched_computes_as_it_was_patched(monkeypatch):
-    from torchvision.models import efficientnet
+INNER_CLASSES = ("Sequential", "Conv2d", "BatchNorm2d", "SiLU", "AdaptiveAvgPool2d", "Sigmoid")
 
-    model, x = randomize(efficientnet.efficientnet_b0()).eval(), torch.randn(1, 3, 32, 32)
-    own = efficientnet.MBConv.forward
-    monkeypatch.setattr(efficientnet.MBConv, "forward", lambda self, x: 1.1 * own(self, x))
-    expected = model(x)
-    assert torch.equal(ek.accelerate(model)(x), expected) or torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert any("class had its forward replaced" in row.reason for row in ek.explain(model))
+
+@pytest.mark.parametrize("after_a_call", [False, True])
+@pytest.mark.parametrize("patched", ["the block's", "squeeze-and-excitation's", *INNER_CLASSES])
+@pytest.mark.parametrize("package", ["effnet_kernels", "torchvision"])
+def test_a_class_that_is_patched_computes_as_it_was_patched(package, patched, after_a_call, monkeypatch):
+    from torchvision.models.efficientnet import MBConv, MBConvConfig
+    from torchvision.ops import SqueezeExcitation
+
+    if package == "torchvision":
+        classes = {"the block's": MBConv, "squeeze-and-excitation's": SqueezeExcitation}
+        block = MBConv(MBConvConfig(4, 3, 1, 8, 8, 1, 1.0, 1.0), 0.0, nn.BatchNorm2d)
+    else:
+        classes = {"the block's": ek.MBConv, "squeeze-and-excitation's": ek.SqueezeExcitation}
+        block = ek.MBConv(ek.MBConvConfig(4, 3, 1, 8, 8, 1), 0.0, nn.BatchNorm2d)
+    kind, x = classes.get(patched) or getattr(nn, patched), torch.randn(2, 8, 9, 9)
+    block = randomize(block).eval()
+    theirs = copy.deepcopy(block)
+    if package == "torchvision":
+        ek.accelerate(block)
+    if after_a_call:
+        block(x)
+    own = kind.forward
+    # functools.wraps names the module of what it wraps as the wrapper's own.
+    monkeypatch.setattr(kind, "forward", functools.wraps(own)(lambda self, x: 1.1 * own(self, x)))
+    with torch.no_grad(), ek.use_backend("torch"):
+        expected = theirs(x)
+    with torch.no_grad():
+        assert_close(block(x), expected)
+    if patched != "the block's" or package == "torchvision":
+        assert "forward replaced" in next(iter(ek.explain(block))).reason
 
 
 def test_lazily_negated_statistics_are_torchs_to_move():

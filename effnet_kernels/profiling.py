@@ -1,0 +1,52 @@
+"""What torch's profiler is told of the kernels: by itself it records torch's own operators alone."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.geometry import output_map, resolve_padding
+
+if TYPE_CHECKING:
+    from effnet_kernels.block import Chain, Parameters
+
+Size = tuple[int, ...]
+
+
+def enabled() -> bool:
+    """Whether a profiler is recording."""
+    return torch.autograd._profiler_enabled()
+
+
+def profiled(name: str) -> contextlib.AbstractContextManager[object]:
+    """An event of this name, which spans the ``with`` block, where a profiler is recording."""
+    return torch.profiler.record_function(f"effnet_kernels::{name}") if enabled() else contextlib.nullcontext()
+
+
+def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size: Size) -> Size:
+    """Records the convolutions of a chain that reads a map of ``size`` (N, C, H, W), and returns its output's size.
+
+    The profiler counts floating-point operations (``with_flops=True``) for events with the names of torch's operators
+    alone. So each convolution is an event ``aten::conv2d`` of no duration; the time is that of the event around them.
+    """
+    for layer, own in zip(chain.layers, parameters, strict=True):
+        samples, channels, height, width = size
+        outputs, kernel = own.weight.shape[0], own.weight.shape[-1]
+        padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
+        left, right, top, bottom = padding
+        padded = (samples, channels, height + top + bottom, width + left + right)
+        _record(padded, own.weight, layer.stride, channels if layer.kind == "depthwise" else 1)
+        size = (samples, outputs, *output_map(height, width, kernel, layer.stride, padding))
+        for weight in (own.reduce_weight, own.expand_weight):
+            if weight is not None:
+                _record((samples, weight.shape[1], 1, 1), weight, 1, 1)
+    return (*size[:2], 1, 1) if chain.pool else size
+
+
+def _record(size: Size, weight: Tensor, stride: int, groups: int) -> None:
+    x = torch.empty(size, device="meta")
+    options = [stride, stride], [0, 0], [1, 1], groups
+    event = torch.autograd._record_function_with_args_enter("aten::conv2d", x, weight, None, *options)
+    torch.autograd._record_function_with_args_exit(event)
