@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
-from effnet_kernels.modules.chain import ChainModule, Parts, run_operators
+from effnet_kernels.modules.chain import ChainModule, Parts
 from effnet_kernels.modules.operator_module import OperatorModule
 from effnet_kernels.peer_blocks import READER_MODULES, Pair, Reader, UnknownPart, look_up, reader_of
 
@@ -126,9 +126,8 @@ class Accelerated(ChainModule):
         if backend == "torch":
             return self.original.forward(self, input, *arguments, **named)
         x = input.contiguous(memory_format=torch.channels_last)
-        parts = self.planned_parts()
-        keep = parts.draw(x, *arguments, **named)
-        return run_operators(parts, x, keep) if backend == "reference" else self.run_chain(x, keep)
+        keep = self.planned_parts().draw(x, *arguments, **named)
+        return self.run_chain(backend, x, keep)
 
     def parts(self) -> Parts:
         return type(self).reader(self)

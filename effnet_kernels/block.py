@@ -16,10 +16,20 @@ from torch import Tensor
 
 from effnet_kernels import dispatch, profiling
 from effnet_kernels.autograd import first_order
-from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, RunningStatistics
+from effnet_kernels.batch_norm import check_batch, scale_and_shift
+from effnet_kernels.deferred import (
+    Activation,
+    Epilogue,
+    Gate,
+    OutputGradient,
+    Padding,
+    Prologue,
+    RunningStatistics,
+    accumulation_dtype,
+)
 from effnet_kernels.geometry import output_map, resolve_padding
 from effnet_kernels.operands import as_contiguous, as_map, in_memory, like_parameter
-from effnet_kernels.primitives import Primitives, primitives_for
+from effnet_kernels.primitives import Primitives, PrimitivesBackend, primitives_of
 
 
 class Parameters(NamedTuple):
@@ -52,7 +62,7 @@ class Layer(NamedTuple):
         act: the activation after BatchNorm.
         eps, momentum: BatchNorm's; no momentum averages over all batches.
         batch_statistics: whether BatchNorm normalises by the batch's statistics.
-        skip_nonfinite: whether running statistics stay as they are where the batch's are not finite.
+        skip_nonfinite: see :class:`~effnet_kernels.modules.ConvBnAct`.
         excite_act: the activation inside squeeze-and-excitation; None where there is none.
         excite_gate: what makes its gate.
     """
@@ -64,7 +74,7 @@ class Layer(NamedTuple):
     eps: float = 1e-5
     momentum: float | None = 0.1
     batch_statistics: bool = True
-    skip_nonfinite: bool = True
+    skip_nonfinite: bool = False
     excite_act: Activation | None = None
     excite_gate: Gate = "sigmoid"
 
@@ -106,9 +116,14 @@ class Stored(NamedTuple):
 
 
 def run(
-    chain: Chain, x: Tensor, keep: Tensor | None, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
+    backend: PrimitivesBackend,
+    chain: Chain,
+    x: Tensor,
+    keep: Tensor | None,
+    parameters: Sequence[Parameters],
+    buffers: Sequence[Buffers],
 ) -> Tensor:
-    """The chain of ``x`` [N, C, H, W]: with autograd where it is recording, else without.
+    """The chain of ``x`` [N, C, H, W] on a backend's primitives: with autograd where it is recording, else without.
 
     The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here; the
     kernels cast weights as they load them.
@@ -118,23 +133,25 @@ def run(
     x = as_map(x.to(dispatch.autocast_dtype(x) or x.dtype))
     if profiling.enabled():
         profiling.record_convolutions(chain, parameters, x.shape)
+    primitives = primitives_of(backend)
     flat = [tensor for own in parameters for tensor in own]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
-        return ChainFunction.apply(chain, buffers, x, keep, *flat)
+        return ChainFunction.apply(primitives, chain, buffers, x, keep, *flat)
     with profiling.profiled(f"chain of {len(chain.layers)}"):
         if keep is None and not any(layer.batch_statistics for layer in chain.layers):
-            return infer(chain, x, parameters, buffers)
-        return forward(chain, x, keep, parameters, buffers)[0]
+            return infer(primitives, chain, x, parameters, buffers)
+        return forward(primitives, chain, x, keep, parameters, buffers)[0]
 
 
-def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Sequence[Buffers]) -> Tensor:
+def infer(
+    primitives: Primitives, chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
+) -> Tensor:
     """The chain at inference: every BatchNorm is folded inside the convolution before it, from running statistics.
 
     Without running statistics a BatchNorm's weight and bias are the scale and the shift themselves.
 
     x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
     """
-    primitives = primitives_for(x)
     parameters = _readable(chain, parameters)
     residual = x if chain.residual else None
     gate, sums = None, None
@@ -173,20 +190,23 @@ def infer(chain: Chain, x: Tensor, parameters: Sequence[Parameters], buffers: Se
 
 
 def forward(
-    chain: Chain, x: Tensor, keep: Tensor | None, parameters: Sequence[Parameters], buffers: Sequence[Buffers]
+    primitives: Primitives,
+    chain: Chain,
+    x: Tensor,
+    keep: Tensor | None,
+    parameters: Sequence[Parameters],
+    buffers: Sequence[Buffers],
 ) -> tuple[Tensor, list[Stored]]:
     """The chain with activations deferred, and what backward needs. ``keep`` [N] is stochastic depth's factor."""
-    primitives = primitives_for(x)
     parameters = _readable(chain, parameters)
     keep = None if keep is None else as_contiguous(keep)
     stored: list[Stored] = []
     residual = x if chain.residual else None
     owed = Prologue()
+    _check_batch(chain, x, parameters)
     _count_batches(chain, buffers)
     for layer, own, norm in zip(chain.layers, parameters, buffers, strict=True):
         y, partials = _convolve(primitives, layer, x, own, owed)
-        if layer.batch_statistics and y.numel() == y.shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
         folded = _fold(primitives, layer, own, norm, partials, y.dtype)
         scale, shift, _, _ = folded.unbind()
         owed = Prologue(scale, shift, layer.act)
@@ -227,7 +247,8 @@ def backward(
         grad, last.y, keep=keep, scale=norms[-1].scale, shift=norms[-1].shift, act=chain.layers[-1].act
     )
     if chain.pool:
-        owed = owed._replace(grad=None, offset=grad.float() / (last.y.shape[2] * last.y.shape[3]))
+        offset = grad.to(accumulation_dtype(grad.dtype)) / (last.y.shape[2] * last.y.shape[3])
+        owed = owed._replace(grad=None, offset=offset)
     sums = primitives.gradient_sums(owed, norms[-1].mean)
     gradients: list[list[Tensor | None]] = [[None] * len(Parameters._fields) for _ in chain.layers]
     grad_input: Tensor | None = None
@@ -294,10 +315,16 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, buffers: Sequence[Buffers], x: Tensor, keep: Tensor | None, *flat: Tensor | None
+        ctx: Any,
+        primitives: Primitives,
+        chain: Chain,
+        buffers: Sequence[Buffers],
+        x: Tensor,
+        keep: Tensor | None,
+        *flat: Tensor | None,
     ) -> Tensor:
-        out, stored = forward(chain, x, keep, unflatten(flat), buffers)
-        ctx.chain, ctx.primitives = chain, primitives_for(x)
+        out, stored = forward(primitives, chain, x, keep, unflatten(flat), buffers)
+        ctx.chain, ctx.primitives = chain, primitives
         kept: list[Tensor | None] = list(flatten_stored(stored))
         if _recomputes(chain, x):
             kept[0] = None
@@ -318,11 +345,11 @@ class ChainFunction(torch.autograd.Function):
             kept[0], _ = _convolve(ctx.primitives, chain.layers[0], as_map(x), parameters[0], Prologue())
         stored = unflatten_stored(chain, kept)
         needs = ctx.needs_input_grad
-        needs_parameters = [needs[start : start + width] for start in range(4, len(needs), width)]
+        needs_parameters = [needs[start : start + width] for start in range(5, len(needs), width)]
         grad_x, gradients = backward(
-            ctx.primitives, chain, grad, x, keep, parameters, stored, needs[2], needs_parameters
+            ctx.primitives, chain, grad, x, keep, parameters, stored, needs[3], needs_parameters
         )
-        return None, None, grad_x, None, *(gradient for layer in gradients for gradient in layer)
+        return None, None, None, grad_x, None, *(gradient for layer in gradients for gradient in layer)
 
 
 def unflatten(flat: Sequence[Any]) -> list[Parameters]:
@@ -413,10 +440,10 @@ def _fold(
         assert var is not None
         if mean.dtype is torch.float64 and dtype is not torch.float64:
             raise ValueError(f"expected running statistics beside maps in {dtype}, got {mean.dtype}")
-        rstd = torch.rsqrt(var.float() + layer.eps)
-        scale = rstd if own.norm_weight is None else rstd * own.norm_weight
-        shift = -mean * scale if own.norm_bias is None else own.norm_bias - mean * scale
-        return torch.stack([scale, shift, mean, rstd]).float()
+        vector = accumulation_dtype(dtype)
+        rstd = torch.rsqrt(var.to(vector) + layer.eps)
+        scale, shift = scale_and_shift(mean, rstd, own.norm_weight, own.norm_bias)
+        return torch.stack([scale, shift, mean, rstd]).to(vector)
     momentum: float | Tensor | None = layer.momentum
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
@@ -435,6 +462,19 @@ def _fold(
         mean.copy_(moved_mean)
         var.copy_(moved_var)
     return folded
+
+
+def _check_batch(chain: Chain, x: Tensor, parameters: Sequence[Parameters]) -> None:
+    """Raises torch's error, before any statistics move, where a BatchNorm would get a single value a channel."""
+    size = x.shape
+    if size[0] != 1:
+        return
+    for layer, own in zip(chain.layers, parameters, strict=True):
+        kernel = own.weight.shape[-1]
+        rows, columns = output_map(size[2], size[3], kernel, layer.stride, layer.padding)
+        size = torch.Size((1, own.weight.shape[0], rows, columns))
+        if layer.batch_statistics:
+            check_batch(size)
 
 
 def _count_batches(chain: Chain, buffers: Sequence[Buffers]) -> None:

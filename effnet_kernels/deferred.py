@@ -11,6 +11,7 @@ A convolution of this package reads the raw output ``x`` of the convolution befo
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Activation = Literal["none", "silu", "relu", "relu6", "hardswish"]
@@ -22,6 +23,11 @@ GATES: tuple[Gate, ...] = ("sigmoid", "hardsigmoid")
 
 Padding = tuple[int, int, int, int]
 """Zeros added on the (left, right, top, bottom), in the order of ``torch.nn.functional.pad``."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums, statistics and vectors are kept in: fp64 for maps in fp64, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RunningStatistics(NamedTuple):

@@ -1,8 +1,8 @@
 """Which backend computes what, and why.
 
-``torch`` is a module's textbook path (conv2d, batch_norm, silu as torch has them), ``reference`` the operators in plain
-PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. A module asks :func:`choose` at each call; a public
-operator asks :func:`has_kernels`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend` forces one.
+``torch`` is a module's textbook path (conv2d, batch_norm, silu as torch has them), ``reference`` the primitives in
+plain PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. A module asks :func:`choose` at each call; a
+public operator asks :func:`operator_backend`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend` forces one.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from effnet_kernels import cpu, triton
+from effnet_kernels.primitives import PrimitivesBackend
 
 Backend = Literal["torch", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
@@ -159,7 +160,7 @@ def registered(x: Tensor) -> bool:
     # torch 2.9 compiles this to True in any case, and so it compiles the textbook path, which its tracer can follow.
     if torch.compiler.is_exporting():
         return False
-    return forced() in (None, "cpu", "triton")
+    return forced() != "torch"
 
 
 def choose(module: OperatorModule, x: Tensor) -> Decision:
@@ -179,7 +180,7 @@ def prefers_channels_last(x: Tensor) -> bool:
     if force is not None:
         return force != "torch"
     call = Call.of(x)
-    return (_triton_obstacle if call.on_gpu() else _cpu_obstacle)(call) is None
+    return _OBSTACLES[_backend_for(call, None)](call) is None
 
 
 def decide(module: OperatorModule, call: Call) -> Decision:
@@ -192,10 +193,8 @@ def decide(module: OperatorModule, call: Call) -> Decision:
     obstacle = call.unusual or hooked or module.obstacle()
     if obstacle is not None:
         return Decision("torch", obstacle)
-    if force == "reference":
-        return Decision("reference", "forced")
-    backend: Backend = "triton" if force == "triton" or (force is None and call.on_gpu()) else "cpu"
-    obstacle = (_triton_obstacle if backend == "triton" else _cpu_obstacle)(call)
+    backend = _backend_for(call, force)
+    obstacle = _OBSTACLES[backend](call)
     if obstacle is not None and force == backend:
         raise BackendError(f"backend {force!r} was forced but cannot run {type(module).__name__}: {obstacle}")
     obstacle = obstacle or module.kernel_obstacle(backend)
@@ -210,22 +209,37 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether a public operator on the map or vector ``x`` may call the kernels that there are for its device.
+def operator_backend(x: Tensor) -> PrimitivesBackend:
+    """The backend that computes a public operator on the map or vector ``x``: the reference where no kernels may.
 
-    Traced, it may not: the chains alone are registered.
+    Traced, none may: the chains alone are registered.
     """
-    return not torch.compiler.is_compiling() and has_chains(x)
+    backend = None if torch.compiler.is_compiling() else chain_backend(x)
+    return "reference" if backend is None else backend
 
 
-def has_chains(x: Tensor) -> bool:
-    """Whether a chain of convolutions of ``x`` may run on the kernels for its device, called or traced."""
+def chain_backend(x: Tensor) -> PrimitivesBackend | None:
+    """The backend that computes a chain of convolutions of ``x``, called or traced; None where torch's modules do."""
     if interception(x) is not None or x.numel() == 0:
-        return False
-    call = Call(x.device.type, x.dtype, None)
-    backend: Backend = "triton" if call.on_gpu() else "cpu"
-    obstacle = _triton_obstacle if backend == "triton" else _cpu_obstacle
-    return forced() in (None, backend) and obstacle(call) is None
+        return None
+    call, force = Call(x.device.type, x.dtype, None), forced()
+    if force == "torch":
+        return None
+    backend = _backend_for(call, force)
+    return backend if _OBSTACLES[backend](call) is None else None
+
+
+def _backend_for(call: Call, force: Backend | None) -> PrimitivesBackend:
+    """The backend whose primitives a call would run on: the one that is forced, or that of the input's device."""
+    if force in ("reference", "cpu", "triton"):
+        return force
+    return "triton" if call.on_gpu() else "cpu"
+
+
+def _reference_obstacle(call: Call) -> str | None:
+    if call.unusual is None and not call.dtype.is_floating_point:
+        return f"the reference computes in floating point, not {str(call.dtype).removeprefix('torch.')}"
+    return call.unusual
 
 
 def _triton_obstacle(call: Call) -> str | None:
@@ -251,6 +265,13 @@ def _cpu_obstacle(call: Call) -> str | None:
         return "autocast is active"
     reason = _missing("cpu")
     return None if reason is None else f"the native extension is missing: {reason.splitlines()[0]}"
+
+
+_OBSTACLES: dict[PrimitivesBackend, Callable[[Call], str | None]] = {
+    "reference": _reference_obstacle,
+    "cpu": _cpu_obstacle,
+    "triton": _triton_obstacle,
+}
 
 
 # What is installed does not change between compiled calls, and a tracer cannot follow an import.

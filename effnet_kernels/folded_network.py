@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_kernels import block, dispatch, profiling
+from effnet_kernels.activation import activate, gate_of
 from effnet_kernels.folded import Excitation, Layer
-from effnet_kernels.geometry import same_padding
+from effnet_kernels.geometry import resolve_padding
 from effnet_kernels.modules.chain import ChainPlan, run_chain
 from effnet_kernels.ops.depthwise_conv import has_depthwise
-from effnet_kernels.reference.deferred import activate, gate_of
 
 _NOTHING = block.Buffers(None, None, None)
 
@@ -109,16 +109,18 @@ class FoldedNetwork(nn.Module):
 
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """The output of every group of layers, and whether it is one of the network's."""
-        fused = dispatch.has_chains(x) and self._has_kernels(x)
-        if fused:
+        backend = dispatch.chain_backend(x)
+        if backend is not None and not self._has_kernels(backend):
+            backend = None
+        if backend is not None:
             x = x.contiguous(memory_format=torch.channels_last)
         for chain, first, is_output in self._steps:
             own = self._chain_parameters(chain, first)
             if x.dim() == 2:
                 assert own[0].norm_bias is not None
                 x = F.linear(x, own[0].weight.flatten(1), own[0].norm_bias.to(x.dtype))
-            elif fused:
-                x = run_chain(ChainPlan(chain, own, [_NOTHING] * len(own)), x, None)
+            elif backend is not None:
+                x = run_chain(backend, ChainPlan(chain, own, [_NOTHING] * len(own)), x, None)
             else:
                 x = _textbook(chain, x, own)
             yield x, is_output
@@ -132,8 +134,7 @@ class FoldedNetwork(nn.Module):
     def _chain_parameters(self, chain: block.Chain, first: int) -> list[block.Parameters]:
         return [self._parameters_of(first + i, layer) for i, layer in enumerate(chain.layers)]
 
-    def _has_kernels(self, x: Tensor) -> bool:
-        backend: dispatch.Backend = "cpu" if x.device.type == "cpu" else "triton"
+    def _has_kernels(self, backend: dispatch.Backend) -> bool:
         return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
 
     def _tensor(self, name: str, index: int) -> Tensor:
@@ -176,10 +177,8 @@ def _textbook(chain: block.Chain, x: Tensor, parameters: Sequence[block.Paramete
     for layer, own in zip(chain.layers, parameters, strict=True):
         weight, _, _, bias, w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in own)
         assert weight is not None
-        kernel, padding = weight.shape[-1], layer.padding
-        if padding == "same":
-            padding = same_padding(x.shape[2], x.shape[3], kernel, layer.stride)
-        left, right, top, bottom = padding
+        size = (x.shape[2], x.shape[3])
+        left, right, top, bottom = resolve_padding(layer.padding, size, weight.shape[-1], layer.stride)
         symmetric = layer.padding != "same" and left == right == top == bottom
         if not symmetric:
             x = F.pad(x, [left, right, top, bottom])

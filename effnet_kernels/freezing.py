@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import cpu
+from effnet_kernels.batch_norm import scale_and_shift
 from effnet_kernels.dispatch import BackendError
 from effnet_kernels.folded import Excitation, Layer
 from effnet_kernels.frozen import FrozenEfficientNet
@@ -251,12 +252,8 @@ def _layer(name: str, part: ConvNorm) -> Layer:
     depthwise = part.kind() == "depthwise"
     if not depthwise and conv.groups != 1:
         raise ValueError(f"{name}: expected a dense or a depthwise convolution, got {conv}")
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    mean, rstd = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
+    scale, shift = scale_and_shift(mean, rstd, norm.weight, norm.bias)
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
     padding = part.padding

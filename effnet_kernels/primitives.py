@@ -1,10 +1,11 @@
 """What a backend computes: the operators forward and backward, on tensors, without autograd.
 
-Maps are [N, C, H, W] in channels-last strides, vectors and partial results contiguous and fp32. Partial results are
-merged by whoever takes them; how many there are is the backend's to choose.
+Maps are [N, C, H, W] in channels-last strides, vectors and partial results contiguous and fp32 (fp64 beside maps in
+fp64, which the reference alone has). Partial results are merged by whoever takes them; how many there are is the
+backend's to choose.
 """
 
-from typing import Protocol, cast
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, 
 
 
 class Primitives(Protocol):
-    """A backend's primitives; each module that has them, such as ``effnet_kernels.cpu.primitives``, documents them."""
+    """A backend's primitives. ``effnet_kernels.reference.primitives`` documents them, and says what they compute."""
 
     def pointwise_conv(
         self,
@@ -93,7 +94,7 @@ class Primitives(Protocol):
         running_var: Tensor | None,
         momentum: float | Tensor,
         eps: float,
-        skip_nonfinite: bool = True,
+        skip_nonfinite: bool,
     ) -> Tensor: ...
 
     def fold_batch_norm_backward(
@@ -141,12 +142,20 @@ class Primitives(Protocol):
     def merge(self, x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor: ...
 
 
-def primitives_for(x: Tensor) -> Primitives:
-    """The native kernels' for a tensor on the CPU, the Triton kernels' for others."""
-    if x.device.type == "cpu":
+PrimitivesBackend = Literal["reference", "cpu", "triton"]
+"""The backends that have primitives; "torch" has modules alone."""
+
+
+def primitives_of(backend: PrimitivesBackend) -> Primitives:
+    """The primitives of a backend, which is imported here, as Triton's kernels want Triton."""
+    if backend == "cpu":
         from effnet_kernels.cpu import primitives as native
 
-        return cast(Primitives, native)
-    from effnet_kernels.triton import primitives as gpu
+        return native
+    if backend == "triton":
+        from effnet_kernels.triton import primitives as gpu
 
-    return cast(Primitives, gpu)
+        return gpu
+    from effnet_kernels.reference import primitives as reference
+
+    return reference

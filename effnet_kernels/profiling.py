@@ -34,11 +34,10 @@ def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size
     for layer, own in zip(chain.layers, parameters, strict=True):
         samples, channels, height, width = size
         outputs, kernel = own.weight.shape[0], own.weight.shape[-1]
-        padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
-        left, right, top, bottom = padding
+        left, right, top, bottom = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
         padded = (samples, channels, height + top + bottom, width + left + right)
         _record(padded, own.weight, layer.stride, channels if layer.kind == "depthwise" else 1)
-        size = (samples, outputs, *output_map(height, width, kernel, layer.stride, padding))
+        size = (samples, outputs, *output_map(height, width, kernel, layer.stride, layer.padding))
         for weight in (own.reduce_weight, own.expand_weight):
             if weight is not None:
                 _record((samples, weight.shape[1], 1, 1), weight, 1, 1)
@@ -46,7 +45,7 @@ def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size
 
 
 def _record(size: Size, weight: Tensor, stride: int, groups: int) -> None:
-    x = torch.empty(size, device="meta")
+    x = torch.empty(size, dtype=weight.dtype, device="meta")
     options = [stride, stride], [0, 0], [1, 1], groups
     event = torch.autograd._record_function_with_args_enter("aten::conv2d", x, weight, None, *options)
     torch.autograd._record_function_with_args_exit(event)

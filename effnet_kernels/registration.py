@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, library
 
 from effnet_kernels import dispatch
+from effnet_kernels.deferred import accumulation_dtype
 from effnet_kernels.operands import as_map
+from effnet_kernels.primitives import Primitives, PrimitivesBackend, primitives_of
 
 if TYPE_CHECKING:
     from effnet_kernels.block import Buffers, Chain, Layer, Parameters
@@ -27,7 +29,12 @@ _library.define(
 
 
 def run_traced(
-    chain: "Chain", x: Tensor, keep: Tensor | None, parameters: Sequence["Parameters"], buffers: Sequence["Buffers"]
+    backend: PrimitivesBackend,
+    chain: "Chain",
+    x: Tensor,
+    keep: Tensor | None,
+    parameters: Sequence["Parameters"],
+    buffers: Sequence["Buffers"],
 ) -> Tensor:
     """:func:`effnet_kernels.block.run` as registered operators."""
     x = x.to(dispatch.autocast_dtype(x) or x.dtype)
@@ -38,7 +45,7 @@ def run_traced(
         for layer, norm in zip(chain.layers, buffers, strict=True)
         for t in ((None, None) if layer.batch_statistics else (norm.running_mean, norm.running_var))
     ]
-    text = encode(chain, [t is not None for t in (*flat, *read)])
+    text = encode(backend, chain, [t is not None for t in (*flat, *read)])
     tensors = [t for t in flat if t is not None]
     running = [t for t in read if t is not None]
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
@@ -69,10 +76,10 @@ def _move_running_statistics(norm: "Buffers", mean: Tensor, rstd: Tensor, count:
         running.copy_(torch.where(finite, (1.0 - weight) * running + weight * batch, running))
 
 
-def encode(chain: "Chain", present: Sequence[bool]) -> str:
-    """The chain, and which of its tensors there are."""
+def encode(backend: PrimitivesBackend, chain: "Chain", present: Sequence[bool]) -> str:
+    """The backend, the chain, and which of its tensors there are."""
     layers = ";".join(_encode_layer(layer) for layer in chain.layers)
-    return f"{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
+    return f"{backend}|{int(chain.residual)},{int(chain.pool)}|{layers}|{''.join('1' if p else '0' for p in present)}"
 
 
 def _encode_layer(layer: "Layer") -> str:
@@ -84,10 +91,11 @@ def _encode_layer(layer: "Layer") -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple["Chain", str]:
+def _decode(text: str) -> tuple[Primitives, "Chain", str]:
     from effnet_kernels.block import Chain, Layer
 
-    flags, layers, present = text.split("|")
+    name, flags, layers, present = text.split("|")
+    backend: Any = name
     residual, pool = flags.split(",")
     decoded: list[Layer] = []
     for entry in layers.split(";"):
@@ -110,7 +118,7 @@ def _decode(text: str) -> tuple["Chain", str]:
                 excite_gate=gate,
             )
         )
-    return Chain(tuple(decoded), residual == "1", pool == "1"), present
+    return primitives_of(backend), Chain(tuple(decoded), residual == "1", pool == "1"), present
 
 
 def _tensors(
@@ -119,7 +127,7 @@ def _tensors(
     """The chain with its tensors in place, None where there is none."""
     from effnet_kernels.block import Buffers, unflatten
 
-    chain, present = _decode(text)
+    _, chain, present = _decode(text)
     width = len(present) - 2 * len(chain.layers)
     ours, running = iter(parameters), iter(buffers)
     flat = [next(ours) if p == "1" else None for p in present[:width]]
@@ -132,7 +140,7 @@ def _inference(x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor
     from effnet_kernels import block
 
     chain, own, norms = _tensors(text, parameters, buffers)
-    out = block.infer(chain, as_map(x), own, norms)
+    out = block.infer(_decode(text)[0], chain, as_map(x), own, norms)
     # An operator's outputs may not be its inputs.
     return out.clone() if out is x else out
 
@@ -147,7 +155,7 @@ def _forward(
     from effnet_kernels import block
 
     chain, own, norms = _tensors(text, parameters, buffers)
-    out, stored = block.forward(chain, as_map(x), keep, own, norms)
+    out, stored = block.forward(_decode(text)[0], chain, as_map(x), keep, own, norms)
     return [out, *(t.contiguous() if t.dim() < 4 else t for t in block.flatten_stored(stored))]
 
 
@@ -164,12 +172,11 @@ def _backward(
 
     chain, own, _ = _tensors(text, parameters, ())
     width = len(block.Parameters._fields)
-    _, present = _decode(text)
+    primitives, _, present = _decode(text)
     remaining = iter(needs[1:])
     flags = [p == "1" and next(remaining) for p in present[: width * len(chain.layers)]]
     rows = [flags[start : start + width] for start in range(0, len(flags), width)]
     kept = block.unflatten_stored(chain, stored)
-    primitives = block.primitives_for(x)
     grad_x, gradients = block.backward(primitives, chain, grad, x, keep, own, kept, needs[0], rows)
     flat = [
         g
@@ -191,11 +198,7 @@ def _fake_maps(x: Tensor, chain: "Chain", own: Sequence["Parameters"]) -> list[T
     maps: list[Tensor] = []
     for layer, parameters in zip(chain.layers, own, strict=True):
         weight = parameters.weight
-        if layer.padding == "same":
-            # By its definition, which stays short where sizes are left open.
-            height, width = -(-x.shape[2] // layer.stride), -(-x.shape[3] // layer.stride)
-        else:
-            height, width = output_map(x.shape[2], x.shape[3], weight.shape[-1], layer.stride, layer.padding)
+        height, width = output_map(x.shape[2], x.shape[3], weight.shape[-1], layer.stride, layer.padding)
         x = _map_like(x, weight.shape[0], height, width)
         maps.append(x)
     return maps
@@ -220,14 +223,13 @@ def _fake_forward(
     chain, own, _ = _tensors(text, parameters, buffers)
     maps = _fake_maps(x, chain, own)
     stored: list[Tensor] = []
+    dtype = accumulation_dtype(x.dtype)
     for layer, parameters_of_layer, y in zip(chain.layers, own, maps, strict=True):
-        stored += [y, x.new_empty(4, y.shape[1], dtype=torch.float32)]
+        stored += [y, x.new_empty(4, y.shape[1], dtype=dtype)]
         if layer.excite_act is not None:
             assert parameters_of_layer.reduce_weight is not None
             squeezed = parameters_of_layer.reduce_weight.shape[0]
-            stored += [
-                x.new_empty(x.shape[0], size, dtype=torch.float32) for size in (y.shape[1], y.shape[1], squeezed)
-            ]
+            stored += [x.new_empty(x.shape[0], size, dtype=dtype) for size in (y.shape[1], y.shape[1], squeezed)]
     return [_fake_output(chain, maps[-1]), *stored]
 
 

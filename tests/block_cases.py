@@ -115,3 +115,37 @@ def compare(
         ):
             assert p.grad.stride() == p.stride(), parameter_name
             assert_accurate(p.grad, q.grad, None if dtype == torch.float32 else r.grad)
+
+
+def check_nonfinite_batches(
+    backend: str, channels_last: Callable[..., Tensor], skip: bool, compiled: bool = False
+) -> None:
+    """torch writes running statistics that are not finite; ``skip_nonfinite_statistics`` leaves them as they were."""
+    block = randomize(ConvBnAct(8, 16, 1, 1, 1, nn.BatchNorm2d))
+    with torch.no_grad():
+        # The last channels do not read the first input channel, which overflows.
+        block.conv.weight[8:, 0] = 0.0
+        block.conv.weight[:8, 0] = 1.0
+    assert block.skip_nonfinite_statistics is False
+    block.skip_nonfinite_statistics = skip
+    textbook, before = copy.deepcopy(block), copy.deepcopy(block)
+    x = channels_last(2, 8, 5, 5)
+    # Its square overflows, and so does the variance of the channels that read it.
+    x[0, 0, 0, 0] = 1e25
+    layer = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    with torch.no_grad(), dispatch.use_backend(backend):
+        layer(x)
+    with torch.no_grad(), dispatch.use_backend("torch"):
+        textbook(x)
+    overflows = ~textbook.norm.running_var.isfinite()
+    assert overflows[:8].all()
+    assert not overflows[8:].any()
+    kept = before if skip else textbook
+    for ours, whole, finite in zip(block.norm.buffers(), kept.norm.buffers(), textbook.norm.buffers(), strict=True):
+        if ours.dim() == 0:
+            assert ours == 1
+            continue
+        assert torch.equal(ours[:8].isfinite(), whole[:8].isfinite())
+        if skip:
+            assert torch.equal(ours[:8], whole[:8])
+        torch.testing.assert_close(ours[8:], finite[8:])

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import block_cases
 import pytest
 import torch
 from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
@@ -93,6 +94,18 @@ def test_cumulative_momentum_and_counts(backend, momentum):
         textbook.forward_modules(x)
     assert int(block.block[0][1].num_batches_tracked) == 3 + 0
     assert_buffers_close(block, textbook)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_running_statistics_of_nonfinite_batches(backend, skip, compiled):
+    if dispatch.available()[backend] is not None:
+        pytest.skip(f"backend {backend}: {dispatch.available()[backend]}")
+    torch.compiler.reset()
+    block_cases.check_nonfinite_batches(
+        backend, lambda *size: torch.randn(size).contiguous(memory_format=torch.channels_last), skip, compiled
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])

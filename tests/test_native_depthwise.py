@@ -5,37 +5,48 @@ import math
 
 import pytest
 import torch
-from native_cases import (
-    ACTIVATIONS,
-    expected_depthwise,
-    kernel_isas,
-    make_epilogue,
-    native_depthwise,
-    needs_native,
-    relative_rms,
-)
+from gpu.compare import compare
+from native_cases import kernel_isas, needs_native, running
+from torch import Tensor
 
-from effnet_kernels.deferred import Epilogue
+from effnet_kernels.activation import activate
+from effnet_kernels.cpu.primitives import depthwise_conv
+from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, Prologue
+from effnet_kernels.reference import primitives as reference
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
-TOLERANCE = 1e-5
 ISAS = kernel_isas()
 # Below, at and above the 1, 4, 8 and 16 lanes of the kernels, and several vectors with a remainder.
 CHANNELS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 96)
 SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+def make_epilogue(channels: int, act: Activation) -> Epilogue:
+    return Epilogue(torch.rand(channels) + 0.5, torch.randn(channels), act)
+
+
+def native_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    isa: str,
+    threads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The primitive's output and its pooled sums [N, 1, C], by one instruction set and so many threads."""
+    with running(isa, threads):
+        y, sums = depthwise_conv(x, weight, stride, padding, Prologue(), epilogue, "pool")
+    assert sums is not None
+    return y, sums.sum(dim=1, keepdim=True)
 
 
 def check(isa, n, c, h, w, k, stride, padding, epilogue, threads=1):
     x = torch.randn(n, c, h, w).to(memory_format=torch.channels_last)
     weight = torch.randn(c, 1, k, k) / k
-    y, pooled = native_depthwise(x, weight, stride, padding, epilogue, isa, threads)
-    expected = expected_depthwise(x, weight, stride, padding, epilogue)
-    assert relative_rms(y, expected) < TOLERANCE
-    assert relative_rms(pooled, expected.mean((2, 3))) < TOLERANCE
+    actual = native_depthwise(x, weight, stride, padding, epilogue, isa, threads)
+    compare(actual, reference.depthwise_conv, x, weight, stride, padding, Prologue(), epilogue, "pool")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -115,7 +126,7 @@ def test_silu_accuracy(isa):
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_special_values(isa, act):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 6.0, -3.0, 3.0, 1e38, -1e38])
-    torch.testing.assert_close(identity(x, act, isa), ACTIVATIONS[act](x), equal_nan=True, rtol=2e-6, atol=1e-30)
+    torch.testing.assert_close(identity(x, act, isa), activate(x, act), equal_nan=True, rtol=2e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -6,17 +6,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import ACTIVATIONS, kernel_isas, needs_native, relative_rms
+from conftest import TOLERANCES, assert_close
+from native_cases import kernel_isas, needs_native
 from torch import Tensor
 
+from effnet_kernels.activation import activate, gate_of
 from effnet_kernels.cpu.network import Network
+from effnet_kernels.deferred import ACTIVATIONS, GATES
 from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.geometry import resolve_padding
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
-TOLERANCE = 1e-5
 ISAS = kernel_isas()
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 def dense(inputs, outputs, kernel=1, **options):
@@ -34,42 +36,34 @@ def depthwise(channels, kernel=3, squeeze=0, gate="sigmoid", **options):
     return Layer(weight, torch.randn(channels), True, excitation=excitation, **{"padding": padding, **options})
 
 
-def same_padding(size, kernel, stride):
-    total = max(0, (-(-size // stride) - 1) * stride + kernel - size)
-    return total // 2, total - total // 2
-
-
 def expected(layers: list[Layer], x: Tensor) -> list[Tensor]:
     """Every tensor, the image first."""
     tensors = [x.double()]
     for layer in layers:
         x, kernel = tensors[-1], layer.weight.shape[-1]
-        padding = layer.padding
-        if padding == "same":
-            padding = tuple(p for size in (x.shape[3], x.shape[2]) for p in same_padding(size, kernel, layer.stride))
+        padding = resolve_padding(layer.padding, (x.shape[2], x.shape[3]), kernel, layer.stride)
         groups = x.shape[1] if layer.depthwise else 1
         y = F.conv2d(F.pad(x, padding), layer.weight.double(), layer.bias.double(), layer.stride, groups=groups)
-        y = ACTIVATIONS[layer.act](y)
+        y = activate(y, layer.act)
         if layer.residual >= 0:
             y = y + tensors[layer.residual]
         if layer.excitation is not None:
             w1, b1, w2, b2 = (t.double() for t in layer.excitation[:4])
-            hidden = ACTIVATIONS[layer.excitation.act](y.mean((2, 3)) @ w1.T + b1)
-            y = y * GATES[layer.excitation.gate](hidden @ w2.T + b2)[:, :, None, None]
+            hidden = activate(y.mean((2, 3)) @ w1.T + b1, layer.excitation.act)
+            y = y * gate_of(hidden @ w2.T + b2, layer.excitation.gate)[:, :, None, None]
         tensors.append(y.mean((2, 3), keepdim=True) if layer.pool else y)
     return tensors
 
 
 def check(layers: list[Layer], x: Tensor, isa: str | None, threads: int = 1, outputs: list[int] | None = None) -> None:
     outputs = [len(layers)] if outputs is None else outputs
-    reference = expected(layers, x)
+    right = expected(layers, x)
     network = Network(layers, outputs)
     torch.set_num_threads(threads)
     actual = network.run(x, isa=isa)
     torch.set_num_threads(1)
     for index, y in zip(outputs, actual, strict=True):
-        assert y.shape == reference[index].shape
-        assert relative_rms(y, reference[index]) < TOLERANCE
+        assert_close(y.double(), right[index], TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("isa", ISAS)

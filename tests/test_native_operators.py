@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 from conftest import run_python
-from gpu import exact
+from gpu.compare import assert_accurate, compare, fold_and_move, moments
 from native_cases import kernel_isas, needs_linux, needs_native, pools_memory, running
 from torch import Tensor
 
 from effnet_kernels import cpu
 from effnet_kernels.cpu import primitives
 from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
+from effnet_kernels.reference import primitives as reference
 
 pytestmark = needs_native
 
@@ -22,10 +23,6 @@ CHANNELS = (1, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 96)
 
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
-
-
-def compare(actual, function, *arguments) -> None:
-    exact.compare(actual, function, torch.float32, *arguments)
 
 
 def vector(*shape: int) -> Tensor:
@@ -74,16 +71,16 @@ def test_pointwise_conv(samples, inputs, outputs, size):
     for prologue in (Prologue(), prologue_of(samples, inputs)):
         arguments = (x, weight, vector(outputs), prologue, Epilogue(), "statistics")
         y, partials = primitives.pointwise_conv(*arguments)
-        compare(y, lambda *a: exact.pointwise_conv(*a)[0], *arguments)
+        compare(y, lambda *a: reference.pointwise_conv(*a)[0], *arguments)
         # Statistics are those of the values as they were stored.
-        compare(primitives.merge_statistics(partials), exact.moments, y)
+        assert_accurate(primitives.merge_statistics(partials), moments(y))
     statistics = RunningStatistics(vector(outputs), vector(outputs).abs() + 0.5, 1e-3)
     epilogue = Epilogue(vector(outputs), vector(outputs), "silu", channels_last(samples, outputs, *size), statistics)
     arguments = (x, weight, None, Prologue(gate=torch.rand(samples, inputs)), epilogue, "none")
-    compare(primitives.pointwise_conv(*arguments), exact.pointwise_conv, *arguments)
+    compare(primitives.pointwise_conv(*arguments), reference.pointwise_conv, *arguments)
     arguments = (x, weight, vector(outputs), Prologue(), epilogue._replace(residual=None), "pool")
     y, sums = primitives.pointwise_conv(*arguments)
-    compare((y, sums.sum(dim=1)), exact.pointwise_conv, *arguments)
+    compare((y, sums.sum(dim=1, keepdim=True)), reference.pointwise_conv, *arguments)
 
 
 @pytest.mark.parametrize("kind", ["project", "expand", "head", "all"])
@@ -102,10 +99,9 @@ def test_pointwise_conv_backward(samples, inputs, outputs, size, kind):
     dx, sums, dweight = primitives.pointwise_conv_backward(
         gradient, weight, x, prologue, mean, residual, through, True, True
     )
-    data = (gradient, weight, None if mean is None else x, prologue, mean, residual, through)
-    sums = None if sums is None else sums.sum(dim=1)
-    compare((dx, sums), exact.pointwise_conv_backward_data, *data)
-    compare(dweight, exact.pointwise_conv_backward_weight, gradient, x, prologue)
+    sums = None if sums is None else sums.sum(dim=1, keepdim=True)
+    arguments = (gradient, weight, x, prologue, mean, residual, through, True, True)
+    compare((dx, sums, dweight), reference.pointwise_conv_backward, *arguments)
     for needs_input, needs_weight in ((True, False), (False, True)):
         alone = primitives.pointwise_conv_backward(
             gradient, weight, x, prologue, mean, residual, through, needs_input, needs_weight
@@ -126,12 +122,12 @@ def test_prologues_of_one_part(part):
     owed = Prologue(**{part: given[part]}, act="relu")
     x, weight, taps = channels_last(2, 4096, 3, 3), vector(16, 4096, 1, 1), vector(4096, 1, 3, 3)
     arguments = (x, weight, None, owed, Epilogue(), "none")
-    compare(primitives.pointwise_conv(*arguments), exact.pointwise_conv, *arguments)
+    compare(primitives.pointwise_conv(*arguments), reference.pointwise_conv, *arguments)
     gradient = OutputGradient(channels_last(2, 16, 3, 3))
-    _, _, dweight = primitives.pointwise_conv_backward(gradient, weight, x, owed, None, None, False, False, True)
-    compare(dweight, exact.pointwise_conv_backward_weight, gradient, x, owed)
+    arguments = (gradient, weight, x, owed, None, None, False, False, True)
+    compare(primitives.pointwise_conv_backward(*arguments), reference.pointwise_conv_backward, *arguments)
     arguments = (x, taps, 1, (1, 1, 1, 1), owed, Epilogue(), "none")
-    compare(primitives.depthwise_conv(*arguments), exact.depthwise_conv, *arguments)
+    compare(primitives.depthwise_conv(*arguments), reference.depthwise_conv, *arguments)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -139,10 +135,10 @@ def test_activations_and_their_derivatives(act):
     x, weight = channels_last(3, 24, 5, 7) * 3, vector(40, 24, 1, 1)
     prologue, gradient = prologue_of(3, 24, act), OutputGradient(channels_last(3, 40, 5, 7))
     arguments = (x, weight, None, prologue, Epilogue(None, vector(40), act), "none")
-    compare(primitives.pointwise_conv(*arguments), exact.pointwise_conv, *arguments)
-    data = (weight, x, prologue, vector(24), None, True)
-    dx, sums, _ = primitives.pointwise_conv_backward(gradient, *data, True, False)
-    compare((dx, sums.sum(dim=1)), exact.pointwise_conv_backward_data, gradient, *data)
+    compare(primitives.pointwise_conv(*arguments), reference.pointwise_conv, *arguments)
+    arguments = (gradient, weight, x, prologue, vector(24), None, True, True, False)
+    dx, sums, _ = primitives.pointwise_conv_backward(*arguments)
+    compare((dx, sums.sum(dim=1, keepdim=True), None), reference.pointwise_conv_backward, *arguments)
 
 
 # Widths of one to three tiles with remainders, maps smaller than the kernel, both strides and one that has no tiles.
@@ -164,8 +160,8 @@ def test_depthwise_conv(samples, channels, size, kernel, stride, pads):
     prologue = prologue_of(samples, channels, gated=False)
     arguments = (x, weight, stride, pads, prologue, Epilogue(), "statistics")
     y, partials = primitives.depthwise_conv(*arguments)
-    compare(y, lambda *a: exact.depthwise_conv(*a)[0], *arguments)
-    compare(primitives.merge_statistics(partials), exact.moments, y)
+    compare(y, lambda *a: reference.depthwise_conv(*a)[0], *arguments)
+    assert_accurate(primitives.merge_statistics(partials), moments(y))
     grad, gate, offset = channels_last(*y.shape), torch.rand(samples, channels), vector(samples, channels)
     gradient = OutputGradient(
         grad, y, vector(3, channels), gate, None, offset, vector(channels).abs(), vector(channels), "silu"
@@ -176,8 +172,8 @@ def test_depthwise_conv(samples, channels, size, kernel, stride, pads):
         (OutputGradient(grad, y), x, weight, stride, pads, Prologue(), None, channels_last(*x.shape)),
     ):
         dz, sums, dweight = primitives.depthwise_conv_backward(*arguments)
-        sums = None if sums is None else sums.sum(dim=0)
-        compare((dz, sums, dweight), exact.depthwise_conv_backward, *arguments)
+        sums = None if sums is None else sums.sum(dim=0, keepdim=True)
+        compare((dz, sums, dweight), reference.depthwise_conv_backward, *arguments)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -185,7 +181,7 @@ def test_depthwise_channels(channels):
     x, weight = channels_last(2, channels, 6, 9), vector(channels, 1, 3, 3)
     prologue = prologue_of(2, channels, gated=False)
     y, partials = primitives.depthwise_conv(x, weight, 2, (1, 1, 1, 1), prologue, Epilogue(), "statistics")
-    compare(primitives.merge_statistics(partials), exact.moments, y)
+    assert_accurate(primitives.merge_statistics(partials), moments(y))
     arguments = (
         OutputGradient(channels_last(*y.shape), y),
         x,
@@ -197,7 +193,7 @@ def test_depthwise_channels(channels):
         None,
     )
     dz, sums, dweight = primitives.depthwise_conv_backward(*arguments)
-    compare((dz, sums.sum(dim=0), dweight), exact.depthwise_conv_backward, *arguments)
+    compare((dz, sums.sum(dim=0, keepdim=True), dweight), reference.depthwise_conv_backward, *arguments)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -205,24 +201,26 @@ def test_depthwise_channels(channels):
 def test_passes_over_maps(channels, samples, size):
     x, other, residual = (channels_last(samples, channels, *size) for _ in range(3))
     prologue, keep = prologue_of(samples, channels), vector(samples)
-    compare(primitives.merge_statistics(primitives.channel_statistics(x * 0.1 + 3)), exact.moments, x * 0.1 + 3)
+    assert_accurate(primitives.merge_statistics(primitives.channel_statistics(x * 0.1 + 3)), moments(x * 0.1 + 3))
     for owed, factor in ((prologue, None), (Prologue(), other)):
-        compare(primitives.squeeze(x, owed, factor).sum(dim=1), exact.squeeze, x, owed, factor)
+        compare(primitives.squeeze(x, owed, factor).sum(dim=1, keepdim=True), reference.squeeze, x, owed, factor)
     for arguments in (
         (x, prologue, other, keep),
         (x, prologue._replace(gate=None), None, None),
         (x, Prologue(), other, keep),
     ):
-        compare(primitives.merge(*arguments), exact.merge, *arguments)
+        compare(primitives.merge(*arguments), reference.merge, *arguments)
     for gradient in (
         *gradients(other, x).values(),
         OutputGradient(other, x, act="relu6", scale=vector(channels), shift=vector(channels)),
         OutputGradient(other, x),
     ):
         mean = vector(channels)
-        compare(primitives.gradient_sums(gradient, mean).sum(dim=0), exact.gradient_sums, gradient, mean)
+        compare(
+            primitives.gradient_sums(gradient, mean).sum(dim=0, keepdim=True), reference.gradient_sums, gradient, mean
+        )
         arguments = (gradient._replace(coefficients=vector(3, channels)), residual)
-        compare(primitives.apply_gradient(*arguments), exact.apply_gradient, *arguments)
+        compare(primitives.apply_gradient(*arguments), reference.apply_gradient, *arguments)
 
 
 def test_statistics_of_a_large_mean_keep_their_digits():
@@ -236,7 +234,7 @@ def test_statistics_of_a_large_mean_keep_their_digits():
         ),
     ):
         _, mean, m2 = primitives.merge_statistics(partials)
-        right = exact.moments(y.double())
+        right = moments(y)
         assert ((mean - right[1]).abs() <= 1e-6 * right[1]).all()
         assert ((m2 - right[2]).abs() <= 1e-4 * right[2]).all()
 
@@ -245,21 +243,20 @@ def test_statistics_of_a_large_mean_keep_their_digits():
 @pytest.mark.parametrize("channels", [16, 7, 1152])
 def test_fold_batch_norm(channels, affine):
     x = channels_last(3, channels, 5, 7)
-    partials = torch.stack([exact.moments(x[:2]), exact.moments(x[2:]), torch.zeros(3, channels)])
+    partials = torch.stack([moments(x[:2]), moments(x[2:]), torch.zeros(3, channels)]).float()
     weight, bias = (vector(channels), vector(channels)) if affine else (None, None)
     mean, var = vector(channels), vector(channels).abs()
-    arguments = (exact.moments(x.double()), weight, bias, mean.clone(), var.clone(), 0.3, 1e-3)
-    folded = primitives.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3)
-    compare((*folded, mean, var), exact.fold_batch_norm, *arguments)
+    arguments = (partials, weight, bias, mean.clone(), var.clone(), 0.3, 1e-3, False)
+    folded = primitives.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3, False)
+    compare((folded, mean, var), fold_and_move, *arguments)
     sums, rstd = vector(7, 2, channels), vector(channels).abs()
     for batch_statistics in (True, False):
         actual = primitives.fold_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
-        arguments = (sums.double().sum(dim=0), 35, weight, mean, rstd, batch_statistics)
-        compare(actual, exact.fold_batch_norm_backward, *arguments)
+        compare(actual, reference.fold_batch_norm_backward, sums, 35, weight, mean, rstd, batch_statistics)
 
 
 def test_fold_of_nonfinite_statistics():
-    partials = exact.moments(channels_last(3, 8, 5, 7))[None].clone()
+    partials = moments(channels_last(3, 8, 5, 7))[None].float()
     partials[0, 1, 2], partials[0, 2, 5] = float("nan"), float("inf")
     kept = torch.tensor([c in (2, 5) for c in range(8)])
     for skip in (True, False):
@@ -278,13 +275,13 @@ def test_excite(samples, channels, squeezed, act, kind):
     w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
     w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, 3 * vector(channels)
     actual = gate, pooled, hidden = primitives.excite(sums, 5, w1, b1, w2, b2, act, kind)
-    compare(actual, exact.excite, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act, kind)
+    compare(actual, reference.excite, sums, 5, w1, b1, w2, b2, act, kind)
     for kinds in (5, 1):
         t = vector(samples, 3, kinds, channels)
         actual = primitives.excite_backward(t, 5, gate, hidden, w1, w2, act, kind)
-        compare(actual, exact.excite_backward, t.double().sum(dim=1), 5, gate, hidden, w1, w2, act, kind)
+        compare(actual, reference.excite_backward, t, 5, gate, hidden, w1, w2, act, kind)
     arguments = (actual[1], actual[2], hidden, pooled, act)
-    compare(primitives.excite_backward_weight(*arguments), exact.excite_backward_weight, *arguments)
+    compare(primitives.excite_backward_weight(*arguments), reference.excite_backward_weight, *arguments)
 
 
 def everything(samples: int, channels: int, outputs: int, height: int, width: int) -> list[Tensor]:

@@ -80,7 +80,7 @@ def primitive_calls() -> dict[str, tuple[Any, ...]]:
         "merge_statistics": (partials,),
         "gradient_sums": (own, mean),
         "apply_gradient": (own, residual),
-        "fold_batch_norm": (partials, *of_8, mean.clone(), torch.rand(8), 0.1, 1e-5),
+        "fold_batch_norm": (partials, *of_8, mean.clone(), torch.rand(8), 0.1, 1e-5, False),
         "fold_batch_norm_backward": (torch.randn(2, 2, 8), 90, of_8[0], mean, of_8[1], True),
         "squeeze": (x, prologue, residual),
         "excite": (torch.randn(3, 2, 8), 30, w1, b1, w2, b2, "silu", "sigmoid"),

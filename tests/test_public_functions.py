@@ -11,7 +11,6 @@ from torchvision.ops import SqueezeExcitation
 
 from effnet_kernels import ops
 from effnet_kernels.deferred import Epilogue, Gate, Prologue, RunningStatistics
-from effnet_kernels.reference import pointwise_conv, squeeze
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,10 +85,9 @@ def test_running_statistics_may_be_folded_by_the_operator() -> None:
     norm = batch_norm(6).eval()
     x, weight = torch.randn(2, 6, 5, 4, dtype=torch.float64), torch.randn(6, 6, 1, 1, dtype=torch.float64)
     statistics = RunningStatistics(norm.running_mean, norm.running_var, norm.eps)
-    assert_close(
-        squeeze(x, Prologue(norm.weight, norm.bias, "silu", statistics=statistics)), F.silu(norm(x)).mean((2, 3))
-    )
-    y, _ = pointwise_conv(x, weight, None, None, Epilogue(norm.weight, norm.bias, "relu", statistics=statistics))
+    pooled = ops.squeeze(x, Prologue(norm.weight, norm.bias, "silu", statistics=statistics))
+    assert_close(pooled, F.silu(norm(x)).mean((2, 3)))
+    y, _ = ops.pointwise_conv(x, weight, None, None, Epilogue(norm.weight, norm.bias, "relu", statistics=statistics))
     assert_close(y, F.relu(norm(F.conv2d(x, weight))))
     y, _ = ops.pointwise_conv(x, weight, epilogue=Epilogue(statistics=statistics))
     plain = F.batch_norm(F.conv2d(x, weight), norm.running_mean, norm.running_var, eps=norm.eps)

@@ -1,6 +1,7 @@
-"""The fused chains as seen by autograd, torch.compile and torch's own checks, with equations in the kernels' places."""
+"""The fused chains as seen by autograd, torch.compile and torch's own checks, on the reference's primitives."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,22 +9,18 @@ from conftest import assert_buffers_close, assert_gradients_close, randomize
 from operator_arguments import mbconv_plan, operator_calls
 from torch import Tensor, library, nn
 
-from effnet_kernels import EfficientNet, dispatch, triton
+from effnet_kernels import EfficientNet, dispatch
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
-pytestmark = [
-    pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _equations(monkeypatch: pytest.MonkeyPatch) -> None:
-    import stand_ins
-
-    stand_ins.install(monkeypatch)
-    # What an earlier test has compiled was compiled without the equations.
+def _reference() -> Iterator[None]:
+    # What an earlier test has compiled was compiled for another backend.
     torch.compiler.reset()
+    with dispatch.use_backend("reference"):
+        yield
 
 
 def network() -> EfficientNet:
@@ -52,12 +49,7 @@ def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
     x = torch.randn(3, 3, 33, 30, dtype=torch.float64)
     with dispatch.use_backend("torch"):
         expected = train(textbook, textbook, x)
-    # The kernels have no float64; their stand-ins do.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_triton_obstacle", lambda call: call.unusual)
-        # Frozen statistics are folded in float32 whatever the maps are.
-        tolerance = 1e-9 if training else 1e-5
-        torch.testing.assert_close(train(model, run, x), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(train(model, run, x), expected, rtol=1e-9, atol=1e-9)
     assert_gradients_close(model, textbook)
     assert_buffers_close(model, textbook)
 
@@ -97,7 +89,7 @@ def test_a_bare_operator_has_the_functions_gradients() -> None:
     for run in (block.run, registration.run_traced):
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         parameters = [t for own in plan.parameters for t in own if t is not None]
-        out = run(plan.chain, leaf, None, plan.parameters, plan.buffers)
+        out = run("reference", plan.chain, leaf, None, plan.parameters, plan.buffers)
         results.append(torch.autograd.grad(out.square().sum(), (leaf, *parameters)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)

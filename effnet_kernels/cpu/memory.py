@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from effnet_kernels.batch_norm import scale_and_shift
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.deferred import ACTIVATIONS, OutputGradient, Prologue
-from effnet_kernels.reference.deferred import fold_statistics
 
 ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
 # The system's allocator keeps what is smaller than this itself.
@@ -169,5 +169,6 @@ def folded(prologue: Prologue) -> Prologue:
     """The prologue with running statistics, if any, as a scale and a shift, and both of them or neither."""
     if prologue.statistics is None:
         return with_both(prologue)
-    scale, shift = fold_statistics(prologue)
+    mean, var, eps = prologue.statistics
+    scale, shift = scale_and_shift(mean, torch.rsqrt(var + eps), prologue.scale, prologue.shift)
     return with_both(Prologue(scale, shift, prologue.act, prologue.gate))

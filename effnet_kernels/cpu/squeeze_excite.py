@@ -3,10 +3,9 @@
 The excitation's layers are 1x1 convolutions of maps of one pixel; what is left of it are vectors, for torch.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_kernels.activation import activation_backward, gate_of, gate_slope
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import address, empty, execution, folded, map_address, prologue_addresses, written
 from effnet_kernels.cpu.pointwise import pointwise_conv, pointwise_conv_backward
@@ -54,8 +53,7 @@ def excite(
     pooled = mean_of_sums(sums, count)
     hidden = _linear(pooled, w1, b1, "none")
     logits = _linear(hidden, w2, b2, act)
-    gate = logits.sigmoid() if kind == "sigmoid" else F.hardsigmoid(logits)
-    return gate, pooled, hidden
+    return gate_of(logits, kind), pooled, hidden
 
 
 def excite_backward(
@@ -79,9 +77,8 @@ def excite_backward(
     address("gate", gate, samples, channels)
     address("hidden", hidden, samples, w1.shape[0])
     total = _total(sums)
-    slope = gate * (1.0 - gate) if kind == "sigmoid" else ((gate > 0.0) & (gate < 1.0)).to(gate.dtype) * (1.0 / 6.0)
-    logits = total[:, 0] * slope
-    dhidden = _through(_linear_backward(logits, w2), hidden, act)
+    logits = total[:, 0] * gate_slope(gate, kind)
+    dhidden = activation_backward(_linear_backward(logits, w2), hidden, act)
     offset = _linear_backward(dhidden, w1).mul_(1.0 / count)
     if kinds == 1:
         return offset, logits, dhidden, None
@@ -141,14 +138,3 @@ def _total(sums: Tensor) -> Tensor:
     # torch would convert and broadcast what does not fit.
     address("sums", sums, *sums.shape)
     return sums.sum(dim=1)
-
-
-def _through(grad: Tensor, z: Tensor, act: Activation) -> Tensor:
-    aten = torch.ops.aten
-    if act == "silu":
-        return aten.silu_backward(grad, z)
-    if act == "relu":
-        return aten.threshold_backward(grad, z, 0)
-    if act == "relu6":
-        return aten.hardtanh_backward(grad, z, 0, 6)
-    return aten.hardswish_backward(grad, z) if act == "hardswish" else grad

@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import ops, registration
-from effnet_kernels.deferred import Activation, Epilogue, Gate, Padding, Prologue, Reduction
+from effnet_kernels import registration
+from effnet_kernels.deferred import Activation, Gate, Padding
 from effnet_kernels.dispatch import Backend
-from effnet_kernels.geometry import resolve_padding
-from effnet_kernels.modules.batch_norm import check_batch, fold, uses_batch_statistics
 from effnet_kernels.modules.operator_module import OperatorModule, kernels
 from effnet_kernels.ops.depthwise_conv import has_depthwise, no_depthwise
+from effnet_kernels.primitives import PrimitivesBackend
 
 if TYPE_CHECKING:
     from effnet_kernels import block
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether the module normalises by the batch's statistics, as torch decides it."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 class ConvNorm(NamedTuple):
@@ -23,7 +27,7 @@ class ConvNorm(NamedTuple):
 
     Attributes:
         padding: an integer, (left, right, top, bottom) or ``"same"``, as the module pads; ``conv``'s own is not asked.
-        skip_nonfinite: see ``ConvBnAct.skip_nonfinite_statistics``.
+        skip_nonfinite: see :class:`~effnet_kernels.modules.ConvBnAct`.
     """
 
     conv: nn.Conv2d
@@ -70,42 +74,6 @@ class ConvNorm(NamedTuple):
             return True
         left, right, top, bottom = (self.padding,) * 4 if isinstance(self.padding, int) else self.padding
         return left + right == top + bottom == self.conv.kernel_size[0] - 1
-
-    def deferred(
-        self, x: Tensor, owed: Prologue | None = None, residual: Tensor | None = None, pool: bool = False
-    ) -> tuple[Tensor, Prologue | None, Tensor | None]:
-        """The convolution of what ``x`` with its debt stands for, with what is owed to the output in turn.
-
-        Where BatchNorm needs the batch's statistics, the output is raw and owes the BatchNorm and the activation.
-        Where its statistics are known, both are in the output, ``residual`` is added and, with ``pool``, the spatial
-        mean [N, C] is the third result.
-        """
-        norm = self.norm
-        if uses_batch_statistics(norm):
-            y, stats = self._convolve(x, owed, None, "statistics")
-            check_batch(norm, y)
-            scale, shift = fold(norm, stats)
-            return y, Prologue(scale, shift, self.act), None
-        scale, shift = fold(norm, None)
-        y, pooled = self._convolve(x, owed, Epilogue(scale, shift, self.act, residual), "pool" if pool else "none")
-        return y, None, pooled
-
-    def _convolve(
-        self, x: Tensor, owed: Prologue | None, epilogue: Epilogue | None, reduction: Reduction
-    ) -> tuple[Tensor, Tensor | None]:
-        conv, kind = self.conv, self.kind()
-        if kind == "pointwise":
-            return ops.pointwise_conv(x, conv.weight, conv.bias, owed, epilogue, reduction)
-        padding = resolve_padding(self.padding, (x.shape[2], x.shape[3]), conv.kernel_size[0], conv.stride[0])
-        if kind == "depthwise":
-            return ops.depthwise_conv(x, conv.weight, conv.stride[0], padding, owed, epilogue, reduction)
-        # A dense convolution is torch's own; what surrounds it is ours.
-        assert owed is None
-        padded = nn.functional.pad(x, padding)
-        y = nn.functional.conv2d(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
-        if epilogue is not None:
-            y = ops.merge(y, Prologue(epilogue.scale, epilogue.shift, epilogue.act), epilogue.residual)
-        return y, ops.channel_statistics(y) if reduction == "statistics" else None
 
 
 class ExcitationLayers(NamedTuple):
@@ -218,10 +186,11 @@ def plan_chain(parts: Parts, pool: bool = False) -> ChainPlan:
     return ChainPlan(block.Chain(tuple(layers), parts.residual, pool), parameters, buffers)
 
 
-def run_chain(plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
-    """The chain of x [N, C, H, W] in channels-last strides, called or traced.
+def run_chain(backend: PrimitivesBackend, plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
+    """The chain of x [N, C, H, W] in channels-last strides on a backend's primitives, called or traced.
 
-    Raises ValueError where the channels or the device are not those of the weights, which a kernel would not notice.
+    Raises ValueError where the channels, the device or the dtype are not those of the weights, which a kernel would not
+    notice. Maps of lower precision go with float32 weights, as under autocast.
     """
     weight = plan.parameters[0].weight
     channels = weight.shape[0] if plan.chain.layers[0].kind == "depthwise" else weight.shape[1]
@@ -229,29 +198,13 @@ def run_chain(plan: ChainPlan, x: Tensor, keep: Tensor | None) -> Tensor:
         raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
+    if x.dtype is not weight.dtype and torch.float64 in (x.dtype, weight.dtype):
+        raise ValueError(f"expected an input in {weight.dtype}, the dtype of the weights, got {x.dtype}")
     if torch.compiler.is_compiling():
-        return registration.run_traced(plan.chain, x, keep, plan.parameters, plan.buffers)
+        return registration.run_traced(backend, plan.chain, x, keep, plan.parameters, plan.buffers)
     from effnet_kernels import block
 
-    return block.run(plan.chain, x, keep, plan.parameters, plan.buffers)
-
-
-def run_operators(parts: Parts, input: Tensor, keep: Tensor | None) -> Tensor:
-    """The same operator by operator, for the reference."""
-    x, owed, pooled = input, None, None
-    for index, layer in enumerate(parts.layers[:-1]):
-        excited = parts.excitation is not None and index == len(parts.layers) - 2
-        x, owed, pooled = layer.deferred(x, owed, pool=excited)
-    if parts.excitation is not None:
-        fc1, fc2, act, kind = parts.excitation
-        pooled = ops.squeeze(x, owed) if pooled is None else pooled
-        gate = ops.excite(pooled, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, kind)
-        owed = (owed or Prologue())._replace(gate=gate)
-    last, residual = parts.layers[-1], input if parts.residual else None
-    if keep is None and not uses_batch_statistics(last.norm):
-        return last.deferred(x, owed, residual)[0]
-    y, owed, _ = last.deferred(x, owed)
-    return ops.merge(y, owed or Prologue(), residual, keep)
+    return block.run(backend, plan.chain, x, keep, plan.parameters, plan.buffers)
 
 
 class ChainModule(OperatorModule):
@@ -268,20 +221,16 @@ class ChainModule(OperatorModule):
     def find_obstacle(self) -> str | None:
         return self.unknown_part() or self.parts().misfit()
 
-    def forward_operators(self, input: Tensor) -> Tensor:
-        parts = self.planned_parts()
-        return run_operators(parts, input, parts.draw(input))
-
-    def forward_chain(self, input: Tensor) -> Tensor:
-        return self.run_chain(input, self.planned_parts().draw(input))
+    def forward_chain(self, input: Tensor, backend: PrimitivesBackend) -> Tensor:
+        return self.run_chain(backend, input, self.planned_parts().draw(input))
 
     def planned_parts(self) -> Parts:
         """:meth:`parts`, kept for as long as they stay as they are."""
         return self.plan("parts", self.parts)
 
-    def run_chain(self, input: Tensor, keep: Tensor | None, pool: bool = False) -> Tensor:
+    def run_chain(self, backend: PrimitivesBackend, input: Tensor, keep: Tensor | None, pool: bool = False) -> Tensor:
         plan = self.plan(("chain", pool), lambda: plan_chain(self.planned_parts(), pool))
-        return run_chain(plan, input, keep)
+        return run_chain(backend, plan, input, keep)
 
     def kernel_obstacle(self, backend: Backend) -> str | None:
         return self.plan(("obstacle", backend), lambda: self._kernel_obstacle(backend))

@@ -42,9 +42,9 @@ class ConvBnAct(ChainModule, nn.Sequential):
         padding: ``"symmetric"`` or ``"same"``.
 
     Attributes:
-        skip_nonfinite_statistics: on the GPU kernels, a batch whose mean or variance of a channel is not finite (an
-            overflow in float16 that a gradient scaler will skip) does not move that channel's running statistics. False
-            writes them as torch does.
+        skip_nonfinite_statistics: set to True, a batch whose mean or variance of a channel is not finite (an overflow
+            in float16, whose step a gradient scaler skips) leaves that channel's running statistics as they are. False,
+            the default, writes them as torch does. It holds where kernels or the reference run.
 
     Shapes: [N, in_channels, H, W] to [N, out_channels, H', W'], in the input's memory format.
     """
@@ -81,7 +81,7 @@ class ConvBnAct(ChainModule, nn.Sequential):
             layers.append(make_activation(activation))
         super().__init__(*layers)
         self.out_channels = out_channels
-        self.skip_nonfinite_statistics = True
+        self.skip_nonfinite_statistics = False
 
     def forward_modules(self, input: Tensor) -> Tensor:
         for module in self:
@@ -90,8 +90,9 @@ class ConvBnAct(ChainModule, nn.Sequential):
 
     def pooled(self, input: Tensor) -> Tensor:
         """The spatial mean [N, out_channels] of the output, which the kernels then do not store."""
-        if dispatch.choose(self, input).backend in ("cpu", "triton"):
-            return self.run_chain(input.contiguous(memory_format=torch.channels_last), None, pool=True)
+        backend = dispatch.choose(self, input).backend
+        if backend != "torch":
+            return self.run_chain(backend, input.contiguous(memory_format=torch.channels_last), None, pool=True)
         return F.adaptive_avg_pool2d(self(input), 1).flatten(1)
 
     def part(self) -> ConvNorm:

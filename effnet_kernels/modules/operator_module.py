@@ -11,6 +11,7 @@ from effnet_kernels import cpu, dispatch
 from effnet_kernels.deferred import Activation, Gate
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.modules.snapshot import Snapshots
+from effnet_kernels.primitives import PrimitivesBackend
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
     nn.Identity: "none",
@@ -37,9 +38,9 @@ _inspections: Snapshots[Inspection] = Snapshots()
 class OperatorModule(nn.Module):
     """Base of the modules whose forward runs on the operators where :func:`effnet_kernels.dispatch.choose` says so.
 
-    A subclass has ``forward_modules`` (the textbook), ``forward_operators`` (operator by operator, for the reference),
-    ``forward_chain`` (one fused chain of kernels), ``find_obstacle`` and ``kernel_obstacle``. The last two forwards get
-    channels-last strides. The output has the input's memory format.
+    A subclass has ``forward_modules`` (the textbook), ``forward_chain`` (one fused chain on a backend's primitives, of
+    an input in channels-last strides), ``find_obstacle`` and ``kernel_obstacle``. The output has the input's memory
+    format.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,18 +48,14 @@ class OperatorModule(nn.Module):
         if not torch.jit.is_scripting():
             backend = dispatch.choose(self, input).backend
             if backend != "torch":
-                forward = self.forward_operators if backend == "reference" else self.forward_chain
-                output = forward(input.contiguous(memory_format=torch.channels_last))
+                output = self.forward_chain(input.contiguous(memory_format=torch.channels_last), backend)
                 return output.contiguous(memory_format=memory_format(input))
         return self.forward_modules(input)
 
     def forward_modules(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward_operators(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward_chain(self, input: Tensor) -> Tensor:
+    def forward_chain(self, input: Tensor, backend: PrimitivesBackend) -> Tensor:
         raise NotImplementedError
 
     def obstacle(self) -> str | None:
@@ -95,6 +92,8 @@ class OperatorModule(nn.Module):
 @dispatch.constant_when_traced
 def kernels(backend: Backend) -> str:
     """The kernels of a backend by name."""
+    if backend == "reference":
+        return "the reference, in plain PyTorch"
     return f"fused native kernels ({cpu.isa()})" if backend == "cpu" else "fused Triton kernels"
 
 

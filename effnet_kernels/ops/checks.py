@@ -113,6 +113,9 @@ Owed = TypeVar("Owed", Prologue, Epilogue)
 
 def contiguous(owed: Owed) -> Owed:
     """What is owed with its vectors contiguous, and a residual in channels-last strides."""
+    if owed.statistics is not None:
+        mean, var, eps = owed.statistics
+        owed = owed._replace(statistics=RunningStatistics(as_contiguous(mean), as_contiguous(var), eps))
     replaced: dict[str, Any] = {
         name: as_map(t) if t.dim() == 4 else as_contiguous(t)
         for name, t in zip(owed._fields, owed, strict=True)

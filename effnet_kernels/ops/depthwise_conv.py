@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch, reference
+from effnet_kernels import dispatch
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
 from effnet_kernels.dispatch import Backend
 from effnet_kernels.geometry import output_map, resolve_padding
@@ -19,7 +19,7 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
     fits_reduction,
 )
-from effnet_kernels.primitives import primitives_for
+from effnet_kernels.primitives import primitives_of
 
 
 def depthwise_conv(
@@ -65,37 +65,21 @@ def depthwise_conv(
     rows, columns = output_map(height, width, kernel, stride, pads)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
-    if (
-        dispatch.has_kernels(x)
-        and has_depthwise("cpu" if x.device.type == "cpu" else "triton", kernel, stride)
-        and fits_kernels(x, prologue, epilogue, weight)
-        and (prologue is None or prologue.gate is None)
-        and (epilogue is None or epilogue.residual is None)
-        and fits_reduction(reduction, x, None, weight, *(prologue or ()))
-    ):
-        return _on_kernels(x, weight, stride, pads, prologue, epilogue, reduction)
-    return reference.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
+    owed, finish = prologue or Prologue(), epilogue or Epilogue()
+    fits = owed.gate is None and finish.residual is None and fits_kernels(x, prologue, epilogue, weight)
+    fits = fits and fits_reduction(reduction, x, None, weight, *owed)
+    backend = dispatch.operator_backend(x) if fits else "reference"
+    if not has_depthwise(backend, kernel, stride):
+        backend = "reference"
+    primitives = primitives_of(backend)
+    if backend != "reference":
+        x, weight = as_map(x), as_contiguous(weight)
+        owed, finish = contiguous(owed), contiguous(finish)
+        if any_requires_grad(x, weight, *owed):
+            from effnet_kernels.ops.functions import DepthwiseConv
 
-
-def _on_kernels(
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    padding: Padding,
-    prologue: Prologue | None,
-    epilogue: Epilogue | None,
-    reduction: Reduction,
-) -> tuple[Tensor, Tensor | None]:
-    x, weight = as_map(x), as_contiguous(weight)
-    owed = contiguous(prologue or Prologue())
-    if any_requires_grad(x, weight, *owed):
-        from effnet_kernels.ops.functions import DepthwiseConv
-
-        return DepthwiseConv.apply(x, weight, *owed[:3], stride, padding, reduction)
-    primitives = primitives_for(x)
-    y, partials = primitives.depthwise_conv(
-        x, weight, stride, padding, owed, contiguous(epilogue or Epilogue()), reduction
-    )
+            return DepthwiseConv.apply(primitives, x, weight, *owed[:3], stride, pads, reduction)
+    y, partials = primitives.depthwise_conv(x, weight, stride, pads, owed, finish, reduction)
     if partials is None:
         return y, None
     if reduction == "pool":
@@ -105,7 +89,7 @@ def _on_kernels(
 
 def has_depthwise(backend: Backend, kernel: int, stride: int) -> bool:
     """Whether the kernels of ``backend`` have this size and stride."""
-    return kernel in (3, 5, 7) and (stride in (1, 2) or backend == "cpu")
+    return backend == "reference" or (kernel in (3, 5, 7) and (stride in (1, 2) or backend == "cpu"))
 
 
 def no_depthwise(kernel: int, stride: int) -> str:

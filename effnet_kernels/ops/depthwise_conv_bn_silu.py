@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from effnet_kernels import dispatch
+from effnet_kernels.batch_norm import check_batch
 from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
-from effnet_kernels.dispatch import Backend
 from effnet_kernels.geometry import resolve_padding
 from effnet_kernels.operands import as_contiguous
 from effnet_kernels.ops.checks import (
@@ -32,6 +32,7 @@ def depthwise_conv_bn_silu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: Activation = "silu",
+    skip_nonfinite_statistics: bool = False,
 ) -> Tensor:
     """``silu(batch_norm(depthwise_conv(x)))``, differentiable in x, weight, norm_weight and norm_bias.
 
@@ -44,13 +45,14 @@ def depthwise_conv_bn_silu(
         weight: [C, 1, k, k], k odd (kernels: 3, 5, 7). With maps of lower precision it may be float32.
         norm_weight, norm_bias: [C], BatchNorm's gamma and beta; None for one and zero.
         running_mean, running_var: [C]. In training they are moved in place by ``momentum`` towards the batch's mean
-            and unbiased variance, except those of channels whose batch statistics are not finite; at inference they
-            are what is normalised by. None, in training only, for none.
+            and unbiased variance; at inference they are what is normalised by. None, in training only, for none.
         stride: 1 or 2 in kernels.
         padding: an integer, (left, right, top, bottom), or ``"same"`` (TensorFlow's).
         training: whether to normalise by the batch's statistics.
         momentum, eps: as ``torch.nn.functional.batch_norm`` has them.
         act: another activation in SiLU's place: "none", "relu", "relu6", "hardswish".
+        skip_nonfinite_statistics: whether the running statistics of a channel stay as they are where those of the batch
+            are not finite, for training with a gradient scaler. torch's batch_norm writes them.
 
     Returns:
         [N, C, H', W'] in x's dtype, in channels-last strides where a kernel ran.
@@ -75,20 +77,21 @@ def depthwise_conv_bn_silu(
         raise ValueError("expected running_mean and running_var with training=False, got None")
     pads = resolve_padding(padding, (x.shape[2], x.shape[3]), kernel, stride)
     vectors = (weight, norm_weight, norm_bias, running_mean, running_var)
-    backend: Backend = "cpu" if x.device.type == "cpu" else "triton"
-    if has_depthwise(backend, kernel, stride) and dispatch.has_kernels(x) and fits_kernels(x, None, None, *vectors):
+    backend = dispatch.operator_backend(x) if fits_kernels(x, None, None, *vectors) else "reference"
+    if backend != "reference" and has_depthwise(backend, kernel, stride):
         from effnet_kernels import block
 
-        layer = block.Layer("depthwise", stride, pads, act, eps, momentum, training)
+        layer = block.Layer("depthwise", stride, pads, act, eps, momentum, training, skip_nonfinite_statistics)
         norm = (None if t is None else as_contiguous(t) for t in (norm_weight, norm_bias))
         parameters = block.Parameters(as_contiguous(weight), None, *norm)
         buffers = block.Buffers(running_mean, running_var, None)
-        return block.run(block.Chain((layer,)), x, None, [parameters], [buffers])
+        return block.run(backend, block.Chain((layer,)), x, None, [parameters], [buffers])
     if not training:
         scale, shift = fold_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)
         return depthwise_conv(x, weight, stride, pads, epilogue=Epilogue(scale, shift, act))[0]
     y, stats = depthwise_conv(x, weight, stride, pads, reduction="statistics")
-    if y.numel() == channels:
-        raise ValueError(f"expected more than one value a channel in training, got an output of shape {tuple(y.shape)}")
-    scale, shift = fold_batch_norm(stats, norm_weight, norm_bias, running_mean, running_var, momentum, eps)
+    check_batch(y.shape)
+    scale, shift = fold_batch_norm(
+        stats, norm_weight, norm_bias, running_mean, running_var, momentum, eps, skip_nonfinite_statistics
+    )
     return merge(y, Prologue(scale, shift, act))

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels import dispatch, reference
+from effnet_kernels import dispatch
+from effnet_kernels.batch_norm import scale_and_shift
 from effnet_kernels.ops.checks import any_requires_grad, check_shape, check_tensor, fits_kernels
-from effnet_kernels.primitives import primitives_for
+from effnet_kernels.primitives import primitives_of
 
 
 def fold_batch_norm(
@@ -16,6 +17,7 @@ def fold_batch_norm(
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    skip_nonfinite_statistics: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm as a scale and a shift for each channel.
 
@@ -26,6 +28,8 @@ def fold_batch_norm(
         running_mean, running_var: [C]. With ``stats`` they are moved towards the batch's in place.
         momentum: the weight of the new statistics, as ``torch.nn.BatchNorm2d`` has it.
         eps: added to the variance.
+        skip_nonfinite_statistics: whether the running statistics of a channel stay as they are where those of the batch
+            are not finite, for training with a gradient scaler. torch's batch_norm writes them.
 
     Returns:
         scale [C] and shift [C].
@@ -49,17 +53,19 @@ def fold_batch_norm(
     ):
         check_shape(vector, (channels,), name, like)
     vectors = (weight, bias, running_mean, running_var)
-    if (
-        stats is not None
-        and dispatch.has_kernels(stats)
-        and fits_kernels(stats, None, None, *vectors)
+    if stats is None:
+        assert running_mean is not None
+        assert running_var is not None
+        return scale_and_shift(running_mean, torch.rsqrt(running_var + eps), weight, bias)
+    fits = (
+        fits_kernels(stats, None, None, *vectors)
         and all(v is None or (v.is_contiguous() and not v.is_neg()) for v in vectors)
         and not any_requires_grad(stats, weight, bias)
-    ):
-        primitives = primitives_for(stats)
-        scale, shift, _, _ = primitives.fold_batch_norm(stats.contiguous()[None], *vectors, momentum, eps)
-        if running_mean is not None and running_var is not None:
-            # A kernel's writes are invisible to autograd unless it is told.
-            torch.autograd.graph.increment_version([running_mean, running_var])
-        return scale, shift
-    return reference.fold_batch_norm(stats, weight, bias, running_mean, running_var, momentum, eps)
+    )
+    backend = dispatch.operator_backend(stats) if fits else "reference"
+    partials = stats[None] if backend == "reference" else stats.contiguous()[None]
+    folded = primitives_of(backend).fold_batch_norm(partials, *vectors, momentum, eps, skip_nonfinite_statistics)
+    if backend != "reference" and running_mean is not None and running_var is not None:
+        # A kernel's writes are invisible to autograd unless it is told.
+        torch.autograd.graph.increment_version([running_mean, running_var])
+    return folded[0], folded[1]

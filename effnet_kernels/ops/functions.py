@@ -12,13 +12,14 @@ from torch import Tensor
 from effnet_kernels.autograd import first_order
 from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
 from effnet_kernels.operands import as_contiguous, as_map
-from effnet_kernels.primitives import Primitives, primitives_for
+from effnet_kernels.primitives import Primitives
 
 
 class PointwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        primitives: Primitives,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -29,7 +30,7 @@ class PointwiseConv(torch.autograd.Function):
         reduction: Reduction,
     ) -> tuple[Tensor, Tensor | None]:
         prologue = Prologue(scale, shift, act, gate)
-        ctx.primitives = primitives = primitives_for(x)
+        ctx.primitives = primitives
         y, partials = primitives.pointwise_conv(x, weight, bias, prologue, Epilogue(), reduction)
         assert y is not None
         stats = None if partials is None else primitives.merge_statistics(partials)
@@ -43,7 +44,7 @@ class PointwiseConv(torch.autograd.Function):
         x, weight, bias, scale, shift, gate, y, stats = ctx.saved_tensors
         x, y = as_map(x), as_map(y)
         weight, scale, shift, gate = _contiguous(weight, scale, shift, gate)
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         owed = _with_statistics(grad, y, stats, grad_stats)
         grad_x = grad_scale = grad_shift = grad_gate = grad_bias = None
         prologue = Prologue(scale, shift, ctx.act, gate)
@@ -63,13 +64,14 @@ class PointwiseConv(torch.autograd.Function):
         if needs[2]:
             grad_bias = _bias_gradient(grad, grad_stats)
         gradients = (grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_gate)
-        return *_cast(needs, gradients, (x, weight, bias, scale, shift, gate)), None, None
+        return None, *_cast(needs, gradients, (x, weight, bias, scale, shift, gate)), None, None
 
 
 class DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        primitives: Primitives,
         x: Tensor,
         weight: Tensor,
         scale: Tensor | None,
@@ -80,7 +82,7 @@ class DepthwiseConv(torch.autograd.Function):
         reduction: Reduction,
     ) -> tuple[Tensor, Tensor | None]:
         prologue = Prologue(scale, shift, act)
-        ctx.primitives = primitives = primitives_for(x)
+        ctx.primitives = primitives
         y, partials = primitives.depthwise_conv(x, weight, stride, padding, prologue, Epilogue(), reduction)
         stats = None if partials is None else primitives.merge_statistics(partials)
         ctx.save_for_backward(x, weight, scale, shift, y, stats)
@@ -93,7 +95,7 @@ class DepthwiseConv(torch.autograd.Function):
         x, weight, scale, shift, y, stats = ctx.saved_tensors
         x, y = as_map(x), as_map(y)
         weight, scale, shift = _contiguous(weight, scale, shift)
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         owed = _with_statistics(grad, y, stats, grad_stats)
         zero = _zeros(x) if any(needs[2:4]) else None
         prologue = Prologue(scale, shift, ctx.act)
@@ -105,15 +107,17 @@ class DepthwiseConv(torch.autograd.Function):
             grad_shift, grad_scale = sums.sum(dim=0)
         grad_x = _scaled(ctx.primitives, dz, scale) if needs[0] else None
         gradients = (grad_x, grad_weight, grad_scale, grad_shift)
-        return *_cast(needs, gradients, (x, weight, scale, shift)), None, None, None, None
+        return None, *_cast(needs, gradients, (x, weight, scale, shift)), None, None, None, None
 
 
 class Squeeze(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation) -> Tensor:
+    def forward(
+        ctx: Any, primitives: Primitives, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.act = act
-        ctx.primitives = primitives = primitives_for(x)
+        ctx.primitives = primitives
         sums = primitives.squeeze(x, Prologue(scale, shift, act))
         return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3])
 
@@ -124,14 +128,15 @@ class Squeeze(torch.autograd.Function):
         x = as_map(x)
         offset, scale, shift = _contiguous(grad / (x.shape[2] * x.shape[3]), scale, shift)
         owed = OutputGradient(None, x, None, None, None, offset, scale, shift, ctx.act)
-        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[:3], owed, x)
-        return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), None
+        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], owed, x)
+        return None, *_cast(ctx.needs_input_grad[1:], gradients, (x, scale, shift)), None
 
 
 class Merge(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        primitives: Primitives,
         x: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
@@ -141,7 +146,7 @@ class Merge(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, shift, keep)
         ctx.act = act
-        ctx.primitives = primitives = primitives_for(x)
+        ctx.primitives = primitives
         return primitives.merge(x, Prologue(scale, shift, act), residual, keep)
 
     @staticmethod
@@ -151,15 +156,16 @@ class Merge(torch.autograd.Function):
         x, grad = as_map(x), as_map(grad)
         scale, shift, keep = _contiguous(scale, shift, keep)
         owed = OutputGradient(grad, x, None, None, keep, None, scale, shift, ctx.act)
-        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[:3], owed, x)
-        residual = grad if ctx.needs_input_grad[3] else None
-        return *_cast(ctx.needs_input_grad, gradients, (x, scale, shift)), residual, None, None
+        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], owed, x)
+        residual = grad if ctx.needs_input_grad[4] else None
+        return None, *_cast(ctx.needs_input_grad[1:], gradients, (x, scale, shift)), residual, None, None
 
 
 class Excite(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        primitives: Primitives,
         pooled: Tensor,
         w1: Tensor,
         b1: Tensor | None,
@@ -168,7 +174,7 @@ class Excite(torch.autograd.Function):
         act: Activation,
         kind: Gate,
     ) -> Tensor:
-        ctx.primitives = primitives = primitives_for(pooled)
+        ctx.primitives = primitives
         gate, pooled, hidden = primitives.excite(pooled[:, None], 1, w1, b1, w2, b2, act, kind)
         ctx.save_for_backward(pooled, w1, b1, w2, b2, gate, hidden)
         ctx.act, ctx.kind = act, kind
@@ -183,13 +189,14 @@ class Excite(torch.autograd.Function):
         grad_pooled, logits, dhidden, _ = primitives.excite_backward(sums, 1, gate, hidden, w1, w2, ctx.act, ctx.kind)
         weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
         gradients = (grad_pooled, *weights)
-        return *_cast(ctx.needs_input_grad, gradients, (pooled, w1, b1, w2, b2)), None, None
+        return None, *_cast(ctx.needs_input_grad[1:], gradients, (pooled, w1, b1, w2, b2)), None, None
 
 
 class SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        primitives: Primitives,
         x: Tensor,
         w1: Tensor,
         b1: Tensor | None,
@@ -198,7 +205,7 @@ class SqueezeExcite(torch.autograd.Function):
         act: Activation,
         kind: Gate,
     ) -> Tensor:
-        ctx.primitives = primitives = primitives_for(x)
+        ctx.primitives = primitives
         sums = primitives.squeeze(x, Prologue())
         gate, pooled, hidden = primitives.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act, kind)
         ctx.save_for_backward(x, w1, b1, w2, b2, gate, pooled, hidden)
@@ -218,7 +225,7 @@ class SqueezeExcite(torch.autograd.Function):
         )
         weights = primitives.excite_backward_weight(logits, dhidden, hidden, pooled, ctx.act)
         grad_x = primitives.apply_gradient(OutputGradient(grad, gate=gate, offset=offset), None)
-        return *_cast(ctx.needs_input_grad, (grad_x, *weights), (x, w1, b1, w2, b2)), None, None
+        return None, *_cast(ctx.needs_input_grad[1:], (grad_x, *weights), (x, w1, b1, w2, b2)), None, None
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch, reference
+from effnet_kernels import dispatch
 from effnet_kernels.deferred import Prologue
 from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import (
@@ -13,7 +13,7 @@ from effnet_kernels.ops.checks import (
     contiguous,
     fits_kernels,
 )
-from effnet_kernels.primitives import primitives_for
+from effnet_kernels.primitives import primitives_of
 
 
 def merge(
@@ -34,14 +34,19 @@ def merge(
     check_prologue(prologue, x)
     check_shape(residual, tuple(x.shape), "residual", x)
     check_shape(keep, (x.shape[0],), "keep", x)
-    if dispatch.has_kernels(x) and fits_kernels(x, prologue, None, residual, keep):
+    owed = prologue or Prologue()
+    recorded = any_requires_grad(x, residual, keep, *owed)
+    fits = fits_kernels(x, prologue, None, residual, keep)
+    if recorded and (owed.gate is not None or any_requires_grad(keep)):
+        fits = False
+    backend = dispatch.operator_backend(x) if fits else "reference"
+    primitives = primitives_of(backend)
+    if backend != "reference":
         from effnet_kernels.ops.functions import Merge
 
         x, residual = as_map(x), None if residual is None else as_map(residual)
-        keep = None if keep is None else as_contiguous(keep)
-        scale, shift, act, gate, _ = owed = contiguous(prologue or Prologue())
-        if not any_requires_grad(x, residual, keep, *owed):
-            return primitives_for(x).merge(x, owed, residual, keep)
-        if gate is None and not any_requires_grad(keep):
-            return Merge.apply(x, scale, shift, residual, keep, act)
-    return reference.merge(x, prologue, residual, keep)
+        keep, owed = None if keep is None else as_contiguous(keep), contiguous(owed)
+        if recorded:
+            scale, shift, act, _, _ = owed
+            return Merge.apply(primitives, x, scale, shift, residual, keep, act)
+    return primitives.merge(x, owed, residual, keep)

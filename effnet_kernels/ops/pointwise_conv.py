@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch, reference
+from effnet_kernels import dispatch
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Prologue, Reduction
 from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import (
@@ -17,7 +17,7 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
     fits_reduction,
 )
-from effnet_kernels.primitives import primitives_for
+from effnet_kernels.primitives import primitives_of
 
 
 def pointwise_conv(
@@ -54,33 +54,20 @@ def pointwise_conv(
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
-    residual = None if epilogue is None else epilogue.residual
-    if (
-        dispatch.has_kernels(x)
-        and fits_kernels(x, prologue, epilogue, weight, bias)
-        and fits_reduction(reduction, x, residual, weight, bias, *(prologue or ()))
-    ):
-        return _on_kernels(x, weight, bias, prologue, epilogue, reduction)
-    return reference.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
+    owed, finish = prologue or Prologue(), epilogue or Epilogue()
+    fits = fits_kernels(x, prologue, epilogue, weight, bias)
+    fits = fits and fits_reduction(reduction, x, finish.residual, weight, bias, *owed)
+    backend = dispatch.operator_backend(x) if fits else "reference"
+    primitives = primitives_of(backend)
+    if backend != "reference":
+        x, weight, bias = as_map(x), as_contiguous(weight), None if bias is None else as_contiguous(bias)
+        owed, finish = contiguous(owed), contiguous(finish)
+        if any_requires_grad(x, weight, bias, *owed):
+            from effnet_kernels.ops.functions import PointwiseConv
 
-
-def _on_kernels(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    prologue: Prologue | None,
-    epilogue: Epilogue | None,
-    reduction: Reduction,
-) -> tuple[Tensor, Tensor | None]:
-    x, weight, bias = as_map(x), as_contiguous(weight), None if bias is None else as_contiguous(bias)
-    owed = contiguous(prologue or Prologue())
-    if any_requires_grad(x, weight, bias, *owed):
-        from effnet_kernels.ops.functions import PointwiseConv
-
-        scale, shift, act, gate, _ = owed
-        return PointwiseConv.apply(x, weight, bias, scale, shift, gate, act, reduction)
-    primitives = primitives_for(x)
-    y, partials = primitives.pointwise_conv(x, weight, bias, owed, contiguous(epilogue or Epilogue()), reduction)
+            scale, shift, act, gate, _ = owed
+            return PointwiseConv.apply(primitives, x, weight, bias, scale, shift, gate, act, reduction)
+    y, partials = primitives.pointwise_conv(x, weight, bias, owed, finish, reduction)
     if reduction == "pool":
         assert partials is not None
         return primitives.mean_of_sums(partials, x.shape[2] * x.shape[3]), None

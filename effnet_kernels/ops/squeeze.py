@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch, reference
+from effnet_kernels import dispatch
 from effnet_kernels.deferred import Prologue
 from effnet_kernels.operands import as_map
 from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, contiguous, fits_kernels
-from effnet_kernels.primitives import primitives_for
+from effnet_kernels.primitives import primitives_of
 
 
 def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
@@ -17,14 +17,15 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
     """
     check_map(x)
     check_prologue(prologue, x)
-    if dispatch.has_kernels(x) and fits_kernels(x, prologue):
+    owed = prologue or Prologue()
+    recorded = any_requires_grad(x, *owed)
+    fits = fits_kernels(x, prologue) and not (recorded and owed.gate is not None)
+    backend = dispatch.operator_backend(x) if fits else "reference"
+    primitives = primitives_of(backend)
+    if backend != "reference":
         from effnet_kernels.ops.functions import Squeeze
 
-        x = as_map(x)
-        scale, shift, act, gate, _ = owed = contiguous(prologue or Prologue())
-        if not any_requires_grad(x, *owed):
-            primitives = primitives_for(x)
-            return primitives.mean_of_sums(primitives.squeeze(x, owed), x.shape[2] * x.shape[3])
-        if gate is None:
-            return Squeeze.apply(x, scale, shift, act)
-    return reference.squeeze(x, prologue)
+        x, owed = as_map(x), contiguous(owed)
+        if recorded:
+            return Squeeze.apply(primitives, x, *owed[:3])
+    return primitives.mean_of_sums(primitives.squeeze(x, owed), x.shape[2] * x.shape[3])

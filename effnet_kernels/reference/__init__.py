@@ -1,16 +1,8 @@
-"""Each operator in plain, differentiable PyTorch: the definition of correct."""
+"""The primitives in plain PyTorch: the one definition of correct, which the kernels are tested against.
 
-from effnet_kernels.reference.convolution import depthwise_conv, pointwise_conv
-from effnet_kernels.reference.merge import merge
-from effnet_kernels.reference.squeeze_excite import excite, squeeze
-from effnet_kernels.reference.statistics import channel_statistics, fold_batch_norm
-
-__all__ = [
-    "channel_statistics",
-    "depthwise_conv",
-    "excite",
-    "fold_batch_norm",
-    "merge",
-    "pointwise_conv",
-    "squeeze",
-]
+``effnet_kernels.reference.primitives`` has the whole of :class:`effnet_kernels.primitives.Primitives`, forward and
+backward, with the signatures of the kernels'. The forward primitives are differentiable, so that autograd says what the
+backward ones have to return. Partial results are one partial. Sums, statistics and vectors are float64 where maps are
+float64 and float32 elsewhere; what a convolution multiplies is rounded to the dtype of the maps, as a kernel's matrix
+unit and torch's own convolution have it.
+"""

@@ -3,19 +3,15 @@
 from torch import Tensor
 
 from effnet_kernels.deferred import Prologue
-from effnet_kernels.reference.deferred import pay
+from effnet_kernels.reference.operands import apply_prologue
 
 
-def merge(
-    x: Tensor, prologue: Prologue | None = None, residual: Tensor | None = None, keep: Tensor | None = None
-) -> Tensor:
+def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor:
     """``keep[n] * act(scale * x + shift) * gate + residual``: the output of the block, [N, C, H, W] in x's dtype.
 
     x and residual [N, C, H, W]; keep [N], the stochastic-depth factor of each sample (Huang et al. 2016, section 3).
     """
-    y = pay(x, prologue)
+    y = apply_prologue(x, prologue)
     if keep is not None:
         y = y * keep.to(y.dtype)[:, None, None, None]
-    if residual is not None:
-        y = y + residual
-    return y.to(x.dtype)
+    return (y if residual is None else y + residual).to(x.dtype)

@@ -137,7 +137,7 @@ def fold_batch_norm(
     running_var: Tensor | None,
     momentum: float | Tensor,
     eps: float,
-    skip_nonfinite: bool = True,
+    skip_nonfinite: bool,
 ) -> Tensor:
     """BatchNorm from partial statistics [P, 3, C]: scale, shift, mean and rstd as rows of [4, C], fp32.
 

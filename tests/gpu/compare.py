@@ -1,8 +1,13 @@
 """Comparison of a kernel's results with the reference in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from conftest import TOLERANCES, relative_rms
 from torch import Tensor
+
+from effnet_kernels.reference import primitives as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,3 +31,41 @@ def assert_accurate(actual: Tensor, exact: Tensor, same_dtype: Tensor | None = N
     else:
         bound = max(2 * relative_rms(same_dtype.cpu(), exact.cpu()), torch.finfo(same_dtype.dtype).eps)
     assert error <= bound, f"relative RMS error {error:.2e}, allowed {bound:.2e}"
+
+
+def compare(actual: Any, primitive: Callable[..., Any], *arguments: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Each tensor of ``actual`` against a primitive of the reference in float64, and on maps of ``dtype`` for what is
+    fair.
+    """
+    with torch.no_grad():
+        exact = primitive(*cast(arguments, torch.float64))
+        alike = primitive(*arguments) if dtype != torch.float32 else None
+    if isinstance(actual, Tensor):
+        actual, exact, alike = (actual,), (exact,), (alike,)
+    alike = (None,) * len(exact) if alike is None else alike
+    for ours, right, same in zip(actual, exact, alike, strict=True):
+        assert (ours is None) == (right is None)
+        if ours is not None:
+            assert_accurate(ours, right, same)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """The value with every floating-point tensor in it in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        items = [cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def fold_and_move(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference's ``fold_batch_norm``, and the running statistics that it has moved."""
+    partials, weight, bias, mean, var, *rest = arguments
+    mean, var = mean.clone(), var.clone()
+    return reference.fold_batch_norm(partials, weight, bias, mean, var, *rest), mean, var
+
+
+def moments(y: Tensor) -> Tensor:
+    """Count, mean and M2 of each channel of a map, [3, C], in float64."""
+    return reference.channel_statistics(y.double())[0]

@@ -90,18 +90,9 @@ def test_parts_that_need_no_gradient() -> None:
     assert all((p.grad is None) == (not p.requires_grad) for p in block.parameters())
 
 
-def test_nonfinite_batches_leave_the_running_statistics() -> None:
-    block = randomize(ConvBnAct(8, 16, 1, 1, 1, nn.BatchNorm2d))
-    before = [b.clone() for b in (block.norm.running_mean, block.norm.running_var)]
-    x = channels_last(2, 8, 5, 5)
-    x[0, 0, 0, 0] = float("inf")
-    run(block, x, None, "triton")
-    assert torch.equal(block.norm.running_mean, before[0])
-    assert torch.equal(block.norm.running_var, before[1])
-    assert block.norm.num_batches_tracked == 1
-    block.skip_nonfinite_statistics = False
-    run(block, x, None, "triton")
-    assert not torch.isfinite(block.norm.running_mean).all()
+@pytest.mark.parametrize("skip", [False, True])
+def test_running_statistics_of_nonfinite_batches(skip: bool) -> None:
+    block_cases.check_nonfinite_batches("triton", channels_last, skip)
 
 
 def test_contiguous_input_gives_contiguous_output() -> None:

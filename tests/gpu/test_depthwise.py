@@ -8,10 +8,10 @@ from torch import Tensor
 
 from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
 from effnet_kernels.geometry import same_padding
+from effnet_kernels.reference import primitives as reference
 from effnet_kernels.triton import depthwise
 from effnet_kernels.triton.batch_norm import merge_statistics
-from gpu import exact
-from gpu.compare import assert_accurate, channels_last
+from gpu.compare import assert_accurate, channels_last, compare, moments
 
 
 class Case(NamedTuple):
@@ -63,8 +63,8 @@ def test_training_forward(case: Case) -> None:
     prologue = Prologue(vector(case.channels).abs() + 0.5, vector(case.channels), "silu")
     arguments = (case.x(), case.weight(), case.stride, case.pads(), prologue, Epilogue(), "statistics")
     y, partials = depthwise.depthwise_conv(*arguments)
-    exact.compare(y, lambda *a: exact.depthwise_conv(*a)[0], case.dtype, *arguments)
-    assert_accurate(merge_statistics(partials), exact.moments(y.double()))
+    compare(y, lambda *a: reference.depthwise_conv(*a)[0], *arguments, dtype=case.dtype)
+    assert_accurate(merge_statistics(partials), moments(y))
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -73,7 +73,7 @@ def test_inference_forward(case: Case) -> None:
     epilogue = Epilogue(vector(case.channels), vector(case.channels), "silu", None, statistics)
     arguments = (case.x(), case.weight(), case.stride, case.pads(), Prologue(), epilogue, "pool")
     y, sums = depthwise.depthwise_conv(*arguments)
-    exact.compare((y, sums.sum(dim=1)), exact.depthwise_conv, case.dtype, *arguments)
+    compare((y, sums.sum(dim=1, keepdim=True)), reference.depthwise_conv, *arguments, dtype=case.dtype)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -82,7 +82,7 @@ def test_activations(act: str) -> None:
     case = CASES[0]
     prologue = Prologue(vector(case.channels), vector(case.channels) + 1.0, act)
     arguments = (case.x(), case.weight(), 1, case.pads(), prologue, Epilogue(None, vector(case.channels), act), "none")
-    exact.compare(depthwise.depthwise_conv(*arguments), exact.depthwise_conv, case.dtype, *arguments)
+    compare(depthwise.depthwise_conv(*arguments), reference.depthwise_conv, *arguments, dtype=case.dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -97,7 +97,9 @@ def test_backward(case: Case) -> None:
     prologue = Prologue(vector(channels).abs() + 0.5, vector(channels), "silu")
     arguments = (gradient, x, weight, case.stride, pads, prologue, vector(channels), None)
     dz, sums, dweight = depthwise.depthwise_conv_backward(*arguments)
-    exact.compare((dz, sums.sum(dim=0), dweight), exact.depthwise_conv_backward, case.dtype, *arguments)
+    compare(
+        (dz, sums.sum(dim=0, keepdim=True), dweight), reference.depthwise_conv_backward, *arguments, dtype=case.dtype
+    )
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=ids[:2])
@@ -108,7 +110,7 @@ def test_backward_of_an_activated_input(case: Case) -> None:
     grad = torch.randn(y.shape, device="cuda").to(y).contiguous(memory_format=torch.channels_last)
     arguments = (OutputGradient(grad, y), x, weight, case.stride, pads, Prologue(), None, case.x())
     actual = depthwise.depthwise_conv_backward(*arguments)
-    exact.compare(actual, exact.depthwise_conv_backward, case.dtype, *arguments)
+    compare(actual, reference.depthwise_conv_backward, *arguments, dtype=case.dtype)
 
 
 def test_statistics_of_a_large_mean_keep_their_digits() -> None:
@@ -117,6 +119,6 @@ def test_statistics_of_a_large_mean_keep_their_digits() -> None:
         case.x() + 1000.0, case.weight().abs(), 1, case.pads(), Prologue(), Epilogue(), "statistics"
     )
     _, mean, m2 = merge_statistics(partials)
-    right = exact.moments(y.double())
+    right = moments(y)
     assert_accurate(mean, right[1])
     assert ((m2 - right[2]).abs() <= 1e-4 * right[2]).all()

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
+from effnet_kernels.reference import primitives as reference
 from effnet_kernels.triton import pointwise
 from effnet_kernels.triton.batch_norm import merge_statistics
-from gpu import exact
-from gpu.compare import assert_accurate, channels_last
+from gpu.compare import assert_accurate, cast, channels_last, compare, moments
 
 
 class Case(NamedTuple):
@@ -62,9 +62,9 @@ def test_training_forward(case: Case) -> None:
     for prologue in (Prologue(), full_prologue(case)):
         arguments = (x, weight, bias, prologue, Epilogue(), "statistics")
         y, partials = pointwise.pointwise_conv(*arguments)
-        exact.compare(y, lambda *a: exact.pointwise_conv(*a)[0], case.dtype, *arguments)
+        compare(y, lambda *a: reference.pointwise_conv(*a)[0], *arguments, dtype=case.dtype)
         # Statistics are those of the values as they were stored.
-        assert_accurate(merge_statistics(partials), exact.moments(y.double()))
+        assert_accurate(merge_statistics(partials), moments(y))
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -77,10 +77,10 @@ def test_inference_forward(case: Case) -> None:
         (x, weight, None, Prologue(), epilogue, "none"),
         (x, weight, None, Prologue(gate=gate), epilogue._replace(act="none", residual=case.y()), "none"),
     ):
-        exact.compare(pointwise.pointwise_conv(*arguments), exact.pointwise_conv, case.dtype, *arguments)
+        compare(pointwise.pointwise_conv(*arguments), reference.pointwise_conv, *arguments, dtype=case.dtype)
     arguments = (x, weight, None, Prologue(), epilogue, "pool")
     y, sums = pointwise.pointwise_conv(*arguments)
-    exact.compare((y, sums.sum(dim=1)), exact.pointwise_conv, case.dtype, *arguments)
+    compare((y, sums.sum(dim=1, keepdim=True)), reference.pointwise_conv, *arguments, dtype=case.dtype)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -88,7 +88,7 @@ def test_activations(act: str) -> None:
     case = SMALL[0]
     prologue = full_prologue(case, act)
     arguments = (case.x(), case.weight(), None, prologue, Epilogue(None, vector(case.outputs), act), "none")
-    exact.compare(pointwise.pointwise_conv(*arguments), exact.pointwise_conv, case.dtype, *arguments)
+    compare(pointwise.pointwise_conv(*arguments), reference.pointwise_conv, *arguments, dtype=case.dtype)
 
 
 def gradients(case: Case) -> dict[str, OutputGradient]:
@@ -112,23 +112,23 @@ def test_data_gradient(case: Case, kind: str) -> None:
     mean = vector(case.inputs)
     variants = {
         "project": (gradient, weight, x, prologue, mean, None, False),
-        "expand": (gradient, weight, None, Prologue(), None, case.x(), False),
-        "head": (gradient, weight, None, Prologue(), None, None, False),
+        "expand": (gradient, weight, x, Prologue(), None, case.x(), False),
+        "head": (gradient, weight, x, Prologue(), None, None, False),
         "all": (gradient, weight, x, prologue, mean, None, True),
     }
-    arguments = variants[kind]
-    dx, sums = pointwise.pointwise_conv_backward_data(*arguments)
-    sums = None if sums is None else sums.sum(dim=1)
-    exact.compare((dx, sums), exact.pointwise_conv_backward_data, case.dtype, *arguments)
+    arguments = (*variants[kind], True, False)
+    dx, sums, _ = pointwise.pointwise_conv_backward(*arguments)
+    sums = None if sums is None else sums.sum(dim=1, keepdim=True)
+    compare((dx, sums, None), reference.pointwise_conv_backward, *arguments, dtype=case.dtype)
 
 
 @pytest.mark.parametrize("kind", ["project", "expand", "head", "all"])
 @pytest.mark.parametrize("case", SMALL, ids=small_ids)
 def test_weight_gradient(case: Case, kind: str) -> None:
     prologue = full_prologue(case) if kind in ("project", "all") else Prologue()
-    arguments = (gradients(case)[kind], case.x(), prologue)
-    actual = pointwise.pointwise_conv_backward_weight(*arguments)
-    exact.compare(actual, exact.pointwise_conv_backward_weight, case.dtype, *arguments)
+    arguments = (gradients(case)[kind], case.weight(), case.x(), prologue, None, None, False, False, True)
+    actual = pointwise.pointwise_conv_backward(*arguments)
+    compare(actual, reference.pointwise_conv_backward, *arguments, dtype=case.dtype)
 
 
 def test_statistics_of_a_large_mean_keep_their_digits() -> None:
@@ -137,7 +137,7 @@ def test_statistics_of_a_large_mean_keep_their_digits() -> None:
     bias = torch.full((case.outputs,), 1000.0, device="cuda")
     y, partials = pointwise.pointwise_conv(case.x(), case.weight(), bias, Prologue(), Epilogue(), "statistics")
     _, mean, m2 = merge_statistics(partials)
-    right = exact.moments(y.double())
+    right = moments(y)
     assert_accurate(mean, right[1])
     assert ((m2 - right[2]).abs() <= 1e-4 * right[2]).all()
 
@@ -145,7 +145,7 @@ def test_statistics_of_a_large_mean_keep_their_digits() -> None:
 def test_tf32_follows_torchs_setting() -> None:
     case = SMALL[0]
     arguments = (case.x(), case.weight(), None, Prologue(), Epilogue(), "none")
-    right = exact.pointwise_conv(*exact.cast(arguments, torch.float64))[0]
+    right = reference.pointwise_conv(*cast(arguments, torch.float64))[0]
     torch.backends.cudnn.allow_tf32 = True
     try:
         rounded = pointwise.pointwise_conv(*arguments)[0]

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.deferred import ACTIVATIONS, OutputGradient, Prologue, RunningStatistics
+from effnet_kernels.reference import primitives as reference
 from effnet_kernels.triton import batch_norm, squeeze_excite
 from effnet_kernels.triton.merge import merge
-from gpu import exact
-from gpu.compare import assert_accurate, channels_last
+from gpu.compare import assert_accurate, channels_last, compare, fold_and_move, moments
 
 # Samples, channels, height, width, dtype.
 MAPS = [
@@ -26,34 +26,34 @@ def vector(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape", MAPS)
 def test_statistics(shape) -> None:
     x = channels_last(*shape[:4], dtype=shape[4]) * 0.1 + 3
-    assert_accurate(batch_norm.merge_statistics(batch_norm.channel_statistics(x)), exact.moments(x.double()))
+    assert_accurate(batch_norm.merge_statistics(batch_norm.channel_statistics(x)), moments(x))
 
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("channels", [16, 7, 1152])
 def test_fold(channels: int, affine: bool) -> None:
     x = channels_last(3, channels, 5, 7)
-    partials = torch.cat([exact.moments(x[:2])[None], exact.moments(x[2:])[None], torch.zeros(1, 3, channels)])
+    partials = torch.cat([moments(x[:2])[None], moments(x[2:])[None], torch.zeros(1, 3, channels)]).float()
     weight, bias = (vector(channels), vector(channels)) if affine else (None, None)
     mean, var = vector(channels), vector(channels).abs()
-    arguments = (exact.moments(x.double()), weight, bias, mean.clone(), var.clone(), 0.3, 1e-3)
-    folded = batch_norm.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3)
-    exact.compare((*folded, mean, var), exact.fold_batch_norm, torch.float32, *arguments)
+    arguments = (partials, weight, bias, mean.clone(), var.clone(), 0.3, 1e-3, False)
+    folded = batch_norm.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3, False)
+    compare((folded, mean, var), fold_and_move, *arguments)
 
 
 def test_fold_with_a_count_on_the_device() -> None:
-    partials, count = exact.moments(channels_last(3, 8, 5, 7))[None], torch.tensor(4, device="cuda")
+    partials, count = moments(channels_last(3, 8, 5, 7))[None].float(), torch.tensor(4, device="cuda")
     by_count, by_number = [vector(8), vector(8).abs()], []
     by_number = [t.clone() for t in by_count]
-    batch_norm.fold_batch_norm(partials, None, None, *by_count, count, 1e-3)
-    batch_norm.fold_batch_norm(partials, None, None, *by_number, 0.25, 1e-3)
+    batch_norm.fold_batch_norm(partials, None, None, *by_count, count, 1e-3, False)
+    batch_norm.fold_batch_norm(partials, None, None, *by_number, 0.25, 1e-3, False)
     assert all(torch.equal(a, b) for a, b in zip(by_count, by_number, strict=True))
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_fold_of_nonfinite_statistics(skip: bool) -> None:
     """A channel whose statistics are not finite keeps its running ones; the other channels' move."""
-    partials = exact.moments(channels_last(3, 8, 5, 7))[None].clone()
+    partials = moments(channels_last(3, 8, 5, 7))[None].float()
     partials[0, 1, 2], partials[0, 2, 5] = float("nan"), float("inf")
     mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
     batch_norm.fold_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
@@ -66,8 +66,7 @@ def test_fold_of_nonfinite_statistics(skip: bool) -> None:
 def test_fold_backward(batch_statistics: bool) -> None:
     sums, weight, mean, rstd = vector(70, 2, 40), vector(40), vector(40), vector(40).abs()
     actual = batch_norm.fold_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
-    arguments = (sums.double().sum(dim=0), 35, weight, mean, rstd, batch_statistics)
-    exact.compare(actual, exact.fold_batch_norm_backward, torch.float32, *arguments)
+    compare(actual, reference.fold_batch_norm_backward, sums, 35, weight, mean, rstd, batch_statistics)
 
 
 @pytest.mark.parametrize("shape", MAPS)
@@ -83,10 +82,10 @@ def test_passes_over_gradients(shape) -> None:
         OutputGradient(grad, y),
     ):
         mean = vector(channels)
-        sums = batch_norm.gradient_sums(gradient, mean).sum(dim=0)
-        exact.compare(sums, exact.gradient_sums, dtype, gradient, mean)
+        sums = batch_norm.gradient_sums(gradient, mean).sum(dim=0, keepdim=True)
+        compare(sums, reference.gradient_sums, gradient, mean, dtype=dtype)
         arguments = (gradient._replace(coefficients=vector(3, channels)), residual)
-        exact.compare(batch_norm.apply_gradient(*arguments), exact.apply_gradient, dtype, *arguments)
+        compare(batch_norm.apply_gradient(*arguments), reference.apply_gradient, *arguments, dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", MAPS)
@@ -98,7 +97,7 @@ def test_squeeze_and_merge(shape) -> None:
     statistics = RunningStatistics(vector(channels), vector(channels).abs() + 0.5, 1e-3)
     for owed, factor in ((prologue, None), (Prologue(), other)):
         sums = squeeze_excite.squeeze(x, owed, factor)
-        exact.compare(sums.sum(dim=1), exact.squeeze, dtype, x, owed, factor)
+        compare(sums.sum(dim=1, keepdim=True), reference.squeeze, x, owed, factor, dtype=dtype)
         mean = squeeze_excite.mean_of_sums(sums, 5)
         assert_accurate(mean, sums.double().sum(dim=1) / 5)
     for arguments in (
@@ -106,14 +105,14 @@ def test_squeeze_and_merge(shape) -> None:
         (x, prologue._replace(gate=None), None, None),
         (x, prologue._replace(gate=None, statistics=statistics), other, None),
     ):
-        exact.compare(merge(*arguments), exact.merge, dtype, *arguments)
+        compare(merge(*arguments), reference.merge, *arguments, dtype=dtype)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_merge_activations(act: str) -> None:
     x = channels_last(1, 8, 5, 7)
     arguments = (x, Prologue(vector(8), vector(8), act), None, None)
-    exact.compare(merge(*arguments), exact.merge, torch.float32, *arguments)
+    compare(merge(*arguments), reference.merge, *arguments)
 
 
 # Samples, channels, squeezed: widths of the released networks, and some that are no multiple of anything.
@@ -132,17 +131,17 @@ def test_excite(samples: int, channels: int, squeezed: int, act: str, kind: str)
     w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
     w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, 3 * vector(channels)
     actual = gate, pooled, hidden = squeeze_excite.excite(sums, 5, w1, b1, w2, b2, act, kind)
-    exact.compare(actual, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, b1, w2, b2, act, kind)
+    compare(actual, reference.excite, sums, 5, w1, b1, w2, b2, act, kind)
     without = squeeze_excite.excite(sums, 5, w1, None, w2, None, act, kind)
-    exact.compare(without, exact.excite, torch.float32, sums.double().sum(dim=1), 5, w1, None, w2, None, act, kind)
+    compare(without, reference.excite, sums, 5, w1, None, w2, None, act, kind)
     for kinds in (5, 1):
         t = vector(samples, 3, kinds, channels)
         actual = squeeze_excite.excite_backward(t, 5, gate, hidden, w1, w2, act, kind)
-        arguments = (t.double().sum(dim=1), 5, gate, hidden, w1, w2, act, kind)
-        exact.compare(actual, exact.excite_backward, torch.float32, *arguments)
+        arguments = (t, 5, gate, hidden, w1, w2, act, kind)
+        compare(actual, reference.excite_backward, *arguments)
     arguments = (actual[1], actual[2], hidden, pooled, act)
     actual = squeeze_excite.excite_backward_weight(*arguments)
-    exact.compare(actual, exact.excite_backward_weight, torch.float32, *arguments)
+    compare(actual, reference.excite_backward_weight, *arguments)
 
 
 def test_activations_over_their_whole_range() -> None:

@@ -1,0 +1,19 @@
+"""What everything that computes BatchNorm shares (Ioffe and Szegedy 2015, algorithm 1)."""
+
+import torch
+from torch import Tensor
+
+
+def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """BatchNorm as ``scale * y + shift``, [C] each, from a mean and a reciprocal standard deviation.
+
+    Without ``weight`` (gamma) and ``bias`` (beta) these are one and zero.
+    """
+    scale = rstd if weight is None else rstd * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def check_batch(size: torch.Size) -> None:
+    """Raises torch's own ValueError where BatchNorm would normalise a single value a channel, of a map's size."""
+    if size.numel() == size[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
