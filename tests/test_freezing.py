@@ -287,32 +287,36 @@ def patched(own: Callable, other: Callable) -> Callable:
 
 
 def test_the_proof_names_the_first_block_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class that was changed for all of its instances is what no look at one of them can see."""
-    from torchvision.models import efficientnet
-
-    model = calibrated("torchvision")
-    own = efficientnet.MBConv.forward
-    monkeypatch.setattr(efficientnet.MBConv, "forward", patched(own, lambda self, x: 1.1 * own(self, x)))
+    """A function of torch's that computes something else is what no look at a module can see."""
+    model, own = calibrated("torchvision"), F.adaptive_avg_pool2d
+    # Squeeze-and-excitation calls it first.
+    monkeypatch.setattr(F, "adaptive_avg_pool2d", lambda x, size: 1.1 * own(x, size))
     with pytest.raises(ValueError, match=r"features\.2\.0: the engine would compute something else"):
         ek.freeze(model)
     y = ek.freeze(model, verify=False)(IMAGES)
     assert float((y - evaluate(model, IMAGES)).norm()) > 1e-3
+    monkeypatch.setattr(F, "adaptive_avg_pool2d", own)
     monkeypatch.setattr(torch, "flatten", lambda x, start: 1.1 * x.reshape(len(x), -1))
-    monkeypatch.setattr(efficientnet.MBConv, "forward", own)
     with pytest.raises(ValueError, match=r"what follows features\.2\.1: the engine would compute"):
         ek.freeze(model)
 
 
+@pytest.mark.parametrize("patched", ["forward", "_conv_forward"])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.BatchNorm2d])
+def test_a_patched_class_is_refused(kind: type[nn.Module], patched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = patched if hasattr(kind, patched) else "forward"
+    model, own = calibrated("torchvision"), getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, x, *more: own(self, x, *more))
+    with pytest.raises(ValueError, match=rf"features\.0: the class of .* had its {method} replaced"):
+        ek.freeze(model, verify=False)
+
+
 @pytest.mark.parametrize("features", [True, False])
 def test_the_proof_looks_at_feature_maps_and_at_the_users_images(features: bool, monkeypatch) -> None:
-    from torchvision.models import efficientnet
-
-    model = calibrated("torchvision")
+    model, own = calibrated("torchvision"), F.adaptive_avg_pool2d
     ek.freeze(model, features=features, verify=torch.randn(2, 3, 31, 70))
-    own = efficientnet.MBConv.forward
     # Wrong for images over a certain size alone.
-    other = patched(own, lambda self, x: own(self, x) * (1.1 if x.shape[3] > 33 else 1))
-    monkeypatch.setattr(efficientnet.MBConv, "forward", other)
+    monkeypatch.setattr(F, "adaptive_avg_pool2d", lambda x, size: own(x, size) * (1.1 if x.shape[3] > 17 else 1))
     ek.freeze(model, features=features)
     with pytest.raises(ValueError, match=r"features\.2\.0: the engine .* images of shape \(2, 3, 31, 70\)"):
         ek.freeze(model, features=features, verify=torch.randn(2, 3, 31, 70))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effnet_kernels import cpu, dispatch
 from effnet_kernels.deferred import Activation, Gate
 from effnet_kernels.dispatch import Backend
-from effnet_kernels.modules.snapshot import Snapshots
+from effnet_kernels.modules.snapshot import Snapshots, forward_methods, original_of
 from effnet_kernels.primitives import PrimitivesBackend
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
@@ -115,11 +115,12 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
             return f"{name} is a {type(module).__name__}, which the operators do not know"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has a hook, which only its own call would fire"
-        for method in ("forward", "_call_impl", "_conv_forward"):
+        for method in ("_call_impl", *forward_methods(type(module))):
             if method in module.__dict__:
                 return f"{name} had its {method} replaced"
-        if is_patched(type(module)):
-            return f"{name}'s class had its forward replaced"
+        patched = patched_method(type(module))
+        if patched is not None:
+            return f"the class of {name} had its {patched} replaced"
         setting = _unknown_setting(module)
         if setting is not None:
             return f"{name} has {setting}, which the operators do not know"
@@ -136,13 +137,17 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
     return None
 
 
-# A tracer cannot follow the questions.
+# A tracer cannot follow these questions.
 @dispatch.constant_when_traced
-def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether the ``forward`` of a class, or of the one that it inherits it from, was defined in another module."""
-    forward, owner = kind.forward, next(base for base in kind.__mro__ if "forward" in base.__dict__)
-    # Not forward.__module__, which functools.wraps copies from what it wraps.
-    return not isinstance(forward, FunctionType) or forward.__globals__.get("__name__") != owner.__module__
+def patched_method(kind: type[nn.Module]) -> str | None:
+    """A method that a class's forward consists of and that was defined in another module than its class, or None."""
+    kind = original_of(kind)
+    for name in forward_methods(kind):
+        method, owner = getattr(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
+        # Not method.__module__, which functools.wraps copies from what it wraps.
+        if not isinstance(method, FunctionType) or method.__globals__.get("__name__") != owner.__module__:
+            return name
+    return None
 
 
 def _unknown_setting(module: nn.Module) -> str | None:

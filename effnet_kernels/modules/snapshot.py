@@ -2,16 +2,32 @@
 
 Whether operators can stand for a module's children, and with which tensors, takes a hundred microseconds of questions;
 to see that nothing has changed since takes a few. Anything counts as a change that shows in the attributes, children,
-parameters, buffers, hooks or classes of the module or of those inside it, or in the ``forward`` of these classes.
+parameters, buffers, hooks or classes of the module or of those inside it, or in the methods that are the forward of
+these classes.
 """
 
 import operator
+from types import FunctionType
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 Finding = TypeVar("Finding")
+
+
+def original_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class itself, or the one that an accelerated class was made of."""
+    return getattr(kind, "original", kind)
+
+
+def forward_methods(kind: type[nn.Module]) -> list[str]:
+    """The names of a class's ``forward`` and of the methods of the class that it calls."""
+    kind = original_of(kind)
+    code = getattr(kind.forward, "__code__", None)
+    called = () if code is None else code.co_names
+    owners = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return ["forward", *(n for n in called if any(isinstance(base.__dict__.get(n), FunctionType) for base in owners))]
 
 
 class Snapshot(Generic[Finding]):
@@ -23,8 +39,9 @@ class Snapshot(Generic[Finding]):
         self.finding = finding
         self.types = [type(m) for m in inner]
         # An accelerated block's own class is the one that it was switched from.
-        self.classes = list({getattr(kind, "original", kind) for kind in (type(module), *self.types)})
-        self.forwards = [kind.forward for kind in self.classes]
+        kinds = {original_of(kind) for kind in (type(module), *self.types)}
+        self.named_methods = [(kind, name) for kind in kinds for name in forward_methods(kind)]
+        self.methods = [getattr(kind, name) for kind, name in self.named_methods]
         self.inner = inner
         self.attributes = [module.__dict__, *(m.__dict__ for m in inner)]
         self.values = [list(d.values()) for d in self.attributes]
@@ -43,7 +60,7 @@ class Snapshot(Generic[Finding]):
         """Whether all is as it was. Hooks on the module itself fire by themselves and do not matter."""
         if self.hooked or any(self.hooks) or list(map(type, self.inner)) != self.types:
             return False
-        if [kind.forward for kind in self.classes] != self.forwards:
+        if [getattr(kind, name) for kind, name in self.named_methods] != self.methods:
             return False
         now = [t for d in self.members for t in d.values()]
         if len(now) != len(self.tensors) or not all(map(operator.is_, now, self.tensors)):
