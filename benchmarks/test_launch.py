@@ -24,28 +24,32 @@ def arguments() -> tuple:
     with recording() as launches, use_target(H100):
         pointwise_conv(x, weight, None, Prologue(), Epilogue(), "statistics")
     (launch,) = launches
-    return launch.kernel, launch.grid, tuple(launch.arguments.values()), launch.constants, dict(launch.options)
+    return launch.kernel, launch.grid, launch.arguments | launch.constants, dict(launch.options)
 
 
 def test_seam(benchmark, arguments) -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton.launch import launch
+    from effnet_kernels.triton.launch import launcher
 
-    kernel, grid, given, constants, options = arguments
-    options["max_registers"] = options.pop("maxnreg", None)
+    kernel, grid, given, options = arguments
+    given |= options
+    given["max_registers"] = given.pop("maxnreg", None)
+    # The names are in the code of a call, as in those of the launchers, and not in a dictionary.
+    names = ", ".join(f"{name}={name}" for name in given)
+    call = eval(f"lambda: launch(grid, {names})", given | {"grid": grid, "launch": launcher(kernel)})
     with stub_driver():
-        launch(kernel, grid, *given, **options, **constants)
-        benchmark(launch, kernel, grid, *given, **options, **constants)
+        call()
+        benchmark(call)
 
 
 def test_triton(benchmark, arguments) -> None:
     from stub_driver import stub_driver
 
-    kernel, grid, given, constants, options = arguments
+    kernel, grid, given, options = arguments
     with stub_driver():
-        kernel[grid](*given, **constants, **options)
-        benchmark(lambda: kernel[grid](*given, **constants, **options))
+        kernel[grid](**given, **options)
+        benchmark(lambda: kernel[grid](**given, **options))
 
 
 def test_block_forward(benchmark) -> None:

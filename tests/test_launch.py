@@ -94,12 +94,45 @@ def test_tensors_on_two_devices_are_refused() -> None:
     from stub_driver import stub_driver
 
     from effnet_kernels.triton.kernels.merge import merge_kernel
-    from effnet_kernels.triton.launch import launch
+    from effnet_kernels.triton.launch import launcher
 
     one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
     one.index, other.index = 1, -1
+    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "channel_units": 1}
     with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got the CPU, cuda:1"):
-        launch(merge_kernel, (1, 1, 1), one, other)
+        launcher(merge_kernel)((1, 1, 1), **given)
+
+
+def test_arguments_are_the_kernels_own() -> None:
+    from effnet_kernels.triton.kernels.merge import merge_kernel
+    from effnet_kernels.triton.launch import launcher
+
+    given = dict.fromkeys(merge_kernel.arg_names)
+    missing = {name: value for name, value in given.items() if name != "rows"}
+    for arguments, message in (
+        (missing, "launch_merge_kernel.* missing 1 required keyword-only argument: 'rows'"),
+        (given | {"columns": 3}, "launch_merge_kernel.* got an unexpected keyword argument 'columns'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            launcher(merge_kernel)((1, 1, 1), **arguments)
+
+
+def test_the_order_of_arguments_does_not_matter() -> None:
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton import launch as seam
+
+    with seam.recording() as launches:
+        merge(torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16))
+    (launch,) = launches
+    given = launch.arguments | launch.constants
+    with stub_driver() as driver:
+        for arguments in (given, given, dict(reversed(given.items()))):
+            seam.launcher(launch.kernel)(launch.grid, **arguments)
+        assert len(seam._handles) == 1
+    first, second, third = driver.launched
+    assert [id(a) for a in second[9:]] == [id(a) for a in third[9:]]
+    assert len(first) == len(third)
 
 
 def test_tf32_follows_either_of_torchs_settings() -> None:

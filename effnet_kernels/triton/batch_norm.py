@@ -14,7 +14,14 @@ from effnet_kernels.triton.kernels.batch_norm import (
     gradient_sums_kernel,
     merge_statistics_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, launch
+from effnet_kernels.triton.launch import channel_unit, launcher
+
+launch_apply_gradient = launcher(apply_gradient_kernel)
+launch_channel_statistics = launcher(channel_statistics_kernel)
+launch_fold_batch_norm = launcher(fold_batch_norm_kernel)
+launch_fold_batch_norm_backward = launcher(fold_batch_norm_backward_kernel)
+launch_gradient_sums = launcher(gradient_sums_kernel)
+launch_merge_statistics = launcher(merge_statistics_kernel)
 
 # Partials of a channel that a map's reduction leaves; the vectors' kernels merge them.
 MAX_PARTIALS = 256
@@ -28,13 +35,12 @@ def channel_statistics(y: Tensor) -> Tensor:
     config = stream(1, rows, channels, target_of(y), MAX_PARTIALS)
     partials = torch.empty(config.chunks, 3, channels, dtype=torch.float32, device=y.device)
     unit = channel_unit(channels)
-    launch(
-        channel_statistics_kernel,
+    launch_channel_statistics(
         (config.chunks, -(-channels // config.block_channels), 1),
-        y,
-        partials,
-        rows,
-        channels // unit,
+        y_ptr=y,
+        partials_ptr=partials,
+        rows=rows,
+        channel_units=channels // unit,
         CHANNELS=unit,
         BLOCK_ROWS=config.block_rows,
         BLOCK_CHANNELS=config.block_channels,
@@ -53,20 +59,19 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     config = stream(groups, rows, channels, target_of(y), max(1, MAX_PARTIALS // groups))
     sums = torch.empty(groups * config.chunks, 2, channels, dtype=torch.float32, device=y.device)
     unit = channel_unit(channels)
-    launch(
-        gradient_sums_kernel,
+    launch_gradient_sums(
         (config.chunks, -(-channels // config.block_channels), groups),
-        gradient.grad,
-        y,
-        gradient.gate,
-        gradient.keep,
-        gradient.offset,
-        gradient.scale,
-        gradient.shift,
-        mean,
-        sums,
-        rows,
-        channels // unit,
+        grad_ptr=gradient.grad,
+        y_ptr=y,
+        gate_ptr=gradient.gate,
+        keep_ptr=gradient.keep,
+        offset_ptr=gradient.offset,
+        scale_ptr=gradient.scale,
+        shift_ptr=gradient.shift,
+        mean_ptr=mean,
+        sums_ptr=sums,
+        rows=rows,
+        channel_units=channels // unit,
         ACT=gradient.act,
         CHANNELS=unit,
         BLOCK_ROWS=config.block_rows,
@@ -86,21 +91,20 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
     config = stream(groups, rows, channels, target_of(like))
     out = torch.empty_like(like, memory_format=torch.channels_last)
     unit = channel_unit(channels)
-    launch(
-        apply_gradient_kernel,
+    launch_apply_gradient(
         (config.chunks, -(-channels // config.block_channels), groups),
-        gradient.grad,
-        gradient.y,
-        gradient.coefficients,
-        gradient.gate,
-        gradient.keep,
-        gradient.offset,
-        gradient.scale,
-        gradient.shift,
-        residual,
-        out,
-        rows,
-        channels // unit,
+        grad_ptr=gradient.grad,
+        y_ptr=gradient.y,
+        coefficients_ptr=gradient.coefficients,
+        gate_ptr=gradient.gate,
+        keep_ptr=gradient.keep,
+        offset_ptr=gradient.offset,
+        scale_ptr=gradient.scale,
+        shift_ptr=gradient.shift,
+        residual_ptr=residual,
+        out_ptr=out,
+        rows=rows,
+        channel_units=channels // unit,
         ACT=gradient.act,
         CHANNELS=unit,
         BLOCK_ROWS=config.block_rows,
@@ -115,13 +119,12 @@ def merge_statistics(partials: Tensor) -> Tensor:
     """Count, mean and M2 of the union of partials: [P, 3, C] to [3, C] fp32."""
     count, _, channels = partials.shape
     stats = torch.empty(3, channels, dtype=torch.float32, device=partials.device)
-    launch(
-        merge_statistics_kernel,
+    launch_merge_statistics(
         (-(-channels // _BLOCK_VECTOR), 1, 1),
-        partials,
-        stats,
-        count,
-        channels,
+        partials_ptr=partials,
+        stats_ptr=stats,
+        P=count,
+        C=channels,
         BLOCK_P=_BLOCK_PARTIALS,
         BLOCK_C=_BLOCK_VECTOR,
         num_warps=4,
@@ -147,20 +150,19 @@ def fold_batch_norm(
     """
     count, _, channels = partials.shape
     folded = torch.empty(4, channels, dtype=torch.float32, device=partials.device)
-    launch(
-        fold_batch_norm_kernel,
+    launch_fold_batch_norm(
         (-(-channels // _BLOCK_VECTOR), 1, 1),
-        partials,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        momentum if isinstance(momentum, Tensor) else None,
-        folded,
-        count,
-        channels,
-        0.0 if isinstance(momentum, Tensor) else float(momentum),
-        eps,
+        partials_ptr=partials,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        batches_ptr=momentum if isinstance(momentum, Tensor) else None,
+        folded_ptr=folded,
+        P=count,
+        C=channels,
+        momentum=0.0 if isinstance(momentum, Tensor) else float(momentum),
+        eps=eps,
         SKIP_NONFINITE=skip_nonfinite,
         BLOCK_P=_BLOCK_PARTIALS,
         BLOCK_C=_BLOCK_VECTOR,
@@ -179,21 +181,20 @@ def fold_batch_norm_backward(
     coefficients = torch.empty(3, channels, dtype=torch.float32, device=sums.device)
     # Tensors of their own, so that autograd takes them for gradients as they are.
     dweight, dbias = (torch.empty(channels, dtype=torch.float32, device=sums.device) for _ in range(2))
-    launch(
-        fold_batch_norm_backward_kernel,
+    launch_fold_batch_norm_backward(
         (-(-channels // _BLOCK_VECTOR), 1, 1),
-        sums,
-        weight,
-        mean,
-        rstd,
-        coefficients,
-        dweight,
-        dbias,
-        partials,
-        channels,
-        sums.stride(0),
-        sums.stride(1),
-        1.0 / count,
+        sums_ptr=sums,
+        weight_ptr=weight,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        coefficients_ptr=coefficients,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        P=partials,
+        C=channels,
+        partial_stride=sums.stride(0),
+        sum_stride=sums.stride(1),
+        reciprocal_count=1.0 / count,
         BATCH_STATISTICS=batch_statistics,
         BLOCK_P=_BLOCK_PARTIALS,
         BLOCK_C=_BLOCK_VECTOR,

@@ -8,7 +8,7 @@ step can be counted or compiled on meta tensors, at full size, without a device.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,102 +35,142 @@ class Launch(NamedTuple):
         return dict(self.options)["num_warps"]
 
 
+Options = tuple[int, int, int | None]
+"""num_warps, num_stages and max_registers."""
+Key = tuple[Any, ...]
+
 _TRITONS_FILE = inspect.getfile(JITFunction)
 _recorders: list[list[Launch]] = []
 _timers: list[Timer] = []
-_handles: dict[tuple[Any, ...], Any] = {}
+# What Triton runs a compiled kernel with, and on which device, by all that tells two binaries apart.
+_handles: dict[Key, tuple[int, Callable[..., None], Any, Any]] = {}
 
 
-def launch(
-    kernel: JITFunction,
-    grid: Grid,
-    *arguments: Argument,
-    num_warps: int = 4,
-    num_stages: int = 2,
-    max_registers: int | None = None,
-    **constants: Any,
-) -> None:
-    """Launches ``kernel`` over ``grid`` on the device and current stream of its tensors.
+def launcher(kernel: JITFunction) -> Callable[..., None]:
+    """What launches ``kernel``: ``launch(grid, *, num_warps=4, num_stages=2, max_registers=None, **arguments)``.
 
-    ``arguments`` are the kernel's parameters in order, ``constants`` its ``tl.constexpr`` parameters by name, which
-    come last. A tensor that is absent is None, which the kernel sees at compile time. ``max_registers`` a thread keep
-    NVIDIA's assembler from spilling for the sake of occupancy.
+    ``arguments`` are all of the kernel's parameters by name: pointers, whose names end in ``_ptr``, integers, which the
+    kernel declares ``do_not_specialize``, floats, and ``tl.constexpr`` ones, which come last. A tensor that is absent
+    is None, which the kernel sees at compile time. ``max_registers`` a thread keep NVIDIA's assembler from spilling for
+    the sake of occupancy. The kernel runs on the device and current stream of its tensors. The function raises
 
-    Raises:
+        TypeError: a parameter that is missing, or an argument that the kernel does not have;
         ValueError: a grid over the device's limits, or tensors on different devices.
+
+    It is written anew for each kernel, as Triton's own launchers are: with the names in its signature, Python brings
+    the arguments in the kernel's order for less than what a dictionary of them costs.
     """
-    x, y, z = grid
-    if y > _GRID_LIMITS[1] or z > _GRID_LIMITS[2] or x > _GRID_LIMITS[0]:
+    constants = [param.name for param in kernel.params if param.is_constexpr]
+    parameters = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
+    if [*parameters, *constants] != kernel.arg_names:
+        raise TypeError(f"{kernel.__name__}: expected tl.constexpr parameters behind all others")
+    tokens = [_token(name, name in kernel.do_not_specialize) for name in parameters]
+    name = f"launch_{kernel.__name__}"
+    source = f"""
+def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, max_registers=None):
+    parameters, constants = ({", ".join(parameters)},), ({", ".join(constants)},)
+    options = num_warps, num_stages, max_registers
+    if recorders:
+        return record(kernel, grid, parameters, constants, options)
+    key = None if simulated() else (function, options, constants, {", ".join(tokens)})
+    if timers:
+        return timers[-1](kernel, lambda: run(key, kernel, grid, parameters, constants, options))
+    run(key, kernel, grid, parameters, constants, options)
+"""
+    scope: dict[str, Any] = {
+        "kernel": kernel,
+        # Hashing the kernel itself computes its cache key.
+        "function": kernel.fn,
+        "recorders": _recorders,
+        "record": _record,
+        "simulated": simulated,
+        "timers": _timers,
+        "run": _run,
+    }
+    exec(compile(source, f"<launcher of {kernel.__name__}>", "exec"), scope)
+    return cast(Callable[..., None], scope[name])
+
+
+def _token(name: str, is_integer: bool) -> str:
+    """What a parameter contributes to the key of a binary, as an expression."""
+    if name.endswith("_ptr"):
+        return f"None if {name} is None else ({name}.dtype, {name}.get_device(), {name}.data_ptr() & 15 == 0)"
+    # The value of an integer makes no other binary, but its width does.
+    return f"{name}.bit_length() < 32" if is_integer else f"type({name})"
+
+
+def _named(options: Options) -> tuple[tuple[str, int], ...]:
+    """The options by the compiler's names."""
+    num_warps, num_stages, max_registers = options
+    named = (("num_warps", num_warps), ("num_stages", num_stages))
+    return named if max_registers is None else (*named, ("maxnreg", max_registers))
+
+
+def _is_empty(kernel: JITFunction, grid: Grid) -> bool:
+    """Whether a grid has no programs; raises ValueError for one over the limits."""
+    if any(size > limit for size, limit in zip(grid, _GRID_LIMITS, strict=True)):
         raise ValueError(f"{kernel.__name__}: expected a grid within {_GRID_LIMITS}, got {grid}")
-    if x == 0 or y == 0 or z == 0:
-        return
-    options: tuple[tuple[str, int], ...] = (("num_warps", num_warps), ("num_stages", num_stages))
-    if max_registers is not None:
-        options += (("maxnreg", max_registers),)
-    if _recorders:
-        # Detached, so that the record does not make autograd copy gradients that somebody else seems to hold.
-        noted = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-        named = dict(zip(kernel.arg_names[: len(noted)], noted, strict=True))
-        _recorders[-1].append(Launch(kernel, grid, named, constants, options))
-        return
-    if _timers:
-        _timers[-1](kernel, lambda: _execute(kernel, grid, arguments, constants, options))
-    else:
-        _execute(kernel, grid, arguments, constants, options)
+    return 0 in grid
 
 
-def _execute(
-    kernel: JITFunction,
-    grid: Grid,
-    arguments: tuple[Argument, ...],
-    constants: dict[str, Any],
-    options: tuple[tuple[str, int], ...],
+def _record(
+    kernel: JITFunction, grid: Grid, parameters: tuple[Argument, ...], constants: tuple[Any, ...], options: Options
 ) -> None:
-    if simulated():
-        kernel[grid](*arguments, **constants, **dict(options))
+    if _is_empty(kernel, grid):
         return
-    # What tells two binaries apart. Integers are declared do_not_specialize, so that only their width does.
-    key: list[Any] = [kernel, options, *constants.values()]
-    device = -1
-    for argument in arguments:
-        if argument is None:
-            key.append(None)
-        elif type(argument) is int:
-            key.append(argument.bit_length() < 32)
-        elif isinstance(argument, Tensor):
-            device = argument.get_device()
-            key += (device, argument.dtype, argument.data_ptr() & 15 == 0)
-        else:
-            key.append(float)
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _run(tuple(key), kernel, grid, arguments, constants, options, device)
-    else:
-        _run(tuple(key), kernel, grid, arguments, constants, options, device)
+    # Detached, so that the record does not make autograd copy gradients that somebody else seems to hold.
+    noted = [a.detach() if isinstance(a, Tensor) else a for a in parameters]
+    arguments = dict(zip(kernel.arg_names, noted, strict=False))
+    by_name = dict(zip(kernel.arg_names[len(noted) :], constants, strict=True))
+    _recorders[-1].append(Launch(kernel, grid, arguments, by_name, _named(options)))
 
 
 def _run(
-    key: tuple[Any, ...],
+    key: Key | None,
     kernel: JITFunction,
     grid: Grid,
-    arguments: tuple[Argument, ...],
-    constants: dict[str, Any],
-    options: tuple[tuple[str, int], ...],
-    device: int,
+    parameters: tuple[Argument, ...],
+    constants: tuple[Any, ...],
+    options: Options,
 ) -> None:
-    handle = _handles.get(key)
-    if handle is None:
-        devices = sorted({argument.get_device() for argument in arguments if isinstance(argument, Tensor)})
-        if len(devices) > 1:
-            names = ", ".join(f"cuda:{index}" if index >= 0 else "the CPU" for index in devices)
-            raise ValueError(f"{kernel.__name__}: expected tensors on one device, got {names}")
-        compiled = kernel[grid](*arguments, **constants, **dict(options))
-        ordered = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        _handles[key] = (compiled.run, compiled.function, compiled.packed_metadata, ordered)
+    """Runs the binary of a key, which is compiled where there is none; without a key Triton or its simulator does."""
+    x, y, z = grid
+    limit_x, limit_y, limit_z = _GRID_LIMITS
+    if not (0 < x <= limit_x and 0 < y <= limit_y and 0 < z <= limit_z) and _is_empty(kernel, grid):
         return
-    run, function, metadata, ordered = handle
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run(*grid, stream, function, metadata, None, None, None, *arguments, *ordered)
+    handle = None if key is None else _handles.get(key)
+    if handle is None:
+        _run_first(key, kernel, grid, parameters, constants, options)
+        return
+    device, run, function, metadata = handle
+    arguments = (function, metadata, None, None, None, *parameters, *constants)
+    if device == torch.cuda.current_device():
+        run(x, y, z, torch._C._cuda_getCurrentRawStream(device), *arguments)
+    else:
+        with torch.cuda.device(device):
+            run(x, y, z, torch._C._cuda_getCurrentRawStream(device), *arguments)
+
+
+def _run_first(
+    key: Key | None,
+    kernel: JITFunction,
+    grid: Grid,
+    parameters: tuple[Argument, ...],
+    constants: tuple[Any, ...],
+    options: Options,
+) -> None:
+    """Launches by Triton, which compiles the kernel, and keeps what it has compiled."""
+    if key is None:
+        kernel[grid](*parameters, *constants, **dict(_named(options)))
+        return
+    devices = sorted({argument.get_device() for argument in parameters if isinstance(argument, Tensor)})
+    if len(devices) != 1:
+        names = ", ".join(f"cuda:{index}" if index >= 0 else "the CPU" for index in devices)
+        raise ValueError(f"{kernel.__name__}: expected tensors on one device, got {names}")
+    (device,) = devices
+    with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+        compiled = kernel[grid](*parameters, *constants, **dict(_named(options)))
+    _handles[key] = (device, compiled.run, compiled.function, compiled.packed_metadata)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ from effnet_kernels.deferred import Prologue
 from effnet_kernels.launch_config import target_of
 from effnet_kernels.launch_config.elementwise import stream
 from effnet_kernels.triton.kernels.merge import merge_kernel
-from effnet_kernels.triton.launch import channel_unit, launch
+from effnet_kernels.triton.launch import channel_unit, launcher
+
+launch_merge = launcher(merge_kernel)
 
 
 def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor:
@@ -19,21 +21,20 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
     out = torch.empty_like(x, memory_format=torch.channels_last)
     scale, shift, act, gate, statistics = prologue
     unit = channel_unit(channels)
-    launch(
-        merge_kernel,
+    launch_merge(
         (config.chunks, -(-channels // config.block_channels), groups),
-        x,
-        scale,
-        shift,
-        None if statistics is None else statistics.mean,
-        None if statistics is None else statistics.var,
-        gate,
-        keep,
-        residual,
-        out,
-        rows,
-        channels // unit,
-        0.0 if statistics is None else statistics.eps,
+        x_ptr=x,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        mean_ptr=None if statistics is None else statistics.mean,
+        var_ptr=None if statistics is None else statistics.var,
+        gate_ptr=gate,
+        keep_ptr=keep,
+        residual_ptr=residual,
+        out_ptr=out,
+        rows=rows,
+        channel_units=channels // unit,
+        eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
         CHANNELS=unit,
         BLOCK_ROWS=config.block_rows,

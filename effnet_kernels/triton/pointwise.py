@@ -12,7 +12,12 @@ from effnet_kernels.triton.kernels.pointwise import (
     pointwise_conv_kernel,
     sum_partials_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, dot_precision, launch
+from effnet_kernels.triton.launch import channel_unit, dot_precision, launcher
+
+launch_pointwise_conv = launcher(pointwise_conv_kernel)
+launch_pointwise_conv_backward_data = launcher(pointwise_conv_backward_data_kernel)
+launch_pointwise_conv_backward_weight = launcher(pointwise_conv_backward_weight_kernel)
+launch_sum_partials = launcher(sum_partials_kernel)
 
 
 def pointwise_conv(
@@ -41,27 +46,26 @@ def pointwise_conv(
         partials = torch.empty(samples, config.chunks, outputs, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
     in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
-    launch(
-        pointwise_conv_kernel,
+    launch_pointwise_conv(
         (-(-outputs // config.block_columns), config.chunks, owners),
-        x,
-        weight,
-        bias,
-        prologue.scale,
-        prologue.shift,
-        prologue.gate,
-        epilogue.scale,
-        epilogue.shift,
-        None if statistics is None else statistics.mean,
-        None if statistics is None else statistics.var,
-        epilogue.residual,
-        y,
-        partials,
-        rows,
-        groups,
-        channels // in_unit,
-        outputs // out_unit,
-        0.0 if statistics is None else statistics.eps,
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        scale_ptr=prologue.scale,
+        shift_ptr=prologue.shift,
+        gate_ptr=prologue.gate,
+        out_scale_ptr=epilogue.scale,
+        out_shift_ptr=epilogue.shift,
+        out_mean_ptr=None if statistics is None else statistics.mean,
+        out_var_ptr=None if statistics is None else statistics.var,
+        residual_ptr=epilogue.residual,
+        y_ptr=y,
+        partials_ptr=partials,
+        rows=rows,
+        groups=groups,
+        in_units=channels // in_unit,
+        out_units=outputs // out_unit,
+        eps=0.0 if statistics is None else statistics.eps,
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
         REDUCTION=reduction,
@@ -106,23 +110,22 @@ def pointwise_conv_backward_data(
     if x is not None:
         sums = torch.empty(samples, config.chunks, 5, channels, dtype=torch.float32, device=like.device)
     in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
-    launch(
-        pointwise_conv_backward_data_kernel,
+    launch_pointwise_conv_backward_data(
         (-(-channels // config.block_columns), config.chunks, owners),
-        *_gradient_arguments(gradient),
-        weight,
-        x,
-        prologue.scale,
-        prologue.shift,
-        prologue.gate,
-        mean,
-        residual,
-        dx,
-        sums,
-        rows,
-        groups,
-        channels // in_unit,
-        outputs // out_unit,
+        **_gradient_arguments(gradient),
+        weight_ptr=weight,
+        x_ptr=x,
+        scale_ptr=prologue.scale,
+        shift_ptr=prologue.shift,
+        gate_ptr=prologue.gate,
+        mean_ptr=mean,
+        residual_ptr=residual,
+        dx_ptr=dx,
+        sums_ptr=sums,
+        rows=rows,
+        groups=groups,
+        in_units=channels // in_unit,
+        out_units=outputs // out_unit,
         GRAD_ACT=gradient.act,
         ACT=prologue.act,
         THROUGH=through,
@@ -148,19 +151,18 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
     config = weight_gradient(groups, rows, outputs, channels, x.dtype, target_of(x))
     partials = torch.empty(config.splits, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
     in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
-    launch(
-        pointwise_conv_backward_weight_kernel,
+    launch_pointwise_conv_backward_weight(
         (-(-channels // config.block_inputs), -(-outputs // config.block_outputs), config.splits),
-        *_gradient_arguments(gradient),
-        x,
-        prologue.scale,
-        prologue.shift,
-        prologue.gate,
-        partials,
-        rows,
-        groups,
-        channels // in_unit,
-        outputs // out_unit,
+        **_gradient_arguments(gradient),
+        x_ptr=x,
+        scale_ptr=prologue.scale,
+        shift_ptr=prologue.shift,
+        gate_ptr=prologue.gate,
+        partials_ptr=partials,
+        rows=rows,
+        groups=groups,
+        in_units=channels // in_unit,
+        out_units=outputs // out_unit,
         GRAD_ACT=gradient.act,
         ACT=prologue.act,
         PRECISION=dot_precision(x.dtype),
@@ -207,7 +209,15 @@ def sum_partials(partials: Tensor) -> Tensor:
     total = torch.empty(partials.shape[1:], dtype=torch.float32, device=partials.device)
     block = 512
     grid = (-(-total.numel() // block), 1, 1)
-    launch(sum_partials_kernel, grid, partials, total, partials.shape[0], total.numel(), BLOCK=block, num_warps=4)
+    launch_sum_partials(
+        grid,
+        partials_ptr=partials,
+        out_ptr=total,
+        P=partials.shape[0],
+        size=total.numel(),
+        BLOCK=block,
+        num_warps=4,
+    )
     return total
 
 
@@ -226,6 +236,14 @@ def _empty_map(x: Tensor, channels: int) -> Tensor:
     )
 
 
-def _gradient_arguments(gradient: OutputGradient) -> tuple[Tensor | None, ...]:
-    grad, y, coefficients, gate, keep, offset, scale, shift, _ = gradient
-    return grad, y, coefficients, gate, keep, offset, scale, shift
+def _gradient_arguments(gradient: OutputGradient) -> dict[str, Tensor | None]:
+    return {
+        "grad_ptr": gradient.grad,
+        "y_ptr": gradient.y,
+        "coefficients_ptr": gradient.coefficients,
+        "grad_gate_ptr": gradient.gate,
+        "keep_ptr": gradient.keep,
+        "offset_ptr": gradient.offset,
+        "grad_scale_ptr": gradient.scale,
+        "grad_shift_ptr": gradient.shift,
+    }

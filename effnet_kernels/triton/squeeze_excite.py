@@ -13,7 +13,13 @@ from effnet_kernels.triton.kernels.squeeze_excite import (
     mean_of_sums_kernel,
     squeeze_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, launch
+from effnet_kernels.triton.launch import channel_unit, launcher
+
+launch_excite = launcher(excite_kernel)
+launch_excite_backward = launcher(excite_backward_kernel)
+launch_excite_backward_weight = launcher(excite_backward_weight_kernel)
+launch_mean_of_sums = launcher(mean_of_sums_kernel)
+launch_squeeze = launcher(squeeze_kernel)
 
 # Partial sums of an image that a squeeze leaves; excite merges them.
 MAX_PARTIALS = 8
@@ -27,20 +33,19 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
     sums = torch.empty(samples, config.chunks, channels, dtype=torch.float32, device=x.device)
     scale, shift, act, gate, statistics = prologue
     unit = channel_unit(channels)
-    launch(
-        squeeze_kernel,
+    launch_squeeze(
         (config.chunks, -(-channels // config.block_channels), samples),
-        x,
-        factor,
-        scale,
-        shift,
-        None if statistics is None else statistics.mean,
-        None if statistics is None else statistics.var,
-        gate,
-        sums,
-        rows,
-        channels // unit,
-        0.0 if statistics is None else statistics.eps,
+        x_ptr=x,
+        factor_ptr=factor,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        mean_ptr=None if statistics is None else statistics.mean,
+        var_ptr=None if statistics is None else statistics.var,
+        gate_ptr=gate,
+        sums_ptr=sums,
+        rows=rows,
+        channel_units=channels // unit,
+        eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
         CHANNELS=unit,
         BLOCK_ROWS=config.block_rows,
@@ -56,14 +61,13 @@ def mean_of_sums(sums: Tensor, count: int) -> Tensor:
     samples, partials, channels = sums.shape
     mean = torch.empty(samples, channels, dtype=torch.float32, device=sums.device)
     block = 256
-    launch(
-        mean_of_sums_kernel,
+    launch_mean_of_sums(
         (samples, -(-channels // block), 1),
-        sums,
-        mean,
-        partials,
-        channels,
-        1.0 / count,
+        sums_ptr=sums,
+        mean_ptr=mean,
+        T=partials,
+        C=channels,
+        reciprocal_count=1.0 / count,
         BLOCK_C=block,
         num_warps=4,
     )
@@ -88,21 +92,20 @@ def excite(
     config = excitation(samples, channels, squeezed, target_of(sums))
     pooled, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
-    launch(
-        excite_kernel,
+    launch_excite(
         (samples, config.splits, 1),
-        sums,
-        w1,
-        b1,
-        w2,
-        b2,
-        gate,
-        pooled,
-        hidden,
-        partials,
-        channels,
-        squeezed,
-        1.0 / count,
+        sums_ptr=sums,
+        w1_ptr=w1,
+        b1_ptr=b1,
+        w2_ptr=w2,
+        b2_ptr=b2,
+        gate_ptr=gate,
+        pooled_ptr=pooled,
+        hidden_ptr=hidden,
+        T=partials,
+        C=channels,
+        S=squeezed,
+        reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
         BLOCK_S=config.block_squeezed,
@@ -137,22 +140,21 @@ def excite_backward(
     norm_sums = None
     if kinds == 5:
         norm_sums = torch.empty(samples, 2, channels, dtype=torch.float32, device=sums.device)
-    launch(
-        excite_backward_kernel,
+    launch_excite_backward(
         (samples, config.splits, 1),
-        sums,
-        gate,
-        hidden,
-        w1,
-        w2,
-        offset,
-        logits,
-        dhidden,
-        norm_sums,
-        partials,
-        channels,
-        squeezed,
-        1.0 / count,
+        sums_ptr=sums,
+        gate_ptr=gate,
+        hidden_ptr=hidden,
+        w1_ptr=w1,
+        w2_ptr=w2,
+        offset_ptr=offset,
+        logits_ptr=logits,
+        dhidden_ptr=dhidden,
+        norm_sums_ptr=norm_sums,
+        T=partials,
+        C=channels,
+        S=squeezed,
+        reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
         KINDS=kinds,
@@ -175,20 +177,19 @@ def excite_backward_weight(
     dw2 = torch.empty(channels, squeezed, dtype=torch.float32, device=device)
     db2 = torch.empty(channels, dtype=torch.float32, device=device)
     block_channels, block_squeezed = 32, 32
-    launch(
-        excite_backward_weight_kernel,
+    launch_excite_backward_weight(
         (-(-channels // block_channels), -(-squeezed // block_squeezed), 1),
-        logits,
-        dhidden,
-        hidden,
-        pooled,
-        dw1,
-        db1,
-        dw2,
-        db2,
-        samples,
-        channels,
-        squeezed,
+        logits_ptr=logits,
+        dhidden_ptr=dhidden,
+        hidden_ptr=hidden,
+        pooled_ptr=pooled,
+        dw1_ptr=dw1,
+        db1_ptr=db1,
+        dw2_ptr=dw2,
+        db2_ptr=db2,
+        N=samples,
+        C=channels,
+        S=squeezed,
         ACT=act,
         BLOCK_N=16,
         BLOCK_S=block_squeezed,

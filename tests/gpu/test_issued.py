@@ -1,5 +1,7 @@
 """The bytes that ``benchmarks/issued.py`` counts from a launch's arguments, against the accesses of its execution."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -33,18 +35,23 @@ def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(Memory, "load", counting(Memory.load))
     monkeypatch.setattr(Memory, "store", counting(Memory.store))
-    original = seam.launch
 
-    def launch(kernel, grid, *arguments, **options):
-        with seam.recording() as launches:
-            original(kernel, grid, *arguments, **options)
-        # Only maps and matrices are of float16 here.
-        for name, size in issued(launches[0]).items():
-            totals["predicted"] += size * (launches[0].arguments[name].dtype == torch.float16)
-        original(kernel, grid, *arguments, **options)
+    def counted(original):
+        def launch(grid, **arguments):
+            with seam.recording() as launches:
+                original(grid, **arguments)
+            # Only maps and matrices are of float16 here.
+            for name, size in issued(launches[0]).items():
+                totals["predicted"] += size * (launches[0].arguments[name].dtype == torch.float16)
+            original(grid, **arguments)
 
-    for module in ("pointwise", "depthwise", "batch_norm", "squeeze_excite", "merge"):
-        monkeypatch.setattr(f"effnet_kernels.triton.{module}.launch", launch)
+        return launch
+
+    for name in ("pointwise", "depthwise", "batch_norm", "squeeze_excite", "merge"):
+        module = importlib.import_module(f"effnet_kernels.triton.{name}")
+        for key, launcher in list(vars(module).items()):
+            if key.startswith("launch_") and callable(launcher):
+                monkeypatch.setattr(module, key, counted(launcher))
     return totals
 
 

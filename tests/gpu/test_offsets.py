@@ -12,7 +12,7 @@ from torch import Tensor
 from effnet_kernels.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
 from effnet_kernels.triton.kernels.merge import merge_kernel
 from effnet_kernels.triton.kernels.pointwise import pointwise_conv_backward_data_kernel, pointwise_conv_kernel
-from effnet_kernels.triton.launch import launch, simulated
+from effnet_kernels.triton.launch import launcher, simulated
 
 PITCH, PIXELS, CHANNELS = 2**30, 3, 64
 EXPECTED = np.array([[pixel * PITCH + c for c in range(CHANNELS)] for pixel in range(PIXELS)])
@@ -52,7 +52,7 @@ def check(
         given[name] = storage if simulated() else storage[index * CHANNELS :]
     if not simulated():
         pixels(given[maps[-1]]).zero_()
-    launch(kernel, grid, *(given[name] for name in kernel.arg_names if name not in constants), **constants)
+    launcher(kernel)(grid, **{**given, **constants})
     if simulated():
         offsets = (np.concatenate(accesses) - storage.data_ptr()) // 2
         assert np.array_equal(np.unique(offsets), EXPECTED.ravel())
