@@ -117,6 +117,18 @@ def test_arguments_are_the_kernels_own() -> None:
             launcher(merge_kernel)((1, 1, 1), **arguments)
 
 
+def test_integers_have_to_be_declared() -> None:
+    """Triton makes other binaries for 1 and for multiples of 16, which a cached launch would mix up."""
+    from stub_driver import stub_driver
+
+    from effnet_kernels.triton.kernels.merge import merge_kernel
+    from effnet_kernels.triton.launch import launcher
+
+    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "channel_units": 1, "eps": 0}
+    with stub_driver(), pytest.raises(TypeError, match="expected the integer eps among those that are do_not_special"):
+        launcher(merge_kernel)((1, 1, 1), **given)
+
+
 def test_the_order_of_arguments_does_not_matter() -> None:
     from stub_driver import stub_driver
 

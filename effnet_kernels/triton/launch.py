@@ -160,6 +160,10 @@ def _run_first(
     options: Options,
 ) -> None:
     """Launches by Triton, which compiles the kernel, and keeps what it has compiled."""
+    for name, argument in zip(kernel.arg_names, parameters, strict=False):
+        if type(argument) is int and name not in kernel.do_not_specialize:
+            # Triton would make a binary for some of its values, which the key does not tell apart.
+            raise TypeError(f"{kernel.__name__}: expected the integer {name} among those that are do_not_specialize")
     if key is None:
         kernel[grid](*parameters, *constants, **dict(_named(options)))
         return
