@@ -356,6 +356,24 @@ def test_low_precision_is_stored_rounded_and_computed_in_float32(dtype):
     assert (y.double() - exact).norm() <= 2 * (theirs - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convolutions_multiply_what_is_rounded_to_the_dtype_of_the_maps(dtype):
+    x = torch.randn(N, 64, H, W).to(dtype)
+    weight, taps = torch.randn(32, 64, 1, 1), torch.randn(64, 1, 3, 3)
+    prologue = Prologue(torch.rand(64) + 0.5, torch.randn(64), "silu", torch.rand(N, 64))
+    u = reference.merge(x, prologue, None, None).float()
+    y, _ = reference.pointwise_conv(x, weight, None, prologue, Epilogue(), "none")
+    assert torch.equal(y, F.conv2d(u, weight.to(dtype).float()).to(dtype))
+    z, _ = reference.depthwise_conv(x, taps, 1, (1, 1, 1, 1), prologue, Epilogue(), "none")
+    assert torch.equal(z, F.conv2d(u, taps.to(dtype).float(), padding=1, groups=64).to(dtype))
+    dy = torch.randn_like(y)
+    _, _, dweight = reference.pointwise_conv_backward(
+        OutputGradient(dy), weight, x, prologue, None, None, False, False, True
+    )
+    assert_close(dweight[:, :, 0, 0], torch.einsum("nkhw,nchw->kc", dy.float(), u))
+    assert dweight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("size", [(7, 7), (8, 8), (9, 6), (1, 5), (16, 33)])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
