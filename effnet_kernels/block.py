@@ -234,6 +234,7 @@ def backward(
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """The gradient of ``x`` and those of each layer's :class:`Parameters`, where they are needed.
 
+    ``docs/design.md`` derives it: BatchNorm's two sums and three coefficients, and squeeze-and-excitation's five sums.
     Gradients and saved tensors may come in other strides than they left in: hooks on saved tensors change them.
     """
     given, parameters = parameters, _readable(chain, parameters)
