@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from effnet_kernels.deferred import Activation, Gate, Padding
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle, squeeze_layer_obstacle
 from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle, patched_method
+from effnet_kernels.modules.snapshot import original_of
 from effnet_kernels.modules.stochastic_depth import draw_factors
 
 Entry = TypeVar("Entry")
@@ -32,7 +33,7 @@ def reader_of(kind: type) -> Reader | None:
 
 def is_block(kind: type) -> bool:
     """Whether a class is a block of another package's networks, and not a single layer such as their stem."""
-    found = look_up(getattr(kind, "original", kind), _READERS)
+    found = look_up(original_of(kind), _READERS)
     return found is not None and found not in (_read_pair, _read_torchvision_layer)
 
 

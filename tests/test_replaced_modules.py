@@ -15,7 +15,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import effnet_kernels as ek
 from effnet_kernels import dispatch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),
+]
 
 AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
 X = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
@@ -155,7 +158,33 @@ def compiled(module: nn.Module) -> None:
     module._compiled_call_impl = lambda input: call(input) * 1.5
 
 
-CHANGES = (hook, hook_with_arguments, pre_hook, instance_forward, subclass, compiled)
+def scripted(module: nn.Module) -> None:
+    """A child that answers no questions about its class."""
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.SiLU)]
+    for name in names:
+        module.set_submodule(name, torch.jit.script(nn.SiLU()))
+
+
+def traced(module: nn.Module) -> None:
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.SiLU):
+            module.set_submodule(name, torch.jit.trace(child, torch.ones(1, dtype=torch.float64)))
+
+
+class WithAName(nn.SiLU):
+    """A class of the user's with an attribute that has a meaning elsewhere in this package."""
+
+    original = "SiLU"
+    scripted = method = pairs = property(lambda self: 1 / 0)
+
+
+def with_a_name(module: nn.Module) -> None:
+    for child in module.modules():
+        if type(child) is nn.SiLU:
+            child.__class__ = WithAName
+
+
+CHANGES = (scripted, traced, with_a_name, hook, hook_with_arguments, pre_hook, instance_forward, subclass, compiled)
 PLACES = ["features", "features.0", "features.2", "features.3.1", "features.4", "avgpool", "classifier"]
 
 

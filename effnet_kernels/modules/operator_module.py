@@ -1,7 +1,6 @@
 """Modules with two ways to compute: their inner modules as torch has them, or this package's operators."""
 
 from collections.abc import Callable, Hashable, Iterable
-from types import FunctionType
 from typing import TypeVar, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from effnet_kernels import cpu, dispatch
 from effnet_kernels.deferred import Activation, Gate
 from effnet_kernels.dispatch import Backend
-from effnet_kernels.modules.snapshot import Snapshots, forward_methods, original_of
+from effnet_kernels.modules.snapshot import Snapshots, forward_methods, original_of, static_method
 from effnet_kernels.primitives import PrimitivesBackend
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {
@@ -142,10 +141,13 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
 def patched_method(kind: type[nn.Module]) -> str | None:
     """A method that a class's forward consists of and that was defined in another module than its class, or None."""
     kind = original_of(kind)
-    for name in forward_methods(kind):
-        method, owner = getattr(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
+    names = forward_methods(kind)
+    if not names:
+        return "forward"
+    for name in names:
+        method, owner = static_method(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
         # Not method.__module__, which functools.wraps copies from what it wraps.
-        if not isinstance(method, FunctionType) or method.__globals__.get("__name__") != owner.__module__:
+        if method is None or method.__globals__.get("__name__") != owner.__module__:
             return name
     return None
 

@@ -18,16 +18,27 @@ Finding = TypeVar("Finding")
 
 def original_of(kind: type[nn.Module]) -> type[nn.Module]:
     """The class itself, or the one that an accelerated class was made of."""
-    return getattr(kind, "original", kind)
+    original = kind.__dict__.get("original")
+    return original if isinstance(original, type) and issubclass(kind, original) else kind
 
 
 def forward_methods(kind: type[nn.Module]) -> list[str]:
-    """The names of a class's ``forward`` and of the methods of the class that it calls."""
+    """The names of a class's ``forward`` and of the methods of the class that it calls, where these are functions."""
+    # Not by getattr, which TorchScript's classes do not answer.
+    forward = static_method(kind, "forward")
+    if forward is None:
+        return []
+    return ["forward", *(name for name in forward.__code__.co_names if static_method(kind, name) is not None)]
+
+
+def static_method(kind: type[nn.Module], name: str) -> FunctionType | None:
+    """The function that a class has, or inherits from one below ``nn.Module``, under a name."""
     kind = original_of(kind)
-    code = getattr(kind.forward, "__code__", None)
-    called = () if code is None else code.co_names
-    owners = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    return ["forward", *(n for n in called if any(isinstance(base.__dict__.get(n), FunctionType) for base in owners))]
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if name in base.__dict__:
+            found = base.__dict__[name]
+            return found if isinstance(found, FunctionType) else None
+    return None
 
 
 class Snapshot(Generic[Finding]):
@@ -45,7 +56,9 @@ class Snapshot(Generic[Finding]):
         self.inner = inner
         self.attributes = [module.__dict__, *(m.__dict__ for m in inner)]
         self.values = [list(d.values()) for d in self.attributes]
-        self.members = [d[kind] for d in self.attributes for kind in ("_modules", "_parameters", "_buffers") if d[kind]]
+        kinds_of_members = ("_modules", "_parameters", "_buffers")
+        # What torch.jit.trace returns has none of them.
+        self.members = [d[kind] for d in self.attributes for kind in kinds_of_members if d.get(kind)]
         self.tensors = [t for d in self.members for t in d.values()]
         self.hooks = [
             getattr(m, kind)
