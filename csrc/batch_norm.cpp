@@ -36,7 +36,8 @@ void fold_batch_norm(const FoldBatchNorm& call) {
     call.folded[channels + c] = (call.bias != nullptr ? call.bias[c] : 0.0f) - mean[c] * scale;
     call.folded[2 * channels + c] = mean[c];
     call.folded[3 * channels + c] = rstd;
-    if (call.running_mean == nullptr) continue;
+    // As torch has it, an empty batch moves nothing.
+    if (call.running_mean == nullptr || count[c] == 0.0f) continue;
     if (call.skip_nonfinite && !(std::isfinite(mean[c]) && std::isfinite(var))) continue;
     // Not running + momentum * (batch - running), which at a momentum of 1 keeps the rounding errors of what it forgets.
     const float kept = 1.0f - call.momentum;

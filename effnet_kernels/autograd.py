@@ -13,7 +13,7 @@ Backward = Callable[..., Gradients]
 
 
 def first_order(backward: Backward) -> Backward:
-    """Decorates a Function's ``backward(ctx, *grads)``, which computes with kernels.
+    """Decorates a Function's ``backward(ctx, *grads)``, which computes with a backend's primitives.
 
     It raises RuntimeError where a second derivative is asked for. A batch of gradients is computed one by one: that is
     what ``torch.autograd.grad(is_grads_batched=True)``, a vectorized ``torch.autograd.functional.jacobian`` and a
@@ -24,7 +24,7 @@ def first_order(backward: Backward) -> Backward:
     def checked(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "expected create_graph=False: the fused kernels have no second derivative "
+                "expected create_graph=False: a fused block or operator has no second derivative "
                 "(effnet_kernels.use_backend('torch') has)"
             )
         if any(g is not None and _is_batched(g) for g in grads):

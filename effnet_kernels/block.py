@@ -130,9 +130,15 @@ def run(
 
     Raises ValueError where BatchNorm would normalise a single value a channel by itself.
     """
-    x = as_map(x.to(dispatch.autocast_dtype(x) or x.dtype))
-    if profiling.enabled():
-        profiling.record_convolutions(chain, parameters, x.shape)
+    autocast = dispatch.autocast_dtype(x)
+    if autocast is not None and backend == "reference":
+        # The reference is made of torch's own functions, which autocast would cast again.
+        with torch.autocast(x.device.type, enabled=False):
+            return run(backend, chain, x.to(autocast), keep, parameters, buffers)
+    x = as_map(x.to(autocast or x.dtype))
+    if profiling.enabled() and backend != "reference":
+        # A dense convolution is torch's own, or its primitive records it.
+        profiling.record_convolutions(chain, parameters, x.shape, dense=False)
     primitives = primitives_of(backend)
     flat = [tensor for own in parameters for tensor in own]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):

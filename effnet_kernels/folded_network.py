@@ -129,7 +129,7 @@ class FoldedNetwork(nn.Module):
         """Tells torch's profiler the convolutions of images ``x``, where all layers are computed in one call."""
         size: profiling.Size = x.shape
         for chain, first, _ in self._steps:
-            size = profiling.record_convolutions(chain, self._chain_parameters(chain, first), size)
+            size = profiling.record_convolutions(chain, self._chain_parameters(chain, first), size, dense=True)
 
     def _chain_parameters(self, chain: block.Chain, first: int) -> list[block.Parameters]:
         return [self._parameters_of(first + i, layer) for i, layer in enumerate(chain.layers)]

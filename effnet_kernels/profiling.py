@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from effnet_kernels.deferred import Padding
 from effnet_kernels.geometry import output_map, resolve_padding
 
 if TYPE_CHECKING:
@@ -25,27 +26,35 @@ def profiled(name: str) -> contextlib.AbstractContextManager[object]:
     return torch.profiler.record_function(f"effnet_kernels::{name}") if enabled() else contextlib.nullcontext()
 
 
-def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size: Size) -> Size:
+def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size: Size, dense: bool) -> Size:
     """Records the convolutions of a chain that reads a map of ``size`` (N, C, H, W), and returns its output's size.
 
     The profiler counts floating-point operations (``with_flops=True``) for events with the names of torch's operators
     alone. So each convolution is an event ``aten::conv2d`` of no duration; the time is that of the event around them.
+    Dense convolutions are left out unless ``dense``.
     """
     for layer, own in zip(chain.layers, parameters, strict=True):
         samples, channels, height, width = size
+        padding = resolve_padding(layer.padding, (height, width), own.weight.shape[-1], layer.stride)
+        if dense or layer.kind != "dense":
+            groups = channels if layer.kind == "depthwise" else 1
+            record_convolution(size, own.weight, layer.stride, padding, groups)
         outputs, kernel = own.weight.shape[0], own.weight.shape[-1]
-        left, right, top, bottom = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
-        padded = (samples, channels, height + top + bottom, width + left + right)
-        _record(padded, own.weight, layer.stride, channels if layer.kind == "depthwise" else 1)
-        size = (samples, outputs, *output_map(height, width, kernel, layer.stride, layer.padding))
+        size = (samples, outputs, *output_map(height, width, kernel, layer.stride, padding))
         for weight in (own.reduce_weight, own.expand_weight):
             if weight is not None:
-                _record((samples, weight.shape[1], 1, 1), weight, 1, 1)
+                record_convolution((samples, weight.shape[1], 1, 1), weight)
     return (*size[:2], 1, 1) if chain.pool else size
 
 
-def _record(size: Size, weight: Tensor, stride: int, groups: int) -> None:
-    x = torch.empty(size, dtype=weight.dtype, device="meta")
+def record_convolution(
+    size: Size, weight: Tensor, stride: int = 1, padding: Padding = (0, 0, 0, 0), groups: int = 1
+) -> None:
+    """Records a convolution of a map of ``size`` (N, C, H, W); see :func:`record_convolutions`."""
+    samples, channels, height, width = size
+    left, right, top, bottom = padding
+    padded = (samples, channels, height + top + bottom, width + left + right)
+    x = torch.empty(padded, dtype=weight.dtype, device="meta")
     options = [stride, stride], [0, 0], [1, 1], groups
     event = torch.autograd._record_function_with_args_enter("aten::conv2d", x, weight, None, *options)
     torch.autograd._record_function_with_args_exit(event)

@@ -71,7 +71,7 @@ def _move_running_statistics(norm: "Buffers", mean: Tensor, rstd: Tensor, count:
     finite = torch.isfinite(mean) & torch.isfinite(var) if layer.skip_nonfinite else torch.ones_like(mean).bool()
     weight: float | Tensor = 0.0 if layer.momentum is None else layer.momentum
     if layer.momentum is None and norm.num_batches_tracked is not None:
-        weight = 1.0 / norm.num_batches_tracked
+        weight = 1.0 / norm.num_batches_tracked.to(mean.dtype)
     for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
         running.copy_(torch.where(finite, (1.0 - weight) * running + weight * batch, running))
 

@@ -646,7 +646,10 @@ def test_every_way_through_a_network_runs_stem_and_head_on_the_operators(name, t
     assert_gradients_close(model, theirs)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_lite0", "mobilenet_v3_large"])
+# The last has a dense convolution of many channels, which is torch's own.
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "tf_efficientnet_lite0", "mobilenet_v3_large", "efficientnet_v2_b0"]
+)
 @pytest.mark.parametrize("mode", ["inference", "training", "frozen"])
 def test_profilers_count_the_convolutions(name, mode):
     from torch.utils.flop_counter import FlopCounterMode
@@ -655,20 +658,20 @@ def test_profilers_count_the_convolutions(name, mode):
     model = torchvision.mobilenet_v3_large() if name.startswith("mobile") else getattr(ek, name)()
     model, x = randomize(model).train(mode == "training"), torch.randn(2, 3, 50, 40)
     counts = []
-    for backend in ("torch", "cpu"):
+    for backend in ("torch", "cpu", "reference"):
         run = model
-        if backend == "cpu":
+        if backend != "torch":
             run = ek.freeze(model) if mode == "frozen" else ek.accelerate(model)
         with torch.set_grad_enabled(mode == "training"), ek.use_backend(backend):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
                 run(x)
             events = profile.key_averages()
             # The classifier is a matrix product in torch, and a convolution of one pixel in an engine.
-            counts.append(sum(e.flops for e in events if e.key in ("aten::conv2d", "aten::addmm")))
+            counts.append(sum(e.flops for e in events if e.key in ("aten::conv2d", "aten::addmm", "aten::mm")))
             with FlopCounterMode(display=False) as counter:
                 model(x)
             assert counter.get_total_flops() == counts[0] > 0
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] == counts[2]
     found = {e.key for e in events}
     assert "ChainFunction" in found if mode == "training" else any(k.startswith("effnet_kernels::") for k in found)
 

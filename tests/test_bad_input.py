@@ -580,6 +580,10 @@ def test_operators_take_an_empty_batch(reduction):
     y, reduced = pointwise(x, reduction=reduction)
     assert y.shape == ((0, 8) if reduction == "pool" else (0, 8, 5, 6))
     assert reduced is None or reduced.shape == (3, 8)
+    mean, var = torch.zeros(4), torch.ones(4)
+    ops.fold_batch_norm(ops.channel_statistics(x), None, None, mean, var)
+    assert torch.equal(mean, torch.zeros(4))
+    assert torch.equal(var, torch.ones(4))
     assert ops.squeeze(x).shape == (0, 4)
     assert excite(torch.randn(0, 4)).shape == (0, 4)
     assert ops.merge(x, Prologue(VECTOR, VECTOR, "silu"), x, torch.ones(0)).shape == x.shape

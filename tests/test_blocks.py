@@ -97,6 +97,38 @@ def test_cumulative_momentum_and_counts(backend, momentum):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_in_float64(momentum, compiled):
+    block = mbconv(norm_layer=partial(nn.BatchNorm2d, momentum=momentum)).train().double()
+    textbook = copy.deepcopy(block)
+    torch.compiler.reset()
+    layer = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    for _ in range(3):
+        x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+        with ek.use_backend("reference"), torch.no_grad():
+            layer(x)
+        textbook.forward_modules(x)
+    assert_buffers_close(block, textbook, 1e-13)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["residual", "fused", "pointwise convolution"])
+def test_the_reference_under_autocast(name, training):
+    """Autocast casts the input once, and what the reference is made of no more."""
+    block, x = BLOCKS[name]().train(training), torch.randn(2, 8, 9, 7)
+    results = []
+    for backend, enabled in (("reference", True), ("torch", True), ("torch", False)):
+        copied, leaf = copy.deepcopy(block), x.clone().requires_grad_()
+        with ek.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = copied(leaf)
+        y.float().square().sum().backward()
+        results.append([y.float(), leaf.grad, *(p.grad for p in copied.parameters())])
+    for ours, theirs, right in zip(*results, strict=True):
+        error, allowed = ((t - right).norm() / right.norm() for t in (ours, theirs))
+        assert error <= max(2 * allowed, 2 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_running_statistics_of_nonfinite_batches(backend, skip, compiled):

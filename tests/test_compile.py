@@ -152,6 +152,12 @@ OPERATORS = {
     "squeeze_excite": lambda x: ops.squeeze_excite(x, torch.ones(2, 8), None, torch.ones(8, 2), None),
     "merge": lambda x: ops.merge(x, Prologue(VECTOR, VECTOR, "silu"), x, None),
     "channel_statistics": ops.channel_statistics,
+    "fold_batch_norm": lambda x: ops.fold_batch_norm(
+        ops.channel_statistics(x), VECTOR, None, torch.zeros(8), torch.ones(8)
+    )[0],
+    "depthwise_conv_bn_silu": lambda x: ops.depthwise_conv_bn_silu(
+        x, torch.ones(8, 1, 3, 3), VECTOR, VECTOR, torch.zeros(8), torch.ones(8), 1, 1, training=True
+    ),
 }
 
 

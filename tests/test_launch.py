@@ -117,6 +117,16 @@ def test_arguments_are_the_kernels_own() -> None:
             launcher(merge_kernel)((1, 1, 1), **arguments)
 
 
+def test_parameters_do_not_hide_what_a_launcher_needs() -> None:
+    from effnet_kernels.triton.kernels.merge import merge_kernel
+    from effnet_kernels.triton.launch import _OWN_NAMES, launcher
+
+    launch = launcher(merge_kernel)
+    used = {*launch.__code__.co_names, *launch.__code__.co_varnames, *launch.__code__.co_cellvars}
+    attributes = {"dtype", "get_device", "data_ptr", "bit_length"}
+    assert used - set(merge_kernel.arg_names) - attributes <= _OWN_NAMES
+
+
 def test_integers_have_to_be_declared() -> None:
     """Triton makes other binaries for 1 and for multiples of 16, which a cached launch would mix up."""
     from stub_driver import stub_driver

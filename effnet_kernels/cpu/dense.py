@@ -6,7 +6,7 @@ library's convolution wants more channels to be fast.
 
 from torch import Tensor
 
-from effnet_kernels import dense
+from effnet_kernels import dense, profiling
 from effnet_kernels.cpu import batch_norm
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import empty_map, execution, map_address, written
@@ -24,6 +24,8 @@ def dense_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """x [N, C, H, W], weight [K, C, k, k], bias [K] to y [N, K, H', W'], and partial statistics [P, 3, K] of it."""
     if _is_small(weight):
+        if profiling.enabled():
+            profiling.record_convolution(x.shape, weight, stride, padding)
         y, partials = pointwise_conv(
             _patches(x, weight, stride, padding), _matrix(weight), bias, Prologue(), Epilogue(), reduction
         )

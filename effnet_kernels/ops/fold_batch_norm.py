@@ -57,12 +57,13 @@ def fold_batch_norm(
         assert running_mean is not None
         assert running_var is not None
         return scale_and_shift(running_mean, torch.rsqrt(running_var + eps), weight, bias)
-    fits = (
+    backend = dispatch.operator_backend(stats)
+    if backend != "reference" and not (
         fits_kernels(stats, None, None, *vectors)
         and all(v is None or (v.is_contiguous() and not v.is_neg()) for v in vectors)
         and not any_requires_grad(stats, weight, bias)
-    )
-    backend = dispatch.operator_backend(stats) if fits else "reference"
+    ):
+        backend = "reference"
     partials = stats[None] if backend == "reference" else stats.contiguous()[None]
     folded = primitives_of(backend).fold_batch_norm(partials, *vectors, momentum, eps, skip_nonfinite_statistics)
     if backend != "reference" and running_mean is not None and running_var is not None:

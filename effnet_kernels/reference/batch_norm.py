@@ -51,7 +51,7 @@ def fold_batch_norm(
     count, mean, m2 = merge_statistics(partials)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            step = 1.0 / momentum if isinstance(momentum, Tensor) else momentum
+            step = 1.0 / momentum.to(mean.dtype) if isinstance(momentum, Tensor) else momentum
             # As torch.nn.functional.batch_norm has it, an empty batch moves nothing.
             moves = count > 0
             if skip_nonfinite:

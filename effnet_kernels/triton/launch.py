@@ -42,6 +42,11 @@ Key = tuple[Any, ...]
 _TRITONS_FILE = inspect.getfile(JITFunction)
 _recorders: list[list[Launch]] = []
 _timers: list[Timer] = []
+# What the code of a launcher calls its own.
+_OWN_NAMES = {
+    *("grid", "num_warps", "num_stages", "max_registers", "parameters", "constants", "options", "key"),
+    *("kernel", "function", "recorders", "record", "simulated", "timers", "run", "type"),
+}
 # What Triton runs a compiled kernel with, and on which device, by all that tells two binaries apart.
 _handles: dict[Key, tuple[int, Callable[..., None], Any, Any]] = {}
 
@@ -64,6 +69,8 @@ def launcher(kernel: JITFunction) -> Callable[..., None]:
     parameters = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
     if [*parameters, *constants] != kernel.arg_names:
         raise TypeError(f"{kernel.__name__}: expected tl.constexpr parameters behind all others")
+    if _OWN_NAMES.intersection(kernel.arg_names):
+        raise TypeError(f"{kernel.__name__}: expected no parameter named {', '.join(sorted(_OWN_NAMES))}")
     tokens = [_token(name, name in kernel.do_not_specialize) for name in parameters]
     name = f"launch_{kernel.__name__}"
     source = f"""

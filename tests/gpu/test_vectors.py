@@ -51,6 +51,14 @@ def test_fold_with_a_count_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("skip", [True, False])
+def test_fold_of_an_empty_batch(skip: bool) -> None:
+    mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
+    batch_norm.fold_batch_norm(torch.zeros(2, 3, 8, device="cuda"), None, None, mean, var, 0.1, 1e-3, skip)
+    assert not mean.any()
+    assert (var == 1).all()
+
+
+@pytest.mark.parametrize("skip", [True, False])
 def test_fold_of_nonfinite_statistics(skip: bool) -> None:
     """A channel whose statistics are not finite keeps its running ones; the other channels' move."""
     partials = moments(channels_last(3, 8, 5, 7))[None].float()

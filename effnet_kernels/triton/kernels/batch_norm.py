@@ -204,10 +204,11 @@ def fold_batch_norm_kernel(
         old_mean = tl.load(running_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)
         old_var = tl.load(running_var_ptr + channels, mask=inside, other=0.0).to(tl.float32)
         variance = m2 / tl.maximum(count - 1.0, 1.0)
-        written = inside
+        # As torch has it, an empty batch moves nothing.
+        written = inside & (count > 0.0)
         if SKIP_NONFINITE:
             # Only finite values are equal to themselves once they are subtracted from themselves.
-            written = inside & (mean - mean == 0.0) & (variance - variance == 0.0)
+            written = written & (mean - mean == 0.0) & (variance - variance == 0.0)
         # Not old + momentum * (new - old), which at a momentum of 1 keeps the rounding errors of what it forgets.
         tl.store(running_mean_ptr + channels, (1.0 - momentum) * old_mean + momentum * mean, mask=written)
         tl.store(running_var_ptr + channels, (1.0 - momentum) * old_var + momentum * variance, mask=written)
