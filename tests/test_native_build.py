@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_python
-from native_cases import kernel_isas, needs_linux, needs_native
+from native_cases import kernel_isas, needs_linux, needs_native, sanitized_folder
 
 import effnet_kernels
 from effnet_kernels import cpu, ops
@@ -218,15 +218,18 @@ for _ in range(40):
 stop.set()
 for thread in threads:
     thread.join()
-print(ended == [0] * 40)
+print(ended)
 """
 
 
 @needs_native
 @needs_linux
+@pytest.mark.skipif(
+    sanitized_folder is not None, reason="GCC's address sanitizer has locks that a forked child may find taken"
+)
 def test_a_fork_while_other_threads_call_for_the_first_time():
     done = run_python(FORKING, timeout=300)
-    assert done.stdout.strip() == "True", done.stderr
+    assert done.stdout.strip() == str([0] * 40), done.stderr
 
 
 @needs_native
