@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.deferred import Activation, Gate, Padding
 from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle, squeeze_layer_obstacle
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle, patched_method
+from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle, methods_of
 from effnet_kernels.modules.snapshot import original_of
 from effnet_kernels.modules.stochastic_depth import draw_factors
 
@@ -39,7 +39,7 @@ def is_block(kind: type) -> bool:
 
 def _read(reader: Reader, block: nn.Module) -> Parts:
     """The parts of a block, if they are a chain whose tensors fit one another."""
-    patched = patched_method(type(block))
+    patched = methods_of(type(block)).patched
     if patched is not None:
         raise UnknownPart(f"its class had its {patched} replaced")
     parts = reader(block)

@@ -1,7 +1,8 @@
 """Modules with two ways to compute: their inner modules as torch has them, or this package's operators."""
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +115,10 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
             return f"{name} is a {type(module).__name__}, which the operators do not know"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has a hook, which only its own call would fire"
-        for method in ("_call_impl", *forward_methods(type(module))):
+        names, patched = methods_of(type(module))
+        for method in ("_call_impl", *names):
             if method in module.__dict__:
                 return f"{name} had its {method} replaced"
-        patched = patched_method(type(module))
         if patched is not None:
             return f"the class of {name} had its {patched} replaced"
         setting = _unknown_setting(module)
@@ -136,20 +137,41 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
     return None
 
 
+class ForwardMethods(NamedTuple):
+    """The methods that are a class's forward.
+
+    Attributes:
+        names: ``forward``, and the methods of the class that it calls.
+        patched: one that was defined in another module than its class, or that is no function, or None.
+    """
+
+    names: tuple[str, ...]
+    patched: str | None
+
+
+# By class: what was found, and the methods as they were then.
+_methods: WeakKeyDictionary[type, tuple[ForwardMethods, list[object]]] = WeakKeyDictionary()
+
+
 # A tracer cannot follow these questions.
 @dispatch.constant_when_traced
-def patched_method(kind: type[nn.Module]) -> str | None:
-    """A method that a class's forward consists of and that was defined in another module than its class, or None."""
+def methods_of(kind: type[nn.Module]) -> ForwardMethods:
+    """The methods that are the forward of a class, or of the one that an accelerated class was made of."""
     kind = original_of(kind)
+    known = _methods.get(kind)
+    if known is not None and [getattr(kind, name) for name in known[0].names] == known[1]:
+        return known[0]
     names = forward_methods(kind)
-    if not names:
-        return "forward"
-    for name in names:
-        method, owner = static_method(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
-        # Not method.__module__, which functools.wraps copies from what it wraps.
-        if method is None or method.__globals__.get("__name__") != owner.__module__:
-            return name
-    return None
+    patched = next((name for name in names if _is_foreign(kind, name)), None if names else "forward")
+    found = ForwardMethods(tuple(names), patched)
+    _methods[kind] = found, [getattr(kind, name) for name in names]
+    return found
+
+
+def _is_foreign(kind: type[nn.Module], name: str) -> bool:
+    method, owner = static_method(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
+    # Not method.__module__, which functools.wraps copies from what it wraps.
+    return method is None or method.__globals__.get("__name__") != owner.__module__
 
 
 def _unknown_setting(module: nn.Module) -> str | None:
