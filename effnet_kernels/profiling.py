@@ -35,11 +35,11 @@ def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size
     """
     for layer, own in zip(chain.layers, parameters, strict=True):
         samples, channels, height, width = size
-        padding = resolve_padding(layer.padding, (height, width), own.weight.shape[-1], layer.stride)
+        outputs, kernel = own.weight.shape[0], own.weight.shape[-1]
+        padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
         if dense or layer.kind != "dense":
             groups = channels if layer.kind == "depthwise" else 1
             record_convolution(size, own.weight, layer.stride, padding, groups)
-        outputs, kernel = own.weight.shape[0], own.weight.shape[-1]
         size = (samples, outputs, *output_map(height, width, kernel, layer.stride, padding))
         for weight in (own.reduce_weight, own.expand_weight):
             if weight is not None:

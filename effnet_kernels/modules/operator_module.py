@@ -138,7 +138,7 @@ def children_obstacle(children: Iterable[Child]) -> str | None:
 
 
 class ForwardMethods(NamedTuple):
-    """The methods that are a class's forward.
+    """The methods that make up a class's forward.
 
     Attributes:
         names: ``forward``, and the methods of the class that it calls.
@@ -156,7 +156,7 @@ _methods: WeakKeyDictionary[type, tuple[ForwardMethods, list[object]]] = WeakKey
 # A tracer cannot follow these questions.
 @dispatch.constant_when_traced
 def methods_of(kind: type[nn.Module]) -> ForwardMethods:
-    """The methods that are the forward of a class, or of the one that an accelerated class was made of."""
+    """The methods that make up a class's forward; for an accelerated class, those of the class that it was made of."""
     kind = original_of(kind)
     known = _methods.get(kind)
     if known is not None and [getattr(kind, name) for name in known[0].names] == known[1]:

@@ -24,7 +24,7 @@ def original_of(kind: type[nn.Module]) -> type[nn.Module]:
 
 def forward_methods(kind: type[nn.Module]) -> list[str]:
     """The names of a class's ``forward`` and of the methods of the class that it calls, where these are functions."""
-    # Not by getattr, which TorchScript's classes do not answer.
+    # Asking a class of TorchScript's for its forward raises an error, so the classes' dictionaries are read.
     forward = static_method(kind, "forward")
     if forward is None:
         return []
@@ -33,7 +33,6 @@ def forward_methods(kind: type[nn.Module]) -> list[str]:
 
 def static_method(kind: type[nn.Module], name: str) -> FunctionType | None:
     """The function that a class has, or inherits from one below ``nn.Module``, under a name."""
-    kind = original_of(kind)
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         if name in base.__dict__:
             found = base.__dict__[name]

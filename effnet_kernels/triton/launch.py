@@ -42,7 +42,7 @@ Key = tuple[Any, ...]
 _TRITONS_FILE = inspect.getfile(JITFunction)
 _recorders: list[list[Launch]] = []
 _timers: list[Timer] = []
-# What the code of a launcher calls its own.
+# The names that a generated launcher uses itself.
 _OWN_NAMES = {
     *("grid", "num_warps", "num_stages", "max_registers", "parameters", "constants", "options", "key"),
     *("kernel", "function", "recorders", "record", "simulated", "timers", "run", "type"),
@@ -62,8 +62,8 @@ def launcher(kernel: JITFunction) -> Callable[..., None]:
         TypeError: a parameter that is missing, or an argument that the kernel does not have;
         ValueError: a grid over the device's limits, or tensors on different devices.
 
-    It is written anew for each kernel, as Triton's own launchers are: with the names in its signature, Python brings
-    the arguments in the kernel's order for less than what a dictionary of them costs.
+    The function is generated for each kernel, as Triton's own launchers are. The kernel's parameters are named in its
+    signature, so that Python orders the arguments, which is cheaper than a dictionary of keywords.
     """
     constants = [param.name for param in kernel.params if param.is_constexpr]
     parameters = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
