@@ -57,15 +57,14 @@ def test_block_forward(benchmark) -> None:
     from stub_driver import stub_driver
     from torch import nn
 
-    from effnet_kernels import block
+    from effnet_kernels.fusion.forward import forward
     from effnet_kernels.launch_config import H100, use_target
     from effnet_kernels.modules import MBConvConfig
-    from effnet_kernels.modules.chain import plan_chain
     from effnet_kernels.primitives import primitives_of
 
     config = MBConvConfig(6, 3, 1, 16, 16, 1)
     module = config.block(config, 0.0, nn.BatchNorm2d)
-    plan = plan_chain(module.parts())
+    chain = module.chain_spec().chain
     x = torch.randn(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
     with stub_driver(), use_target(H100), torch.no_grad():
-        benchmark(block.forward, primitives_of("triton"), plan.chain, x, None, plan.parameters, plan.buffers)
+        benchmark(forward, primitives_of("triton"), chain, x, None)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import dispatch
-from effnet_kernels.modules.chain import ChainModule, Parts
-from effnet_kernels.modules.operator_module import OperatorModule
-from effnet_kernels.peer_blocks import READER_MODULES, Pair, Reader, UnknownPart, look_up, reader_of
+from effnet_kernels.fusion.inspection import Unsupported
+from effnet_kernels.fusion.lowering import ChainSpec
+from effnet_kernels.modules.fused_module import FusedModule
+from effnet_kernels.peer_blocks import ADAPTER_MODULES, Adapter, Pair, adapter_of, look_up
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +51,7 @@ def accelerate(model: Model) -> Model:
     for network in model.modules():
         if _network_of(type(network)) is not None:
             object.__setattr__(network, "__class__", _accelerated_class(type(network)))
-    if not any(isinstance(module, OperatorModule) for module in model.modules()):
+    if not any(isinstance(module, FusedModule) for module in model.modules()):
         warnings.warn(f"accelerate() found nothing in {type(model).__name__} that it could switch", stacklevel=2)
     return model
 
@@ -65,23 +66,21 @@ def restore(model: Model) -> Model:
 
 def why_left_alone(block: nn.Module) -> str | None:
     """Why a block of a known class cannot run on the operators as it is now, or None; None for other modules too."""
-    reader = reader_of(type(block))
-    return None if reader is None else _unreadable(block, reader)
-
-
-def _unreadable(block: nn.Module, reader: Reader) -> str | None:
+    adapter = adapter_of(type(block))
+    if adapter is None:
+        return None
     try:
-        reader(block)
-    except (UnknownPart, AttributeError) as reason:
+        adapter(block)
+    except Unsupported as reason:
         return str(reason)
     return None
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules of known classes."""
-    if isinstance(module, OperatorModule):
+    if isinstance(module, FusedModule):
         return
-    if reader_of(type(module)) is not None:
+    if adapter_of(type(module)) is not None:
         yield module
         return
     for child in module.children():
@@ -106,11 +105,12 @@ def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-class Accelerated(ChainModule):
+class Accelerated(FusedModule):
     """Mixed into a block's own class: its forward on the operators wherever they can stand for it."""
 
     original: ClassVar[type[nn.Module]]
-    reader: ClassVar[Reader]
+    adapter: ClassVar[Adapter]
+    keeps_memory_format = False
     method: ClassVar[str] = "forward"
     # The original's method, as TorchScript compiles it.
     scripted: ClassVar[Callable[..., Any]]
@@ -122,18 +122,11 @@ class Accelerated(ChainModule):
 
     @_outliving("forward")
     def dispatched(self, input: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        backend = dispatch.choose(self, input).backend
-        if backend == "torch":
-            return self.original.forward(self, input, *arguments, **named)
-        x = input.contiguous(memory_format=torch.channels_last)
-        keep = self.planned_parts().draw(x, *arguments, **named)
-        return self.run_chain(backend, x, keep)
+        fused = self.fused(input, *arguments, **named)
+        return self.original.forward(self, input, *arguments, **named) if fused is None else fused
 
-    def parts(self) -> Parts:
-        return type(self).reader(self)
-
-    def find_obstacle(self) -> str | None:
-        return _unreadable(self, type(self).reader)
+    def chain_spec(self) -> ChainSpec:
+        return type(self).adapter(self)
 
 
 Pairs = tuple[tuple[str, str, str | None], ...]
@@ -248,14 +241,14 @@ def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
     return None if issubclass(kind, AcceleratedNetwork) else look_up(kind, _NETWORKS, _METHODS)
 
 
-_KNOWN_MODULES = READER_MODULES | {name.rpartition(".")[0] for name in _NETWORKS}
+_KNOWN_MODULES = ADAPTER_MODULES | {name.rpartition(".")[0] for name in _NETWORKS}
 _classes: dict[type[nn.Module], Any] = {}
 
 
 def _accelerated_class(original: type[nn.Module]) -> Any:
     """The subclass for modules of a class. It can be imported from this module, under a name without dots."""
     if original not in _classes:
-        reader, network = reader_of(original), _network_of(original)
+        adapter, network = adapter_of(original), _network_of(original)
         mixed_in: Any = Accelerated if network is None else network
         own = getattr(original, mixed_in.method)
         made = type(
@@ -264,9 +257,9 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
             {
                 "original": original,
                 "scripted": _under_the_name("scripted", own),
-                **({} if reader is None else {"reader": staticmethod(reader)}),
+                **({} if adapter is None else {"adapter": staticmethod(adapter)}),
                 # TorchScript knows no variable arguments, and so no block that takes more than its input.
-                **({"forward": Accelerated.dispatched} if reader is not None and _takes_more(own) else {}),
+                **({"forward": Accelerated.dispatched} if adapter is not None and _takes_more(own) else {}),
                 "__module__": __name__,
                 "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
                 "__doc__": original.__doc__,
@@ -302,7 +295,7 @@ def __getattr__(name: str) -> Any:
         for part in qualified.split("."):
             # Not getattr, which could run a module's own __getattr__ or a descriptor.
             found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
-    if not isinstance(found, type) or (reader_of(found) is None and _network_of(found) is None):
+    if not isinstance(found, type) or (adapter_of(found) is None and _network_of(found) is None):
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}: expected the name of an accelerated class"
         )

@@ -1,15 +1,16 @@
 """Which backend computes what, and why.
 
-``torch`` is a module's textbook path (conv2d, batch_norm, silu as torch has them), ``reference`` the primitives in
-plain PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. A module asks :func:`choose` at each call; a
-public operator asks :func:`operator_backend`. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend` forces one.
+``torch`` is a module's eager path (conv2d, batch_norm, silu as torch has them), ``reference`` the primitives in plain
+PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend`
+forces one. A module asks at each call what its input allows (:class:`Call`); a public operator asks
+:func:`operator_backend`.
 """
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,28 +37,8 @@ def constant_when_traced(function: Function) -> Function:
     return function
 
 
-class Decision(NamedTuple):
-    """The backend that runs, and the reason in a few words."""
-
-    backend: Backend
-    reason: str
-
-
 class BackendError(RuntimeError):
     """A backend was forced that cannot run here."""
-
-
-class OperatorModule(Protocol):
-    """A module with two ways to compute: its inner modules as torch has them, or the operators."""
-
-    def obstacle(self) -> str | None:
-        """Why the operators cannot stand for the inner modules (a hook on one of them, an unknown norm), or None."""
-
-    def kernel_obstacle(self, backend: Backend) -> str | None:
-        """Why the kernels of ``backend`` would not help this module, or None."""
-
-    def kernel_reason(self, backend: Backend) -> str:
-        """What the kernels of ``backend`` compute of this module."""
 
 
 def available() -> dict[Backend, str | None]:
@@ -163,15 +144,6 @@ def registered(x: Tensor) -> bool:
     return forced() != "torch"
 
 
-def choose(module: OperatorModule, x: Tensor) -> Decision:
-    """The backend that runs ``module(x)``."""
-    intercepted = interception(x)
-    if intercepted is not None:
-        # Nothing of the module is looked at: a tracer would take the questions into its graph.
-        return Decision("torch", intercepted)
-    return decide(module, Call.of(x))
-
-
 def prefers_channels_last(x: Tensor) -> bool:
     """Whether modules should get ``x`` in channels-last strides: some of them may run on operators."""
     if interception(x) is not None or x.dim() != 4:
@@ -180,27 +152,12 @@ def prefers_channels_last(x: Tensor) -> bool:
     if force is not None:
         return force != "torch"
     call = Call.of(x)
-    return _OBSTACLES[_backend_for(call, None)](call) is None
+    return fallback_reason(backend_for(call, None), call) is None
 
 
-def decide(module: OperatorModule, call: Call) -> Decision:
-    """:func:`choose` from the facts of a call instead of a tensor."""
-    force = forced()
-    if force == "torch":
-        return Decision("torch", "forced")
-    # A global hook fires for each inner module, which only their own calls do.
-    hooked = "a global module hook is registered" if _has_any_global_hook() else None
-    obstacle = call.unusual or hooked or module.obstacle()
-    if obstacle is not None:
-        return Decision("torch", obstacle)
-    backend = _backend_for(call, force)
-    obstacle = _OBSTACLES[backend](call)
-    if obstacle is not None and force == backend:
-        raise BackendError(f"backend {force!r} was forced but cannot run {type(module).__name__}: {obstacle}")
-    obstacle = obstacle or module.kernel_obstacle(backend)
-    if obstacle is not None:
-        return Decision("torch", obstacle)
-    return Decision(backend, module.kernel_reason(backend))
+def global_hook() -> str | None:
+    """Why no module may be left out of a call, or None: a global hook fires for each, which only its own call does."""
+    return "a global module hook is registered" if _has_any_global_hook() else None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -225,24 +182,29 @@ def chain_backend(x: Tensor) -> PrimitivesBackend | None:
     call, force = Call(x.device.type, x.dtype, None), forced()
     if force == "torch":
         return None
-    backend = _backend_for(call, force)
-    return backend if _OBSTACLES[backend](call) is None else None
+    backend = backend_for(call, force)
+    return backend if fallback_reason(backend, call) is None else None
 
 
-def _backend_for(call: Call, force: Backend | None) -> PrimitivesBackend:
+def backend_for(call: Call, force: Backend | None) -> PrimitivesBackend:
     """The backend whose primitives a call would run on: the one that is forced, or that of the input's device."""
     if force in ("reference", "cpu", "triton"):
         return force
     return "triton" if call.on_gpu() else "cpu"
 
 
-def _reference_obstacle(call: Call) -> str | None:
+def fallback_reason(backend: PrimitivesBackend, call: Call) -> str | None:
+    """Why a backend's primitives cannot compute a call, or None."""
+    return _FALLBACK_REASONS[backend](call)
+
+
+def _reference_fallback_reason(call: Call) -> str | None:
     if call.unusual is None and not call.dtype.is_floating_point:
         return f"the reference computes in floating point, not {str(call.dtype).removeprefix('torch.')}"
     return call.unusual
 
 
-def _triton_obstacle(call: Call) -> str | None:
+def _triton_fallback_reason(call: Call) -> str | None:
     if call.unusual is not None:
         return call.unusual
     if not call.on_gpu():
@@ -254,7 +216,7 @@ def _triton_obstacle(call: Call) -> str | None:
     return _missing("triton")
 
 
-def _cpu_obstacle(call: Call) -> str | None:
+def _cpu_fallback_reason(call: Call) -> str | None:
     if call.unusual is not None:
         return call.unusual
     if call.device != "cpu":
@@ -267,10 +229,10 @@ def _cpu_obstacle(call: Call) -> str | None:
     return None if reason is None else f"the native extension is missing: {reason.splitlines()[0]}"
 
 
-_OBSTACLES: dict[PrimitivesBackend, Callable[[Call], str | None]] = {
-    "reference": _reference_obstacle,
-    "cpu": _cpu_obstacle,
-    "triton": _triton_obstacle,
+_FALLBACK_REASONS: dict[PrimitivesBackend, Callable[[Call], str | None]] = {
+    "reference": _reference_fallback_reason,
+    "cpu": _cpu_fallback_reason,
+    "triton": _triton_fallback_reason,
 }
 
 

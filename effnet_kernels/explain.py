@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
 from effnet_kernels.acceleration import AcceleratedNetwork, why_left_alone
 from effnet_kernels.dispatch import Backend, Call
-from effnet_kernels.modules.operator_module import OperatorModule
-from effnet_kernels.peer_blocks import reader_of
+from effnet_kernels.modules.fused_module import FusedModule, description
+from effnet_kernels.peer_blocks import adapter_of
 
 
 class Row(NamedTuple):
@@ -51,14 +50,16 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     rows = Explanation()
     call = _call(model) if x is None else Call.of(x)
     for name, layer in _layers(model, ""):
-        if isinstance(layer, OperatorModule):
-            decision = dispatch.decide(layer, call)
-        elif reader_of(type(layer)) is not None:
-            obstacle = why_left_alone(layer)
-            decision = dispatch.Decision("torch", f"left alone: {obstacle}" if obstacle else "not accelerated")
+        row: tuple[Backend, str]
+        if isinstance(layer, FusedModule):
+            decision = layer.decide(call)
+            row = decision.backend, description(decision)
+        elif adapter_of(type(layer)) is not None:
+            left_alone = why_left_alone(layer)
+            row = "torch", f"left alone: {left_alone}" if left_alone else "not accelerated"
         else:
-            decision = dispatch.Decision("torch", "not a layer of this package")
-        rows.append(Row(name or "(model)", type(layer).__name__, *decision))
+            row = "torch", "not a layer of this package"
+        rows.append(Row(name or "(model)", type(layer).__name__, *row))
     return rows
 
 
@@ -75,7 +76,7 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         pairs = {names[0]: module.pair(index) for index, names in enumerate(module.pairs)}
         hidden = {name for names in module.pairs for name in names[1:]}
         children = [(child, pairs.get(child, inner)) for child, inner in children if child not in hidden]
-    if isinstance(module, OperatorModule) or reader_of(type(module)) is not None or not children:
+    if isinstance(module, FusedModule) or adapter_of(type(module)) is not None or not children:
         yield name, module
         return
     for child_name, child in children:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from effnet_kernels import cpu
 from effnet_kernels.batch_norm import scale_and_shift
 from effnet_kernels.dispatch import BackendError
-from effnet_kernels.folded import Excitation, Layer
 from effnet_kernels.frozen import FrozenEfficientNet
+from effnet_kernels.fusion.inspection import is_plain
+from effnet_kernels.fusion.spec import Chain, Excitation, Layer
 from effnet_kernels.models.features import FeatureInfo
-from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts
-from effnet_kernels.modules.operator_module import children_obstacle
 from effnet_kernels.peer_blocks import name_of, unwrapped
 from effnet_kernels.peer_networks import Network, read_network
 from effnet_kernels.verification import (
@@ -81,8 +80,7 @@ def freeze(
 class Folded(NamedTuple):
     """What an engine is made of; see :class:`FrozenEfficientNet`."""
 
-    layers: list[Layer]
-    blocks: list[tuple[int, int]]
+    chains: list[Chain]
     outputs: list[int]
     tail: nn.Module | None
     features_only: bool
@@ -90,47 +88,38 @@ class Folded(NamedTuple):
 
 
 def _fold(network: Network, features: bool) -> Folded:
-    layers: list[Layer] = []
-    blocks: list[tuple[int, int]] = []
+    chains: list[Chain] = []
     ends, strides = [], []
     for stage in ([network.stem], *network.stages):
-        before = len(layers)
-        for name, parts in stage:
-            _append(layers, blocks, name, parts)
-        ends.append(len(layers))
-        strides.append(math.prod(layer.stride for layer in layers[before:]))
+        before = len(chains)
+        chains += [_fold_chain(name, chain) for name, chain in stage]
+        ends.append(len(chains) - 1)
+        strides.append(math.prod(layer.stride for chain in chains[before:] for layer in chain.layers))
     maps = network.maps
     if maps is None and features:
-        maps = FeatureInfo.of_layers([layers[end - 1].weight.shape[0] for end in ends], strides, None).layers()
+        maps = FeatureInfo.of_layers([chains[end].layers[-1].out_channels for end in ends], strides, None).layers()
     if maps is not None:
-        return Folded(layers, blocks, [ends[i] for i in maps], None, True, network.image_first)
+        return Folded(chains, [ends[i] for i in maps], None, True, network.image_first)
     assert network.tail is not None
     if network.head is not None:
-        _append(layers, blocks, *network.head)
+        chains.append(_fold_chain(*network.head))
     tail = list(_flattened(network.tail))
-    last = layers[-1]
-    can_pool = last.weight.shape[-1] == 1 and last.stride == 1 and not last.depthwise and last.residual < 0
+    can_pool = chains[-1].layers[-1].kind == "pointwise" and not chains[-1].residual
     pooled = _after_pooling(tail) if can_pool else None
     if pooled is not None:
-        layers[-1] = last._replace(pool=True)
-        tail = [(name, module) for name, module in pooled if not _is_plain(module, nn.Dropout, nn.Identity)]
-        if len(tail) == 1 and _is_plain(tail[0][1], nn.Linear):
+        chains[-1] = chains[-1]._replace(pool=True)
+        tail = [(name, module) for name, module in pooled if not is_plain(module, nn.Dropout, nn.Identity)]
+        if len(tail) == 1 and is_plain(tail[0][1], nn.Linear):
             linear: Any = tail.pop()[1]
             bias = torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
-            blocks.append((len(layers), len(layers) + 1))
-            layers.append(Layer(linear.weight[:, :, None, None], bias))
-    return Folded(layers, blocks, [len(layers)], _copied(tail) if tail else None, False)
-
-
-def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is exactly of one of these classes, and does nothing but their forward."""
-    return children_obstacle([("it", module, kinds)]) is None
+            chains.append(Chain((Layer("pointwise", linear.weight[:, :, None, None], bias),)))
+    return Folded(chains, [len(chains) - 1], _copied(tail) if tail else None, False)
 
 
 def _flattened(modules: Mapping[str, nn.Module], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules in the order of their calls, with those of a plain sequence in its place."""
     for name, module in modules.items():
-        if _is_plain(module, nn.Sequential):
+        if is_plain(module, nn.Sequential):
             children = {key: child for key, child in module._modules.items() if child is not None}
             yield from _flattened(children, f"{prefix}{name}.")
         else:
@@ -145,7 +134,7 @@ def _after_pooling(tail: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Modu
     flattens = _flattens(pool)
     if flattens:
         return rest
-    if flattens is False and rest and _is_plain(rest[0][1], nn.Flatten):
+    if flattens is False and rest and is_plain(rest[0][1], nn.Flatten):
         flatten: Any = rest[0][1]
         return rest[1:] if (flatten.start_dim, flatten.end_dim) == (1, -1) else None
     return None
@@ -153,20 +142,20 @@ def _after_pooling(tail: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Modu
 
 def _flattens(pool: nn.Module) -> bool | None:
     """Whether a mean over all pixels comes as [N, C], not as [N, C, 1, 1]; None for another module."""
-    if _is_plain(pool, nn.AdaptiveAvgPool2d):
+    if is_plain(pool, nn.AdaptiveAvgPool2d):
         return False
     inner: Any = pool._modules.get("pool")
     if name_of(type(pool)) != "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d" or inner is None:
         return None
     fast = name_of(type(inner)) == "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool"
-    if not _is_plain(pool, type(pool)) or not _is_plain(inner, type(inner) if fast else nn.AdaptiveAvgPool2d):
+    if not is_plain(pool, type(pool)) or not is_plain(inner, type(inner) if fast else nn.AdaptiveAvgPool2d):
         return None
     if fast and tuple(inner.dim) != (2, 3):
         return None
     behind = pool._modules["flatten"]
     if fast and inner.flatten:
-        return True if _is_plain(behind, nn.Identity) else None
-    return True if _is_plain(behind, nn.Flatten) else False if _is_plain(behind, nn.Identity) else None
+        return True if is_plain(behind, nn.Identity) else None
+    return True if is_plain(behind, nn.Flatten) else False if is_plain(behind, nn.Identity) else None
 
 
 def _copied(tail: list[tuple[str, nn.Module]]) -> nn.Module:
@@ -182,12 +171,12 @@ def _verify(
     # Each gets what the one before it makes, beginning with the stem.
     behind = [network.head[0]] if network.head is not None else list(network.tail or ())[:1]
     observed = Observed(model, [*blocks, *behind])
-    channels = network.stem[1].layers[0].conv.in_channels
+    channels = network.stem[1].layers[0].in_channels
     x, theirs, maps = observed.run_random(channels) if images is None else observed.run(images)
     if len(maps) != len(blocks) + len(behind):
         raise ValueError(f"expected the model to call its {len(blocks)} blocks once each, got {len(maps)} calls")
     if engine.features_only and network.maps is None:
-        theirs = [y for y, (_, end) in zip(maps, folded.blocks, strict=True) if end in folded.outputs]
+        theirs = [maps[index] for index in folded.outputs]
     x = x.to(engine.folded.weight.device, torch.float32)
     with undisturbed(x.device):
         ours = tensors_of(engine(x))
@@ -204,7 +193,7 @@ def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_g
     """The engine's dtype, if what it reads of the model is where it can run."""
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     names = {id(t): name for name, t in named}
-    read = [t for _, parts in _all_parts(network) for t in parts.tensors()]
+    read = [t for chain in _chains(network) for t in chain.tensors()]
     first = read[0]
     dtype = first.dtype if dtype is None else dtype
     on_gpu = first.device.type == "cuda"
@@ -223,51 +212,39 @@ def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_g
     return dtype
 
 
-def _all_parts(network: Network) -> Iterator[tuple[str, Parts]]:
-    yield network.stem
-    for stage in network.stages:
-        yield from stage
-    if network.head is not None:
-        yield network.head
+def _chains(network: Network) -> Iterator[Chain]:
+    for named in ([network.stem], *network.stages, [] if network.head is None else [network.head]):
+        yield from (chain for _, chain in named)
 
 
-def _append(layers: list[Layer], blocks: list[tuple[int, int]], name: str, parts: Parts) -> None:
-    """Appends a block and its layers."""
-    before = len(layers)
-    for index, part in enumerate(parts.layers):
-        layer = _layer(name, part)
-        if parts.excitation is not None and index == len(parts.layers) - 2:
-            layer = layer._replace(excitation=_excitation(parts.excitation))
-        layers.append(layer)
-    if parts.residual:
-        layers[-1] = layers[-1]._replace(residual=before)
-    blocks.append((before, len(layers)))
+def _fold_chain(name: str, chain: Chain) -> Chain:
+    return chain._replace(layers=tuple(_fold_layer(name, layer) for layer in chain.layers))
 
 
-def _layer(name: str, part: ConvNorm) -> Layer:
-    """The convolution with its BatchNorm folded in, in float64."""
-    conv, norm = part.conv, part.norm
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"{name}: expected a BatchNorm with running statistics, got {norm}")
-    depthwise = part.kind() == "depthwise"
-    if not depthwise and conv.groups != 1:
-        raise ValueError(f"{name}: expected a dense or a depthwise convolution, got {conv}")
+def _fold_layer(name: str, layer: Layer) -> Layer:
+    """The layer with its BatchNorm folded into weight and bias, in float64, as it normalises in eval mode."""
+    norm = layer.norm
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"{name}: expected a BatchNorm with running statistics, got one without")
     mean, rstd = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
     scale, shift = scale_and_shift(mean, rstd, norm.weight, norm.bias)
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    padding = part.padding
-    return Layer(
-        (conv.weight.double() * scale[:, None, None, None]).detach().float(),
-        shift.detach().float(),
-        depthwise,
-        conv.stride[0],
-        (padding, padding, padding, padding) if isinstance(padding, int) else padding,
-        part.act,
+    if layer.bias is not None:
+        shift = shift + layer.bias.double() * scale
+    return layer._replace(
+        weight=(layer.weight.double() * scale[:, None, None, None]).detach().float(),
+        bias=shift.detach().float(),
+        norm=None,
+        excitation=None if layer.excitation is None else _with_biases(layer.excitation),
     )
 
 
-def _excitation(layers: ExcitationLayers) -> Excitation:
-    fc1, fc2, act, gate = layers
-    biases = [fc.weight.new_zeros(fc.out_channels) if fc.bias is None else fc.bias for fc in (fc1, fc2)]
-    return Excitation(fc1.weight.flatten(1), biases[0], fc2.weight.flatten(1), biases[1], act, gate)
+def _with_biases(excitation: Excitation) -> Excitation:
+    w1, b1, w2, b2, act, gate = excitation
+    return Excitation(
+        w1,
+        w1.new_zeros(w1.shape[0]) if b1 is None else b1,
+        w2,
+        w2.new_zeros(w2.shape[0]) if b2 is None else b2,
+        act,
+        gate,
+    )

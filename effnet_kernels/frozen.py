@@ -10,10 +10,10 @@ from effnet_kernels import cpu, dispatch, profiling
 from effnet_kernels.cpu.network import Network, StepProfile
 from effnet_kernels.cuda_graphs import GraphCache
 from effnet_kernels.dispatch import BackendError
-from effnet_kernels.folded import Layer
 from effnet_kernels.folded_network import FoldedNetwork
+from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.models.features import check_images
-from effnet_kernels.modules.operator_module import memory_format
+from effnet_kernels.modules.fused_module import memory_format
 
 
 class ProfileRow(NamedTuple):
@@ -57,8 +57,8 @@ class FrozenEfficientNet(nn.Module):
     Changes of a buffer in place are not seen on the CPU, where weights are packed once.
 
     Args:
-        layers, blocks, outputs: see :class:`FoldedNetwork`.
-        tail: what torch computes of the output, pooled where a layer pools; or None.
+        chains, outputs: see :class:`FoldedNetwork`.
+        tail: what torch computes of the output, pooled where a chain pools; or None.
         features_only: whether the outputs are maps.
         image_first: whether the image is returned before the maps.
         dtype: of weights, images and outputs.
@@ -75,8 +75,7 @@ class FrozenEfficientNet(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        blocks: Sequence[tuple[int, int]],
+        chains: Sequence[Chain],
         outputs: Sequence[int],
         tail: nn.Module | None,
         features_only: bool,
@@ -85,9 +84,9 @@ class FrozenEfficientNet(nn.Module):
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
-        self.folded = FoldedNetwork(layers, blocks, outputs, dtype)
+        self.folded = FoldedNetwork(chains, outputs, dtype)
         self.tail = None if tail is None else tail.to(dtype)
-        self.pools = any(layer.pool for layer in layers)
+        self.pools = any(chain.pool for chain in chains)
         self.features_only, self.image_first = features_only, image_first
         self.cuda_graph = cuda_graph
         self._forget()
@@ -140,7 +139,7 @@ class FrozenEfficientNet(nn.Module):
             # Threads that come here at once each pack their own, and the last is kept: a lock that one of them holds
             # while another forks would never be released in the child.
             self._packed = self.folded.generation
-            native = self._native = Network(self.folded.layers(), self.folded.outputs)
+            native = self._native = Network(self.folded.chains(), self.folded.outputs)
         return native
 
     def graphs(self) -> GraphCache:

@@ -11,49 +11,46 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.deferred import Activation, Gate, Padding
-from effnet_kernels.modules.chain import ConvNorm, ExcitationLayers, Parts, convolution_obstacle, squeeze_layer_obstacle
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle, methods_of
-from effnet_kernels.modules.snapshot import original_of
+from effnet_kernels.fusion.cache import original_of
+from effnet_kernels.fusion.inspection import Unsupported, deviation, methods_of, unknown
+from effnet_kernels.fusion.lowering import (
+    ACTIVATIONS_OF,
+    GATES_OF,
+    ChainSpec,
+    check_convolution,
+    lower_chain,
+    lower_excitation,
+    lower_layer,
+)
+from effnet_kernels.fusion.spec import Excitation, Layer
 from effnet_kernels.modules.stochastic_depth import draw_factors
 
 Entry = TypeVar("Entry")
-Reader = Callable[[nn.Module], Parts]
-"""What reads a block; raises :class:`UnknownPart`."""
+Adapter = Callable[[nn.Module], ChainSpec]
+"""What reads a block as a chain; raises :class:`~effnet_kernels.fusion.inspection.Unsupported`."""
 
 
-class UnknownPart(Exception):
-    """A part of a block that the operators do not know."""
-
-
-def reader_of(kind: type) -> Reader | None:
+def adapter_of(kind: type) -> Adapter | None:
     """What reads blocks of a class; None for other modules."""
-    reader = look_up(kind, _READERS)
-    return None if reader is None else partial(_read, reader)
+    adapter = look_up(kind, _ADAPTERS)
+    return None if adapter is None else partial(_read, adapter)
 
 
 def is_block(kind: type) -> bool:
     """Whether a class is a block of another package's networks, and not a single layer such as their stem."""
-    found = look_up(original_of(kind), _READERS)
+    found = look_up(original_of(kind), _ADAPTERS)
     return found is not None and found not in (_read_pair, _read_torchvision_layer)
 
 
-def _read(reader: Reader, block: nn.Module) -> Parts:
-    """The parts of a block, if they are a chain whose tensors fit one another."""
+def _read(adapter: Adapter, block: nn.Module) -> ChainSpec:
+    """What a block computes, where its class's forward is the one that the adapter knows."""
     patched = methods_of(type(block)).patched
     if patched is not None:
-        raise UnknownPart(f"its class had its {patched} replaced")
-    parts = reader(block)
-    if not parts.layers:
-        raise UnknownPart("it has no convolutions")
-    for index, layer in enumerate(parts.layers[1:]):
-        if layer.kind() == "dense":
-            raise UnknownPart(f"convolution {index + 1} is neither a 1x1 nor a depthwise one")
-    if parts.excitation is not None and (len(parts.layers) < 2 or parts.layers[-1].kind() != "pointwise"):
-        raise UnknownPart("squeeze-and-excitation is not followed by a 1x1 convolution")
-    misfit = parts.misfit()
-    if misfit is not None:
-        raise UnknownPart(misfit)
-    return parts
+        raise Unsupported(f"its class had its {patched} replaced")
+    try:
+        return adapter(block)
+    except AttributeError as missing:
+        raise Unsupported(str(missing)) from missing
 
 
 def look_up(kind: type, table: Mapping[str, Entry], methods: Collection[str] = ("forward",)) -> Entry | None:
@@ -87,16 +84,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _child(block: nn.Module, path: str) -> nn.Module:
-    """An inner module that does nothing but its forward."""
+    """An inner module that computes what its class says."""
     module = block.get_submodule(path)
-    obstacle = children_obstacle([(path, module, (type(module),))])
-    if obstacle is not None:
-        raise UnknownPart(obstacle)
+    reason = deviation(path, module)
+    if reason is not None:
+        raise Unsupported(reason)
     return module
-
-
-def _unknown(path: str, module: nn.Module) -> UnknownPart:
-    return UnknownPart(f"{path} is a {type(module).__name__}, which the operators do not know")
 
 
 def _is_identity(block: nn.Module, path: str) -> bool:
@@ -112,26 +105,24 @@ def _convolution(block: nn.Module, path: str) -> tuple[nn.Conv2d, int | Padding 
     elif name in _STATIC_PADDING:
         pad = _child(conv, "static_padding")
         if type(pad) not in (nn.Identity, nn.ZeroPad2d):
-            raise _unknown(f"{path}.static_padding", pad)
+            raise unknown(f"{path}.static_padding", pad)
         padding = cast(Padding, tuple(pad.padding)) if isinstance(pad, nn.ZeroPad2d) else 0
     elif name not in _SAME_PADDING:
-        raise _unknown(path, conv)
+        raise unknown(path, conv)
     conv = cast(nn.Conv2d, conv)
     if type(conv) is not nn.Conv2d and tuple(conv.padding) != (0, 0):
-        raise UnknownPart(f"{path} pads by {conv.padding} beside the padding of its class")
+        raise Unsupported(f"{path} pads by {conv.padding} beside the padding of its class")
     if conv._parameters.get("weight") is None:
-        raise UnknownPart(f"{path} has no weight of its own, as where parameters are sharded")
-    obstacle = convolution_obstacle(path, conv)
-    if obstacle is not None:
-        raise UnknownPart(obstacle)
+        raise Unsupported(f"{path} has no weight of its own, as where parameters are sharded")
+    check_convolution(path, conv)
     return conv, padding
 
 
 def _activation(block: nn.Module, path: str) -> Activation:
     module = _child(block, path)
-    act = ACTIVATION_NAMES.get(type(module)) or _ACTIVATIONS.get(name_of(type(module)))
+    act = ACTIVATIONS_OF.get(type(module)) or _ACTIVATIONS.get(name_of(type(module)))
     if act is None:
-        raise _unknown(path, module)
+        raise unknown(path, module)
     return act
 
 
@@ -141,32 +132,45 @@ def _norm(block: nn.Module, path: str) -> tuple[nn.BatchNorm2d, Activation]:
     if type(norm) is nn.BatchNorm2d:
         return norm, "none"
     if name_of(type(norm)) != "timm.layers.norm_act.BatchNormAct2d":
-        raise _unknown(path, norm)
+        raise unknown(path, norm)
     if not _is_identity(norm, "drop"):
-        raise _unknown(f"{path}.drop", norm.get_submodule("drop"))
+        raise unknown(f"{path}.drop", norm.get_submodule("drop"))
     return cast(nn.BatchNorm2d, norm), _activation(norm, "act")
 
 
-def _layer(block: nn.Module, conv: str, norm: str, act: Activation | None = None) -> ConvNorm:
+def _layer(block: nn.Module, conv: str, norm: str, act: Activation | None = None) -> Layer:
     convolution, padding = _convolution(block, conv)
     batch_norm, own = _norm(block, norm)
     if act is not None and own != "none":
-        raise UnknownPart(f"{norm} has an activation of its own, and another follows")
-    return ConvNorm(convolution, batch_norm, own if act is None else act, padding)
+        raise Unsupported(f"{norm} has an activation of its own, and another follows")
+    return lower_layer(conv, convolution, batch_norm, own if act is None else act, padding)
 
 
-def _excitation(block: nn.Module, fc1: str, act: str, fc2: str, gate: str | None) -> ExcitationLayers:
+def _excitation(block: nn.Module, prefix: str, fc1: str, act: str, fc2: str, gate: str | None) -> Excitation:
     """Squeeze-and-excitation; without the name of a gate the block calls the sigmoid itself."""
-    first, second = _convolution(block, fc1)[0], _convolution(block, fc2)[0]
-    for path, conv in ((fc1, first), (fc2, second)):
-        obstacle = squeeze_layer_obstacle(path, conv)
-        if obstacle is not None:
-            raise UnknownPart(obstacle)
-    module = None if gate is None else _child(block, gate)
-    kind = "sigmoid" if module is None else GATE_NAMES.get(type(module)) or _GATES.get(name_of(type(module)))
-    if kind is None:
-        raise _unknown(cast(str, gate), cast(nn.Module, module))
-    return ExcitationLayers(first, second, _activation(block, act), kind)
+    names = f"{prefix}{fc1}", f"{prefix}{fc2}"
+    convs = [_convolution(block, name)[0] for name in names]
+    kind: Gate | None = "sigmoid"
+    if gate is not None:
+        module = _child(block, f"{prefix}{gate}")
+        kind = GATES_OF.get(type(module)) or _GATES.get(name_of(type(module)))
+        if kind is None:
+            raise unknown(f"{prefix}{gate}", module)
+    return lower_excitation(names, convs[0], convs[1], _activation(block, f"{prefix}{act}"), kind or "sigmoid")
+
+
+def _chain(
+    layers: list[Layer],
+    excitation: Excitation | None = None,
+    residual: object = False,
+    drop_path: Callable[..., Tensor | None] | None = None,
+) -> ChainSpec:
+    """Layers, with squeeze-and-excitation before the last of them."""
+    if excitation is not None:
+        if len(layers) < 2:
+            raise Unsupported("squeeze-and-excitation is not followed by a 1x1 convolution")
+        layers[-2] = layers[-2]._replace(excitation=excitation)
+    return ChainSpec(lower_chain(layers, bool(residual)), drop_path)
 
 
 class Pair(nn.Module):
@@ -181,26 +185,26 @@ class Pair(nn.Module):
         return y if self.act is None else self.act(y)
 
 
-def _read_pair(pair: nn.Module) -> Parts:
-    return Parts((_layer(pair, "conv", "norm", None if pair.act is None else _activation(pair, "act")),))
+def _read_pair(pair: nn.Module) -> ChainSpec:
+    return _chain([_layer(pair, "conv", "norm", None if pair.act is None else _activation(pair, "act"))])
 
 
 # torchvision
 
 
-def _torchvision_layer(block: nn.Module, prefix: str = "") -> ConvNorm:
+def _torchvision_layer(block: nn.Module, prefix: str = "") -> Layer:
     """Conv2dNormActivation: a sequence of a convolution, a norm and, maybe, an activation."""
     names = list(block.get_submodule(prefix.rstrip("."))._modules)
     if names not in (["0", "1"], ["0", "1", "2"]):
-        raise UnknownPart(f"{prefix or 'it '}has the children {', '.join(names)}")
+        raise Unsupported(f"{prefix or 'it '}has the children {', '.join(names)}")
     return _layer(block, f"{prefix}0", f"{prefix}1", _activation(block, f"{prefix}2") if len(names) == 3 else "none")
 
 
-def _torchvision_layers(block: nn.Module, sequence: str) -> tuple[tuple[ConvNorm, ...], ExcitationLayers | None]:
-    layers: list[ConvNorm] = []
+def _torchvision_layers(block: nn.Module, sequence: str) -> tuple[list[Layer], Excitation | None]:
+    layers: list[Layer] = []
     excitation = None
     if type(_child(block, sequence)) is not nn.Sequential:
-        raise _unknown(sequence, block.get_submodule(sequence))
+        raise unknown(sequence, block.get_submodule(sequence))
     children = list(block.get_submodule(sequence)._modules)
     for index, child in enumerate(children):
         path = f"{sequence}.{child}"
@@ -213,27 +217,27 @@ def _torchvision_layers(block: nn.Module, sequence: str) -> tuple[tuple[ConvNorm
             break
         elif name == "torchvision.ops.misc.SqueezeExcitation" and index == len(children) - 2:
             if type(_child(module, "avgpool")) is not nn.AdaptiveAvgPool2d:
-                raise _unknown(f"{path}.avgpool", module.get_submodule("avgpool"))
-            excitation = _excitation(module, "fc1", "activation", "fc2", "scale_activation")
+                raise unknown(f"{path}.avgpool", module.get_submodule("avgpool"))
+            excitation = _excitation(block, f"{path}.", "fc1", "activation", "fc2", "scale_activation")
         else:
-            raise _unknown(path, module)
-    return tuple(layers), excitation
+            raise unknown(path, module)
+    return layers, excitation
 
 
-def _read_torchvision_layer(block: nn.Module) -> Parts:
-    return Parts((_torchvision_layer(block),))
+def _read_torchvision_layer(block: nn.Module) -> ChainSpec:
+    return _chain([_torchvision_layer(block)])
 
 
-def _read_torchvision(block: nn.Module, sequence: str) -> Parts:
+def _read_torchvision(block: nn.Module, sequence: str) -> ChainSpec:
     """MBConv and FusedMBConv, and the inverted residuals of MobileNetV2 and V3."""
     layers, excitation = _torchvision_layers(block, sequence)
-    keep = None
+    drop_path = None
     if "stochastic_depth" in block._modules:
         drop = _child(block, "stochastic_depth")
         if name_of(type(drop)) != "torchvision.ops.stochastic_depth.StochasticDepth":
-            raise _unknown("stochastic_depth", drop)
-        keep = partial(_stochastic_depth, drop)
-    return Parts(layers, excitation, bool(block.use_res_connect), keep)
+            raise unknown("stochastic_depth", drop)
+        drop_path = partial(_stochastic_depth, drop)
+    return _chain(layers, excitation, block.use_res_connect, drop_path)
 
 
 def _stochastic_depth(drop: Any, x: Tensor) -> Tensor | None:
@@ -245,26 +249,25 @@ def _stochastic_depth(drop: Any, x: Tensor) -> Tensor | None:
 # timm
 
 
-def _read_timm(block: nn.Module, *layers: tuple[str, str]) -> Parts:
+def _read_timm(block: nn.Module, *layers: tuple[str, str]) -> ChainSpec:
     """Convolutions with norms that bring their activation, one after another, with what may be between them."""
     if getattr(block, "conv_s2d", None) is not None:
-        raise UnknownPart("it has a space-to-depth convolution")
+        raise Unsupported("it has a space-to-depth convolution")
     if "aa" in block._modules and not _is_identity(block, "aa"):
-        raise _unknown("aa", block.get_submodule("aa"))
+        raise unknown("aa", block.get_submodule("aa"))
     excitation = None
     if "se" in block._modules and not _is_identity(block, "se"):
         excite = _child(block, "se")
         if name_of(type(excite)) != "timm.models._efficientnet_blocks.SqueezeExcite":
-            raise _unknown("se", excite)
-        excitation = _excitation(excite, "conv_reduce", "act1", "conv_expand", "gate")
-    keep = None
+            raise unknown("se", excite)
+        excitation = _excitation(block, "se.", "conv_reduce", "act1", "conv_expand", "gate")
+    drop_path = None
     if not _is_identity(block, "drop_path"):
         drop = _child(block, "drop_path")
         if name_of(type(drop)) != "timm.layers.drop.DropPath":
-            raise _unknown("drop_path", drop)
-        keep = partial(_drop_path, drop)
-    read = tuple(_layer(block, conv, norm) for conv, norm in layers)
-    return Parts(read, excitation, bool(block.has_skip), keep)
+            raise unknown("drop_path", drop)
+        drop_path = partial(_drop_path, drop)
+    return _chain([_layer(block, *names) for names in layers], excitation, block.has_skip, drop_path)
 
 
 def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
@@ -276,7 +279,7 @@ def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
 # efficientnet_pytorch, and its copy in segmentation_models_pytorch
 
 
-def _read_lukemelas(block: nn.Module) -> Parts:
+def _read_lukemelas(block: nn.Module) -> ChainSpec:
     act = _activation(block, "_swish")
     arguments = getattr(block, "_block_args", None)
     if arguments is not None:
@@ -286,8 +289,8 @@ def _read_lukemelas(block: nn.Module) -> Parts:
         expands, excites, residual = block._has_expansion, block._has_se, block._has_drop_connect
     layers = [_layer(block, "_expand_conv", "_bn0", act)] if expands else []
     layers += [_layer(block, "_depthwise_conv", "_bn1", act), _layer(block, "_project_conv", "_bn2", "none")]
-    excitation = _excitation(block, "_se_reduce", "_swish", "_se_expand", None) if excites else None
-    return Parts(tuple(layers), excitation, bool(residual), partial(_drop_connect, block.training))
+    excitation = _excitation(block, "", "_se_reduce", "_swish", "_se_expand", None) if excites else None
+    return _chain(layers, excitation, residual, partial(_drop_connect, block.training))
 
 
 def _drop_connect(training: bool, x: Tensor, drop_connect_rate: float | None = None) -> Tensor | None:
@@ -314,7 +317,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "efficientnet_pytorch.utils.MemoryEfficientSwish": "silu",
 }
 _TIMM = "timm.models._efficientnet_blocks"
-_READERS: dict[str, Reader] = {
+_ADAPTERS: dict[str, Adapter] = {
     name_of(Pair): _read_pair,
     _TORCHVISION_LAYER: _read_torchvision_layer,
     "torchvision.models.efficientnet.MBConv": partial(_read_torchvision, sequence="block"),
@@ -330,5 +333,5 @@ _READERS: dict[str, Reader] = {
     "efficientnet_pytorch.model.MBConvBlock": _read_lukemelas,
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": _read_lukemelas,
 }
-READER_MODULES = frozenset(name.rpartition(".")[0] for name in _READERS)
+ADAPTER_MODULES = frozenset(name.rpartition(".")[0] for name in _ADAPTERS)
 """Where the known classes are defined."""

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from effnet_kernels.fusion.inspection import Unsupported, deviation
+from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.models.efficientnet import EfficientNet, Features
-from effnet_kernels.modules.chain import ChainModule, Parts
-from effnet_kernels.modules.operator_module import children_obstacle
-from effnet_kernels.peer_blocks import Pair, UnknownPart, name_of, reader_of
+from effnet_kernels.modules.fused_module import FusedModule
+from effnet_kernels.peer_blocks import Pair, adapter_of, name_of
 
 
 class Network(NamedTuple):
@@ -30,9 +31,9 @@ class Network(NamedTuple):
         image_first: whether the image is the first of the maps that it returns.
     """
 
-    stem: tuple[str, Parts]
-    stages: list[list[tuple[str, Parts]]]
-    head: tuple[str, Parts] | None
+    stem: tuple[str, Chain]
+    stages: list[list[tuple[str, Chain]]]
+    head: tuple[str, Chain] | None
     tail: Mapping[str, nn.Module] | None
     maps: list[int] | None
     image_first: bool = False
@@ -62,14 +63,14 @@ def read_network(model: nn.Module) -> Network:
             "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
             f"got {name_of(getattr(type(model), 'original', type(model)))}{hint}"
         )
-    obstacle = _untouched("the model", model)
+    reason = deviation("the model", model)
     replaced = next((method for method in kind.methods if method in model.__dict__), None)
-    if obstacle is None and replaced is not None:
-        obstacle = f"the model had its {replaced} replaced"
-    if obstacle is None and _has_any_global_hook():
-        obstacle = "a global module hook is registered"
-    if obstacle is not None:
-        raise ValueError(obstacle)
+    if reason is None and replaced is not None:
+        reason = f"the model had its {replaced} replaced"
+    if reason is None and _has_any_global_hook():
+        reason = "a global module hook is registered"
+    if reason is not None:
+        raise ValueError(reason)
     return kind.read(model)
 
 
@@ -101,32 +102,23 @@ def _is_known(model: nn.Module) -> bool:
         return False
 
 
-def _untouched(name: str, module: nn.Module) -> str | None:
-    """Why a module does more than its class says (hooks, a replaced forward), or None."""
-    return children_obstacle([(name, module, (type(module),))])
-
-
-def read_block(name: str, module: nn.Module) -> Parts:
-    """The parts of a block; raises ValueError with its name for one that is not known."""
-    reader = reader_of(type(module))
-    obstacle = _untouched("it", module)
-    if obstacle is not None:
-        pass
-    elif isinstance(module, ChainModule):
-        obstacle = module.find_obstacle()
-        if obstacle is None:
-            return module.parts()
-    elif reader is not None:
+def read_block(name: str, module: nn.Module) -> Chain:
+    """A block as a chain; raises ValueError with its name for one that is not known."""
+    adapter = adapter_of(type(module))
+    reason = deviation("it", module)
+    if reason is None:
         try:
-            return reader(module)
-        except UnknownPart as reason:
-            obstacle = str(reason)
-    else:
-        obstacle = f"expected a block of an EfficientNet, got {type(module).__name__}"
-    raise ValueError(f"{name}: {obstacle}")
+            if isinstance(module, FusedModule):
+                return module.chain_spec().chain
+            if adapter is not None:
+                return adapter(module).chain
+            reason = f"expected a block of an EfficientNet, got {type(module).__name__}"
+        except Unsupported as unsupported:
+            reason = str(unsupported)
+    raise ValueError(f"{name}: {reason}")
 
 
-def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, Parts]]:
+def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, Chain]]:
     if type(module) is nn.Sequential:
         for inner, child in _children(name, module):
             yield from _blocks(inner, child)
@@ -136,11 +128,11 @@ def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, Parts]]:
 
 def _children(name: str, sequence: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that a sequence calls, by name; one may be there twice. Raises ValueError where it does more."""
-    obstacle = _untouched(name, sequence)
-    if obstacle is None and type(sequence) not in (nn.Sequential, Features):
-        obstacle = f"{name} is a {type(sequence).__name__}, not a sequence of modules"
-    if obstacle is not None:
-        raise ValueError(obstacle)
+    reason = deviation(name, sequence)
+    if reason is None and type(sequence) not in (nn.Sequential, Features):
+        reason = f"{name} is a {type(sequence).__name__}, not a sequence of modules"
+    if reason is not None:
+        raise ValueError(reason)
     return [(f"{name}.{inner}", child) for inner, child in sequence._modules.items() if child is not None]
 
 

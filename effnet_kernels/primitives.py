@@ -159,3 +159,8 @@ def primitives_of(backend: PrimitivesBackend) -> Primitives:
     from effnet_kernels.reference import primitives as reference
 
     return reference
+
+
+def has_depthwise(backend: PrimitivesBackend, kernel: int, stride: int) -> bool:
+    """Whether a backend has a depthwise convolution of this size and stride."""
+    return backend == "reference" or (kernel in (3, 5, 7) and (stride in (1, 2) or backend == "cpu"))

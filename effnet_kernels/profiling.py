@@ -1,7 +1,6 @@
 """What torch's profiler is told of the kernels: by itself it records torch's own operators alone."""
 
 import contextlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ from effnet_kernels.deferred import Padding
 from effnet_kernels.geometry import output_map, resolve_padding
 
 if TYPE_CHECKING:
-    from effnet_kernels.block import Chain, Parameters
+    from effnet_kernels.fusion.spec import Chain
 
 Size = tuple[int, ...]
 
@@ -26,23 +25,22 @@ def profiled(name: str) -> contextlib.AbstractContextManager[object]:
     return torch.profiler.record_function(f"effnet_kernels::{name}") if enabled() else contextlib.nullcontext()
 
 
-def record_convolutions(chain: "Chain", parameters: Sequence["Parameters"], size: Size, dense: bool) -> Size:
+def record_convolutions(chain: "Chain", size: Size, dense: bool) -> Size:
     """Records the convolutions of a chain that reads a map of ``size`` (N, C, H, W), and returns its output's size.
 
     The profiler counts floating-point operations (``with_flops=True``) for events with the names of torch's operators
     alone. So each convolution is an event ``aten::conv2d`` of no duration; the time is that of the event around them.
     Dense convolutions are left out unless ``dense``.
     """
-    for layer, own in zip(chain.layers, parameters, strict=True):
+    for layer in chain.layers:
         samples, channels, height, width = size
-        outputs, kernel = own.weight.shape[0], own.weight.shape[-1]
-        padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
+        padding = resolve_padding(layer.padding, (height, width), layer.kernel_size, layer.stride)
         if dense or layer.kind != "dense":
             groups = channels if layer.kind == "depthwise" else 1
-            record_convolution(size, own.weight, layer.stride, padding, groups)
-        size = (samples, outputs, *output_map(height, width, kernel, layer.stride, padding))
-        for weight in (own.reduce_weight, own.expand_weight):
-            if weight is not None:
+            record_convolution(size, layer.weight, layer.stride, padding, groups)
+        size = (samples, layer.out_channels, *output_map(height, width, layer.kernel_size, layer.stride, padding))
+        if layer.excitation is not None:
+            for weight in (layer.excitation.reduce_weight, layer.excitation.expand_weight):
                 record_convolution((samples, weight.shape[1], 1, 1), weight)
     return (*size[:2], 1, 1) if chain.pool else size
 

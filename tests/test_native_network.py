@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from effnet_kernels.activation import activate, gate_of
 from effnet_kernels.cpu.network import Network
 from effnet_kernels.deferred import ACTIVATIONS, GATES
-from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.fusion.spec import Chain, Excitation, Layer
 from effnet_kernels.geometry import resolve_padding
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -21,44 +22,65 @@ pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 ISAS = kernel_isas()
 
 
-def dense(inputs, outputs, kernel=1, **options):
+class Step(NamedTuple):
+    """A layer that reads tensor i (0 is the image) and makes tensor i + 1."""
+
+    layer: Layer
+    residual: int = -1  # the tensor that is added to the output, or -1
+    pool: bool = False
+
+
+def dense(inputs, outputs, kernel=1, stride=1, padding=None, act="none", residual=-1, pool=False):
     weight = torch.randn(outputs, inputs, kernel, kernel) / math.sqrt(inputs * kernel**2)
-    padding = (kernel // 2,) * 4
-    return Layer(weight, torch.randn(outputs), **{"padding": padding, **options})
+    padding = (kernel // 2,) * 4 if padding is None else padding
+    kind = "pointwise" if kernel == stride == 1 else "dense"
+    return Step(Layer(kind, weight, torch.randn(outputs), stride, padding, act=act), residual, pool)
 
 
-def depthwise(channels, kernel=3, squeeze=0, gate="sigmoid", **options):
+def depthwise(channels, kernel=3, squeeze=0, gate="sigmoid", padding=None, stride=1, act="none"):
     excitation = None
     if squeeze:
-        w1, w2 = torch.randn(squeeze, channels) / math.sqrt(channels), torch.randn(channels, squeeze)
+        w1, w2 = torch.randn(squeeze, channels, 1, 1) / math.sqrt(channels), torch.randn(channels, squeeze, 1, 1)
         excitation = Excitation(w1, torch.randn(squeeze), w2, torch.randn(channels), "silu", gate)
-    weight, padding = torch.randn(channels, 1, kernel, kernel) / kernel, (kernel // 2,) * 4
-    return Layer(weight, torch.randn(channels), True, excitation=excitation, **{"padding": padding, **options})
+    weight, padding = torch.randn(channels, 1, kernel, kernel) / kernel, padding or (kernel // 2,) * 4
+    return Step(Layer("depthwise", weight, torch.randn(channels), stride, padding, None, act, excitation))
 
 
-def expected(layers: list[Layer], x: Tensor) -> list[Tensor]:
+def network_of(steps: list[Step], outputs: list[int]) -> Network:
+    """The steps in chains that end where a residual begins, where it is added, and at outputs and means."""
+    around = {end for i, step in enumerate(steps) if step.residual >= 0 for end in (step.residual, i + 1)}
+    ends = sorted({*outputs, *around, *(i + 1 for i, step in enumerate(steps) if step.pool), len(steps)} - {0})
+    chains = []
+    for begin, end in itertools.pairwise([0, *ends]):
+        last = steps[end - 1]
+        assert last.residual in (-1, begin)
+        chains.append(Chain(tuple(step.layer for step in steps[begin:end]), last.residual >= 0, last.pool))
+    return Network(chains, [ends.index(output) for output in outputs])
+
+
+def expected(steps: list[Step], x: Tensor) -> list[Tensor]:
     """Every tensor, the image first."""
     tensors = [x.double()]
-    for layer in layers:
+    for layer, residual, pool in steps:
         x, kernel = tensors[-1], layer.weight.shape[-1]
         padding = resolve_padding(layer.padding, (x.shape[2], x.shape[3]), kernel, layer.stride)
-        groups = x.shape[1] if layer.depthwise else 1
+        groups = x.shape[1] if layer.kind == "depthwise" else 1
         y = F.conv2d(F.pad(x, padding), layer.weight.double(), layer.bias.double(), layer.stride, groups=groups)
         y = activate(y, layer.act)
-        if layer.residual >= 0:
-            y = y + tensors[layer.residual]
+        if residual >= 0:
+            y = y + tensors[residual]
         if layer.excitation is not None:
             w1, b1, w2, b2 = (t.double() for t in layer.excitation[:4])
-            hidden = activate(y.mean((2, 3)) @ w1.T + b1, layer.excitation.act)
-            y = y * gate_of(hidden @ w2.T + b2, layer.excitation.gate)[:, :, None, None]
-        tensors.append(y.mean((2, 3), keepdim=True) if layer.pool else y)
+            hidden = activate(F.conv2d(y.mean((2, 3), keepdim=True), w1, b1), layer.excitation.act)
+            y = y * gate_of(F.conv2d(hidden, w2, b2), layer.excitation.gate)
+        tensors.append(y.mean((2, 3), keepdim=True) if pool else y)
     return tensors
 
 
-def check(layers: list[Layer], x: Tensor, isa: str | None, threads: int = 1, outputs: list[int] | None = None) -> None:
-    outputs = [len(layers)] if outputs is None else outputs
-    right = expected(layers, x)
-    network = Network(layers, outputs)
+def check(steps: list[Step], x: Tensor, isa: str | None, threads: int = 1, outputs: list[int] | None = None) -> None:
+    outputs = [len(steps)] if outputs is None else outputs
+    right = expected(steps, x)
+    network = network_of(steps, outputs)
     torch.set_num_threads(threads)
     actual = network.run(x, isa=isa)
     torch.set_num_threads(1)
@@ -159,7 +181,7 @@ def test_threads_change_no_bit(isa):
         dense(16, 33, act="silu", pool=True),
         dense(33, 10),
     ]
-    network = Network(layers, [8])
+    network = network_of(layers, [8])
     for batch, size in ((1, 32), (3, 57)):
         x = torch.randn(batch, 3, size, size)
         once = network.run(x, isa=isa)[0]
@@ -171,7 +193,7 @@ def test_threads_change_no_bit(isa):
 
 
 def test_strides_of_the_image_change_no_bit():
-    network = Network([dense(3, 8, 3, act="silu"), depthwise(8)], [2])
+    network = network_of([dense(3, 8, 3, act="silu"), depthwise(8)], [2])
     x = torch.randn(2, 3, 9, 10)
     once = network.run(x)[0]
     wide = torch.zeros(2, 3, 18, 30)
@@ -190,7 +212,7 @@ def test_strides_of_the_image_change_no_bit():
 
 
 def test_residual_of_another_size():
-    network = Network([dense(3, 8), dense(8, 8, 3, stride=2), dense(8, 8, residual=1)], [3])
+    network = network_of([dense(3, 8), dense(8, 8, 3, stride=2), dense(8, 8, residual=1)], [3])
     with pytest.raises(ValueError, match="layer 2: expected a residual of 8 x 3 x 3, got 8 x 5 x 5"):
         network.run(torch.randn(1, 3, 5, 5))
 
@@ -207,8 +229,8 @@ def test_residual_of_another_size():
 )
 def test_wrong_images(x, message):
     with pytest.raises(ValueError, match=message):
-        Network([dense(3, 8, 3, padding=(0, 0, 0, 0))], [1]).run(x)
+        network_of([dense(3, 8, 3, padding=(0, 0, 0, 0))], [1]).run(x)
 
 
 def test_no_images():
-    assert Network([dense(3, 8)], [1]).run(torch.randn(0, 3, 8, 8))[0].shape == (0, 8, 8, 8)
+    assert network_of([dense(3, 8)], [1]).run(torch.randn(0, 3, 8, 8))[0].shape == (0, 8, 8, 8)

@@ -15,7 +15,7 @@ import effnet_kernels
 from effnet_kernels.cpu import primitives
 from effnet_kernels.cpu.network import Network
 from effnet_kernels.deferred import Epilogue, OutputGradient, Prologue
-from effnet_kernels.folded import Excitation, Layer
+from effnet_kernels.fusion.spec import Chain, Excitation, Layer
 
 PACKAGE = Path(effnet_kernels.__file__).parent
 FACTORIES = {
@@ -168,12 +168,19 @@ def test_a_primitive_refuses_operands_that_do_not_fit(name: str) -> None:
 
 
 def layers() -> list[Layer]:
-    excitation = Excitation(torch.randn(4, 16), torch.randn(4), torch.randn(16, 4), torch.randn(16), "silu")
+    w1, w2 = torch.randn(4, 16, 1, 1), torch.randn(16, 4, 1, 1)
+    excitation = Excitation(w1, torch.randn(4), w2, torch.randn(16), "silu")
+    around = (1, 1, 1, 1)
     return [
-        Layer(torch.randn(16, 3, 3, 3), torch.randn(16), stride=2, padding=(1, 1, 1, 1), act="silu"),
-        Layer(torch.randn(16, 1, 3, 3), torch.randn(16), True, 1, (1, 1, 1, 1), "silu", excitation=excitation),
-        Layer(torch.randn(16, 16, 1, 1), torch.randn(16), residual=1),
+        Layer("dense", torch.randn(16, 3, 3, 3), torch.randn(16), 2, around, act="silu"),
+        Layer("depthwise", torch.randn(16, 1, 3, 3), torch.randn(16), 1, around, act="silu", excitation=excitation),
+        Layer("pointwise", torch.randn(16, 16, 1, 1), torch.randn(16)),
     ]
+
+
+def network_of(layers: list[Layer]) -> Network:
+    """The first layer, and the others with a residual around them."""
+    return Network([Chain((layers[0],)), Chain(tuple(layers[1:]), residual=True)], [1])
 
 
 @needs_native
@@ -183,17 +190,17 @@ def test_a_network_refuses_weights_that_do_not_fit() -> None:
         for path, operand in operands(tuple(layer)):
             for what, wrong in misfits(operand):
                 # Weights are converted as they are packed.
-                if wrong.shape == operand.shape or (index == 0 and path == (0,) and "dimension 1 " in what):
+                if wrong.shape == operand.shape or (index == 0 and path == (1,) and "dimension 1 " in what):
                     continue
                 changed = list(made)
                 changed[index] = Layer(*replaced(tuple(layer), path, wrong))
                 with pytest.raises((ValueError, IndexError)):
-                    Network(changed, [3])
+                    network_of(changed)
 
 
 @needs_native
 def test_a_network_refuses_images_that_do_not_fit() -> None:
-    network, x = Network(layers(), [3]), torch.randn(2, 3, 9, 8)
+    network, x = network_of(layers()), torch.randn(2, 3, 9, 8)
     (expected,) = network.run(x)
     for what, wrong in misfits(x):
         # Images may have any batch and size.

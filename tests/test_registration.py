@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import assert_buffers_close, assert_gradients_close, randomize
-from operator_arguments import mbconv_plan, operator_calls
+from operator_arguments import mbconv_chain, operator_calls
 from torch import Tensor, library, nn
 
 from effnet_kernels import EfficientNet, dispatch
@@ -81,15 +81,15 @@ def test_operators_pass_torchs_own_checks(keep: Tensor | None) -> None:
 
 
 def test_a_bare_operator_has_the_functions_gradients() -> None:
-    from effnet_kernels import block, registration
+    from effnet_kernels.fusion import autograd, custom_ops
 
-    plan = mbconv_plan(MBConvConfig(2, 3, 1, 16, 16, 1), training=True)
+    chain = mbconv_chain(MBConvConfig(2, 3, 1, 16, 16, 1), training=True)
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     results = []
-    for run in (block.run, registration.run_traced):
+    for run in (autograd.run, custom_ops.run):
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        parameters = [t for own in plan.parameters for t in own if t is not None]
-        out = run("reference", plan.chain, leaf, None, plan.parameters, plan.buffers)
+        parameters = [t for t in chain.parameters() if t is not None]
+        out = run("reference", chain, leaf, None)
         results.append(torch.autograd.grad(out.square().sum(), (leaf, *parameters)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_kernels.modules.snapshot import Snapshots
+from effnet_kernels.fusion.cache import Snapshots
 
 
 def module() -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 
 from effnet_kernels import acceleration, peer_blocks
 
-KNOWN = sorted({*peer_blocks._READERS, *acceleration._NETWORKS})
+KNOWN = sorted({*peer_blocks._ADAPTERS, *acceleration._NETWORKS})
 IMPORTED = ["subprocess", "os", "builtins", "shutil", "pickle", "importlib", "torch", "torch.nn", "torch.hub", "sys"]
 IMPORTED += ["effnet_kernels", "effnet_kernels.acceleration", "effnet_kernels.cli", "effnet_kernels.modules", "runpy"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from effnet_kernels.cpu.extension import extension
 from effnet_kernels.cpu.memory import ACTIVATION_INDEX, address, strided_address
 from effnet_kernels.deferred import GATES
-from effnet_kernels.folded import Layer
+from effnet_kernels.fusion.spec import Chain, Layer
 from effnet_kernels.operands import as_contiguous, in_memory
 
 
@@ -22,19 +22,31 @@ class StepProfile(NamedTuple):
 
 
 class Network:
-    """Layers that run in one native call. Weights are packed here.
+    """Chains that run in one native call. Weights are packed here.
 
     Any number of threads may call one network.
+
+    Args:
+        chains: each reads what the one before it makes; none of their layers has a norm, and a fully connected layer is
+            a 1x1 convolution of one pixel.
+        outputs: the numbers of the chains whose outputs are returned, ascending.
 
     Raises ValueError where the layers do not fit together.
     """
 
-    def __init__(self, layers: Sequence[Layer], outputs: Sequence[int]) -> None:
-        self._channels = layers[0].weight.shape[1]
+    def __init__(self, chains: Sequence[Chain], outputs: Sequence[int]) -> None:
+        self._channels = chains[0].layers[0].in_channels
         # Held by name until they are packed.
-        held = [[_canonical(tensor) for tensor in layer.tensors()] for layer in layers]
-        described = [_describe(layer, tensors) for layer, tensors in zip(layers, held, strict=True)]
-        self._native = extension().Network(described, list(outputs))
+        held = [_canonical(chain) for chain in chains]
+        described: list[dict[str, object]] = []
+        ends: list[int] = []
+        for chain in held:
+            # The extension numbers tensors: 0 is the image, and layer i makes tensor i + 1 out of tensor i.
+            begin = len(described)
+            described += [_describe(layer) for layer in chain.layers]
+            described[-1] |= {"residual": begin if chain.residual else -1, "pool": chain.pool}
+            ends.append(len(described))
+        self._native = extension().Network(described, [ends[index] for index in outputs])
 
     def output_sizes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(channels, height, width) of every output for images of this size."""
@@ -72,40 +84,43 @@ class Network:
         return outputs, steps
 
 
-def _canonical(tensor: Tensor) -> Tensor:
-    return as_contiguous(tensor.detach().to("cpu", torch.float32))
+def _canonical(chain: Chain) -> Chain:
+    """The chain with its parameters as the extension reads them."""
+    tensors = [None if t is None else as_contiguous(t.detach().to("cpu", torch.float32)) for t in chain.parameters()]
+    return chain.with_parameters(tensors)
 
 
-def _describe(layer: Layer, tensors: Sequence[Tensor]) -> dict[str, object]:
+def _describe(layer: Layer) -> dict[str, object]:
     """The layer as the extension takes it."""
-    weight, bias, *excitation = tensors
-    outputs, channels, kernel = weight.shape[0], weight.shape[1], weight.shape[-1]
-    if layer.depthwise and channels != 1:
-        raise ValueError(f"weight: expected shape [C, 1, k, k] of a depthwise layer, got {tuple(weight.shape)}")
+    outputs, kernel = layer.out_channels, layer.kernel_size
+    assert layer.bias is not None
+    per_output = 1 if layer.kind == "depthwise" else layer.in_channels
     description: dict[str, object] = {
-        "depthwise": layer.depthwise,
-        "in_channels": outputs if layer.depthwise else channels,
+        "depthwise": layer.kind == "depthwise",
+        "in_channels": layer.in_channels,
         "out_channels": outputs,
         "kernel": kernel,
         "stride": layer.stride,
         "padding": None if layer.padding == "same" else tuple(layer.padding),
         "act": ACTIVATION_INDEX[layer.act],
-        "residual": layer.residual,
-        "pool": layer.pool,
-        "weight": address("weight", weight, outputs, channels, kernel, kernel),
-        "bias": address("bias", bias, outputs),
+        "residual": -1,
+        "pool": False,
+        "weight": address("weight", layer.weight, outputs, per_output, kernel, kernel),
+        "bias": address("bias", layer.bias, outputs),
         "squeeze": 0,
     }
     if layer.excitation is not None:
-        w1, b1, w2, b2 = excitation
+        w1, b1, w2, b2, act, gate = layer.excitation
+        assert b1 is not None
+        assert b2 is not None
         squeezed = w1.shape[0]
         description |= {
             "squeeze": squeezed,
-            "squeeze_act": ACTIVATION_INDEX[layer.excitation.act],
-            "gate": GATES.index(layer.excitation.gate),
-            "w1": address("w1", w1, squeezed, outputs),
+            "squeeze_act": ACTIVATION_INDEX[act],
+            "gate": GATES.index(gate),
+            "w1": address("w1", w1, squeezed, outputs, 1, 1),
             "b1": address("b1", b1, squeezed),
-            "w2": address("w2", w2, outputs, squeezed),
+            "w2": address("w2", w2, outputs, squeezed, 1, 1),
             "b2": address("b2", b2, outputs),
         }
     return description

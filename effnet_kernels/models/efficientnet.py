@@ -11,11 +11,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
+from effnet_kernels.fusion.inspection import is_plain
 from effnet_kernels.models.features import FeatureInfo, Features, check_images
 from effnet_kernels.models.lukemelas import ALIASES, LukemelasInterface
 from effnet_kernels.modules import BlockConfig, ConvBnAct
 from effnet_kernels.modules.conv_bn_act import PaddingMode
-from effnet_kernels.modules.operator_module import children_obstacle
 
 if TYPE_CHECKING:
     from effnet_kernels.models.configs import Variant
@@ -141,15 +141,10 @@ class EfficientNet(LukemelasInterface):
         features, avgpool = self.features, self.avgpool
         layers = list(features._modules.values())
         head = layers[-1] if layers else None
-        left_out = (
-            ("features", features, (Features,)),
-            ("head", head, (ConvBnAct,)),
-            ("avgpool", avgpool, (nn.AdaptiveAvgPool2d,)),
-        )
-        if children_obstacle(left_out) is not None:
+        if not (is_plain(features, Features) and is_plain(head, ConvBnAct) and is_plain(avgpool, nn.AdaptiveAvgPool2d)):
             return False
         # A module that was compiled by itself is called as it was compiled.
-        return all(module is None or module._compiled_call_impl is None for _, module, _ in left_out)
+        return all(module is None or module._compiled_call_impl is None for module in (features, head, avgpool))
 
     def maps(self, x: Tensor, layers: list[int]) -> list[Tensor]:
         """The outputs of these layers of ``features``, ascending, for images ``x``."""

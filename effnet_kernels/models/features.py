@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effnet_kernels import dispatch
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
-from effnet_kernels.modules.operator_module import memory_format
+from effnet_kernels.modules.fused_module import memory_format
 
 
 def check_images(x: object) -> None:

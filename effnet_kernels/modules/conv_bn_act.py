@@ -8,11 +8,12 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
+from effnet_kernels.fusion.inspection import Unsupported, checked
+from effnet_kernels.fusion.lowering import ACTIVATIONS_OF, ChainSpec, lower_chain, lower_layer
+from effnet_kernels.fusion.spec import Layer
 from effnet_kernels.geometry import same_padding
-from effnet_kernels.modules.chain import ChainModule, ConvNorm, Parts, convolution_obstacle
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, children_obstacle
+from effnet_kernels.modules.fused_module import FusedModule
 
 PaddingMode = Literal["symmetric", "same"]
 """``"symmetric"``: (k - 1) // 2 zeros on each side, as torchvision; ``"same"``: TensorFlow's, from the input's size."""
@@ -30,7 +31,7 @@ class Conv2dSame(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-class ConvBnAct(ChainModule, nn.Sequential):
+class ConvBnAct(FusedModule, nn.Sequential):
     """Convolution, norm and activation, with the children 0, 1 and 2 (torchvision's ``Conv2dNormActivation``).
 
     Args:
@@ -49,7 +50,7 @@ class ConvBnAct(ChainModule, nn.Sequential):
     Shapes: [N, in_channels, H, W] to [N, out_channels, H', W'], in the input's memory format.
     """
 
-    # TorchScript compiles properties unless they are named here; the textbook path asks none.
+    # TorchScript compiles properties unless they are named here; the eager path asks none.
     __jit_unused_properties__ = ("conv", "norm")
 
     def __init__(
@@ -83,27 +84,40 @@ class ConvBnAct(ChainModule, nn.Sequential):
         self.out_channels = out_channels
         self.skip_nonfinite_statistics = False
 
-    def forward_modules(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            fused = self.fused(input)
+            if fused is not None:
+                return fused
+        # Convolution, norm, activation.
         for module in self:
             input = module(input)
         return input
 
     def pooled(self, input: Tensor) -> Tensor:
         """The spatial mean [N, out_channels] of the output, which the kernels then do not store."""
-        backend = dispatch.choose(self, input).backend
-        if backend != "torch":
-            return self.run_chain(backend, input.contiguous(memory_format=torch.channels_last), None, pool=True)
-        return F.adaptive_avg_pool2d(self(input), 1).flatten(1)
+        mean = self.fused(input, pool=True)
+        return F.adaptive_avg_pool2d(self(input), 1).flatten(1) if mean is None else mean
 
-    def part(self) -> ConvNorm:
-        """This module as a link of a chain."""
-        conv = self.conv
-        padding: int | Literal["same"] = "same" if isinstance(conv, Conv2dSame) else int(conv.padding[0])
-        act = ACTIVATION_NAMES[type(self._modules["2"])] if len(self._modules) == 3 else "none"
-        return ConvNorm(conv, self.norm, act, padding, self.skip_nonfinite_statistics)
+    def chain_spec(self) -> ChainSpec:
+        return ChainSpec(lower_chain([self.layer()], residual=False))
 
-    def parts(self) -> Parts:
-        return Parts((self.part(),))
+    def layer(self, prefix: str = "") -> Layer:
+        """The module as a layer of a chain; its children's names in errors begin with ``prefix``.
+
+        Raises Unsupported where no kernel computes it.
+        """
+        children = list(self._modules.values())
+        if list(self._modules) not in (["0", "1"], ["0", "1", "2"]):
+            found = ", ".join(self._modules) or "no children"
+            raise Unsupported(f"{prefix or 'it '}has the children {found}, not a convolution, a norm and an activation")
+        conv = checked(f"{prefix}0", children[0], (nn.Conv2d, Conv2dSame))
+        norm = checked(f"{prefix}1", children[1], (nn.BatchNorm2d,))
+        act: Activation = "none"
+        if len(children) == 3:
+            act = ACTIVATIONS_OF[type(checked(f"{prefix}2", children[2], tuple(ACTIVATIONS_OF)))]
+        padding: int | Literal["same"] = "same" if isinstance(conv, Conv2dSame) else cast(int, conv.padding[0])
+        return lower_layer(f"{prefix}0", conv, norm, act, padding, self.skip_nonfinite_statistics)
 
     @property
     def conv(self) -> nn.Conv2d:
@@ -114,25 +128,10 @@ class ConvBnAct(ChainModule, nn.Sequential):
     def norm(self) -> nn.BatchNorm2d:
         return cast(nn.BatchNorm2d, self._modules["1"])
 
-    def unknown_part(self) -> str | None:
-        children = self._modules
-        if list(children) not in (["0", "1"], ["0", "1", "2"]):
-            return f"it has the children {', '.join(children)}, not a convolution, a norm and an activation"
-        return children_obstacle(
-            (name, children[name], expected) for name, expected in zip(children, _CHILDREN, strict=False)
-        ) or convolution_obstacle("0", self.conv)
-
-
-_CHILDREN: tuple[tuple[type[nn.Module], ...], ...] = (
-    (nn.Conv2d, Conv2dSame),
-    (nn.BatchNorm2d,),
-    tuple(ACTIVATION_NAMES),
-)
-
 
 def make_activation(activation: Activation) -> nn.Module:
     """The activation's module, in place, as torchvision builds it."""
-    for module_type, name in ACTIVATION_NAMES.items():
+    for module_type, name in ACTIVATIONS_OF.items():
         if name == activation and module_type is not nn.Identity:
             return module_type(inplace=True)
-    raise ValueError(f"activation: expected one of {', '.join(ACTIVATION_NAMES.values())}, got {activation!r}")
+    raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS_OF.values())}, got {activation!r}")

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effnet_kernels.deferred import Activation
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.chain import Parts
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 
@@ -68,13 +67,15 @@ class FusedMBConv(InvertedResidual):
         else:
             layers = [conv(cnf.input_channels, cnf.out_channels, cnf.kernel, cnf.stride)]
         super().__init__(cnf, stochastic_depth_prob, layers)
-        self.expands = expanded != cnf.input_channels
 
-    def parts(self) -> Parts:
-        return self.parts_of([cast(ConvBnAct, layer) for layer in self.block])
-
-    def unknown_part(self) -> str | None:
-        obstacle = self.layers_obstacle([ConvBnAct] * (1 + self.expands))
-        if obstacle is None and self.expands and cast(ConvBnAct, self.block[1]).part().kind() != "pointwise":
-            return "project is not a 1x1 convolution"
-        return obstacle
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            fused = self.fused(input)
+            if fused is not None:
+                return fused
+        # Expand by the dense convolution, project.
+        result = self.block(input)
+        if self.use_res_connect:
+            # Not in place: an activation at the end of the branch may have saved its output for backward.
+            result = self.stochastic_depth(result) + input
+        return result

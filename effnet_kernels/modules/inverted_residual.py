@@ -1,20 +1,21 @@
 """What MBConv and Fused-MBConv have in common."""
 
 from collections.abc import Sequence
-from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from effnet_kernels.fusion.inspection import checked, unknown
+from effnet_kernels.fusion.lowering import ChainSpec, lower_chain
+from effnet_kernels.fusion.spec import Layer
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.chain import ChainModule, Parts
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
-from effnet_kernels.modules.operator_module import children_obstacle
+from effnet_kernels.modules.fused_module import FusedModule
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
 from effnet_kernels.modules.stochastic_depth import StochasticDepth
 
 
-class InvertedResidual(ChainModule):
-    """A sequence of layers that ends in a projection, with a residual around it where shapes allow.
+class InvertedResidual(FusedModule):
+    """Layers that end in a projection, ``block``, with a residual around them where shapes allow.
 
     Args:
         cnf: the block's configuration.
@@ -33,39 +34,18 @@ class InvertedResidual(ChainModule):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = cnf.out_channels
 
-    def forward_modules(self, input: Tensor) -> Tensor:
-        result = self.block(input)
-        if self.use_res_connect:
-            # Not in place: an activation at the end of the branch may have saved its output for backward.
-            result = self.stochastic_depth(result) + input
-        return result
-
-    def parts_of(self, layers: Sequence[ConvBnAct], excitation: SqueezeExcitation | None = None) -> Parts:
-        """The layers, with stochastic depth and the residual around them."""
-        return Parts(
-            tuple(layer.part() for layer in layers),
-            None if excitation is None else excitation.layers(),
-            self.use_res_connect,
-            self.stochastic_depth.keep,
-        )
-
-    def layers_obstacle(self, expected: Sequence[type[ConvBnAct] | type[SqueezeExcitation]]) -> str | None:
-        """Why the operators cannot stand for the layers, which should be of these classes, or None."""
-        own, layers = self._modules, self.block._modules
-        if len(layers) != len(expected):
-            return f"block has {len(layers)} children, not {len(expected)}"
-        obstacle = children_obstacle((name, own[name], kinds) for name, kinds in _CHILDREN.items())
-        if obstacle is None:
-            obstacle = children_obstacle(
-                (f"block.{name}", layer, (kind,)) for (name, layer), kind in zip(layers.items(), expected, strict=True)
-            )
-        if obstacle is not None:
-            return obstacle
-        for name, layer in layers.items():
-            inner = cast(Any, layer).find_obstacle()
-            if inner is not None:
-                return f"block.{name}: {inner}"
-        return None
-
-
-_CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {"block": (nn.Sequential,), "stochastic_depth": (StochasticDepth,)}
+    def chain_spec(self) -> ChainSpec:
+        children = self._modules
+        branch = checked("block", children.get("block"), (nn.Sequential,))
+        drop_path = checked("stochastic_depth", children.get("stochastic_depth"), (StochasticDepth,))
+        layers: list[Layer] = []
+        for key, child in branch._modules.items():
+            name = f"block.{key}"
+            if type(child) is ConvBnAct:
+                layers.append(checked(name, child, (ConvBnAct,)).layer(f"{name}."))
+            elif type(child) is SqueezeExcitation and layers and layers[-1].excitation is None:
+                excitation = checked(name, child, (SqueezeExcitation,)).excitation(f"{name}.")
+                layers[-1] = layers[-1]._replace(excitation=excitation)
+            else:
+                raise unknown(name, child)
+        return ChainSpec(lower_chain(layers, self.use_res_connect), drop_path.drop_path_scale)

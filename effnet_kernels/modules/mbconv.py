@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effnet_kernels.deferred import Activation
 from effnet_kernels.modules.block_config import BlockConfig
-from effnet_kernels.modules.chain import Parts
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode, make_activation
 from effnet_kernels.modules.inverted_residual import InvertedResidual
 from effnet_kernels.modules.squeeze_excitation import SqueezeExcitation
@@ -81,27 +80,15 @@ class MBConv(InvertedResidual):
             layers.append(se_layer(expanded, squeezed, activation=partial(make_activation, cnf.activation)))
         layers.append(conv(expanded, cnf.out_channels, 1, activation="none"))
         super().__init__(cnf, stochastic_depth_prob, layers)
-        self.expands = expanded != cnf.input_channels
-        self.excites = cnf.squeeze_ratio is not None
 
-    def parts(self) -> Parts:
-        expand, depthwise, excitation, project = self._layers()
-        layers = (depthwise, project) if expand is None else (expand, depthwise, project)
-        return self.parts_of(layers, excitation)
-
-    def _layers(self) -> tuple[ConvBnAct | None, ConvBnAct, SqueezeExcitation | None, ConvBnAct]:
-        layers = iter(self.block)
-        expand = cast(ConvBnAct, next(layers)) if self.expands else None
-        depthwise = cast(ConvBnAct, next(layers))
-        excitation = cast(SqueezeExcitation, next(layers)) if self.excites else None
-        return expand, depthwise, excitation, cast(ConvBnAct, next(layers))
-
-    def unknown_part(self) -> str | None:
-        expands, excites = [ConvBnAct] * self.expands, [SqueezeExcitation] * self.excites
-        obstacle = self.layers_obstacle([*expands, ConvBnAct, *excites, ConvBnAct])
-        if obstacle is not None:
-            return obstacle
-        expand, depthwise, _, project = self._layers()
-        if project.part().kind() != "pointwise" or not (expand is None or expand.part().kind() == "pointwise"):
-            return "expand or project is not a 1x1 convolution"
-        return None if depthwise.part().kind() == "depthwise" else "the middle convolution is not depthwise"
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            fused = self.fused(input)
+            if fused is not None:
+                return fused
+        # Expand, depthwise, squeeze and excite, project.
+        result = self.block(input)
+        if self.use_res_connect:
+            # Not in place: an activation at the end of the branch may have saved its output for backward.
+            result = self.stochastic_depth(result) + input
+        return result

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from effnet_kernels.modules.chain import ExcitationLayers, squeeze_layer_obstacle
-from effnet_kernels.modules.operator_module import ACTIVATION_NAMES, GATE_NAMES, children_obstacle
+from effnet_kernels.fusion.inspection import checked
+from effnet_kernels.fusion.lowering import ACTIVATIONS_OF, GATES_OF, lower_excitation
+from effnet_kernels.fusion.spec import Excitation
 
 
 class SqueezeExcitation(nn.Module):
@@ -38,23 +39,16 @@ class SqueezeExcitation(nn.Module):
         scale = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(input)))))
         return scale * input
 
-    def layers(self) -> ExcitationLayers:
-        """The module as a part of a chain."""
-        return ExcitationLayers(
-            self.fc1, self.fc2, ACTIVATION_NAMES[type(self.activation)], GATE_NAMES[type(self.scale_activation)]
-        )
+    def excitation(self, prefix: str = "") -> Excitation:
+        """The module as a part of a chain; its children's names in errors begin with ``prefix``.
 
-    def find_obstacle(self) -> str | None:
-        """Why the operators cannot stand for :meth:`forward`, or None."""
+        Raises Unsupported where no kernel computes it.
+        """
         children = self._modules
-        obstacle = children_obstacle((name, children.get(name), expected) for name, expected in _CHILDREN.items())
-        return obstacle or squeeze_layer_obstacle("fc1", self.fc1) or squeeze_layer_obstacle("fc2", self.fc2)
-
-
-_CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {
-    "avgpool": (nn.AdaptiveAvgPool2d,),
-    "fc1": (nn.Conv2d,),
-    "fc2": (nn.Conv2d,),
-    "activation": tuple(ACTIVATION_NAMES),
-    "scale_activation": tuple(GATE_NAMES),
-}
+        checked(f"{prefix}avgpool", children.get("avgpool"), (nn.AdaptiveAvgPool2d,))
+        fc1 = checked(f"{prefix}fc1", children.get("fc1"), (nn.Conv2d,))
+        fc2 = checked(f"{prefix}fc2", children.get("fc2"), (nn.Conv2d,))
+        act = checked(f"{prefix}activation", children.get("activation"), tuple(ACTIVATIONS_OF))
+        gate = checked(f"{prefix}scale_activation", children.get("scale_activation"), tuple(GATES_OF))
+        names = f"{prefix}fc1", f"{prefix}fc2"
+        return lower_excitation(names, fc1, fc2, ACTIVATIONS_OF[type(act)], GATES_OF[type(gate)])

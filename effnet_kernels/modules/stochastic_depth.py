@@ -28,7 +28,7 @@ class StochasticDepth(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return stochastic_depth(input, self.p, self.mode, self.training)
 
-    def keep(self, input: Tensor) -> Tensor | None:
+    def drop_path_scale(self, input: Tensor) -> Tensor | None:
         """The factors that ``forward`` would draw for ``input``, [N]; None where it would change nothing."""
         if not self.training or self.p == 0.0:
             return None

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from effnet_kernels import dispatch
 from effnet_kernels.deferred import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
-from effnet_kernels.dispatch import Backend
 from effnet_kernels.geometry import output_map, resolve_padding
 from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import (
@@ -19,7 +18,7 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
     fits_reduction,
 )
-from effnet_kernels.primitives import primitives_of
+from effnet_kernels.primitives import has_depthwise, primitives_of
 
 
 def depthwise_conv(
@@ -85,13 +84,3 @@ def depthwise_conv(
     if reduction == "pool":
         return y, primitives.mean_of_sums(partials, y.shape[2] * y.shape[3])
     return y, primitives.merge_statistics(partials)
-
-
-def has_depthwise(backend: Backend, kernel: int, stride: int) -> bool:
-    """Whether the kernels of ``backend`` have this size and stride."""
-    return backend == "reference" or (kernel in (3, 5, 7) and (stride in (1, 2) or backend == "cpu"))
-
-
-def no_depthwise(kernel: int, stride: int) -> str:
-    """What is missing, for those who ask why a block does not run on the kernels."""
-    return f"no depthwise kernel of size {kernel} and stride {stride}"

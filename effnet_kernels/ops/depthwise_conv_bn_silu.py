@@ -5,6 +5,8 @@ from torch import Tensor
 from effnet_kernels import dispatch
 from effnet_kernels.batch_norm import check_batch
 from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
+from effnet_kernels.fusion import autograd
+from effnet_kernels.fusion.spec import BatchNorm, Chain, Layer
 from effnet_kernels.geometry import resolve_padding
 from effnet_kernels.operands import as_contiguous
 from effnet_kernels.ops.checks import (
@@ -14,9 +16,10 @@ from effnet_kernels.ops.checks import (
     check_tensor,
     fits_kernels,
 )
-from effnet_kernels.ops.depthwise_conv import depthwise_conv, has_depthwise
+from effnet_kernels.ops.depthwise_conv import depthwise_conv
 from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
 from effnet_kernels.ops.merge import merge
+from effnet_kernels.primitives import has_depthwise
 
 
 def depthwise_conv_bn_silu(
@@ -79,13 +82,20 @@ def depthwise_conv_bn_silu(
     vectors = (weight, norm_weight, norm_bias, running_mean, running_var)
     backend = dispatch.operator_backend(x) if fits_kernels(x, None, None, *vectors) else "reference"
     if backend != "reference" and has_depthwise(backend, kernel, stride):
-        from effnet_kernels import block
-
-        layer = block.Layer("depthwise", stride, pads, act, eps, momentum, training, skip_nonfinite_statistics)
-        norm = (None if t is None else as_contiguous(t) for t in (norm_weight, norm_bias))
-        parameters = block.Parameters(as_contiguous(weight), None, *norm)
-        buffers = block.Buffers(running_mean, running_var, None)
-        return block.run(backend, block.Chain((layer,)), x, None, [parameters], [buffers])
+        norm = BatchNorm(
+            None if norm_weight is None else as_contiguous(norm_weight),
+            None if norm_bias is None else as_contiguous(norm_bias),
+            running_mean,
+            running_var,
+            None,
+            eps,
+            momentum,
+            batch_statistics=training,
+            tracks=training,
+            skip_nonfinite=skip_nonfinite_statistics,
+        )
+        layer = Layer("depthwise", as_contiguous(weight), None, stride, pads, norm, act)
+        return autograd.run(backend, Chain((layer,)), x, None)
     if not training:
         scale, shift = fold_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)
         return depthwise_conv(x, weight, stride, pads, epilogue=Epilogue(scale, shift, act))[0]

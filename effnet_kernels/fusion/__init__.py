@@ -1,0 +1,1 @@
+"""How modules become fused chains of convolutions, and how a chain runs, forward and backward."""

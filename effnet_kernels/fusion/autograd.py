@@ -1,0 +1,106 @@
+"""A chain for autograd: one Function over a backend's primitives, or its inference where nothing is recorded."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import dispatch, profiling
+from effnet_kernels.autograd import first_order
+from effnet_kernels.deferred import Prologue
+from effnet_kernels.fusion import custom_ops
+from effnet_kernels.fusion.backward import backward
+from effnet_kernels.fusion.forward import convolve, flatten, forward, infer, unflatten
+from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.operands import as_map, in_memory
+from effnet_kernels.primitives import Primitives, PrimitivesBackend, primitives_of
+
+
+def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
+    """The chain of x [N, C, H, W] on a backend's primitives, called or traced, with autograd where it is recording.
+
+    The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here; the
+    kernels cast weights as they load them. Maps of lower precision go with float32 weights, as under autocast.
+
+    Raises ValueError where the channels, the device or the dtype are not those of the weights, which a kernel would not
+    notice, and where BatchNorm would normalise a single value a channel by itself.
+    """
+    _check_input(chain, x)
+    if torch.compiler.is_compiling():
+        return custom_ops.run(backend, chain, x, drop_path_scale)
+    return _run(backend, chain, x, drop_path_scale)
+
+
+def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
+    """:func:`run` without its checks, where nobody traces."""
+    autocast = dispatch.autocast_dtype(x)
+    if autocast is not None and backend == "reference":
+        # The reference is made of torch's own functions, which autocast would cast again.
+        with torch.autocast(x.device.type, enabled=False):
+            return _run(backend, chain, x.to(autocast), drop_path_scale)
+    x = as_map(x.to(autocast or x.dtype))
+    if profiling.enabled() and backend != "reference":
+        # A dense convolution is torch's own, or its primitive records it.
+        profiling.record_convolutions(chain, x.shape, dense=False)
+    primitives = primitives_of(backend)
+    if torch.is_grad_enabled():
+        parameters = chain.parameters()
+        if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
+            return ChainFunction.apply(primitives, chain, x, drop_path_scale, *parameters)
+    with profiling.profiled(f"chain of {len(chain.layers)}"):
+        if drop_path_scale is None and not chain.batch_statistics:
+            return infer(primitives, chain, x)
+        return forward(primitives, chain, x, drop_path_scale)[0]
+
+
+class ChainFunction(torch.autograd.Function):
+    """:func:`forward` and :func:`backward`, for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        primitives: Primitives,
+        chain: Chain,
+        x: Tensor,
+        drop_path_scale: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        out, saved = forward(primitives, chain, x, drop_path_scale)
+        ctx.chain, ctx.primitives = chain, primitives
+        kept: list[Tensor | None] = list(flatten(saved))
+        if _recomputes(chain, x):
+            kept[0] = None
+        ctx.save_for_backward(x, drop_path_scale, *parameters, *kept)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, drop_path_scale, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:]
+        # Hooks on saved tensors may give back any tensor of the same values; backward() brings the others in order.
+        chain = ctx.chain.with_parameters(
+            [t if t is None or not t.is_neg() else in_memory(t) for t in rest[: len(needs)]]
+        )
+        kept = rest[len(needs) :]
+        if kept[0] is None:
+            kept[0], _ = convolve(ctx.primitives, chain.layers[0], as_map(x), Prologue())
+        grad_x, gradients = backward(
+            ctx.primitives, chain, grad, x, drop_path_scale, unflatten(chain, kept), ctx.needs_input_grad[2], needs
+        )
+        return None, None, grad_x, None, *gradients
+
+
+def _check_input(chain: Chain, x: Tensor) -> None:
+    weight, channels = chain.layers[0].weight, chain.layers[0].in_channels
+    if x.shape[1] != channels:
+        raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
+    if x.dtype is not weight.dtype and torch.float64 in (x.dtype, weight.dtype):
+        raise ValueError(f"expected an input in {weight.dtype}, the dtype of the weights, got {x.dtype}")
+
+
+def _recomputes(chain: Chain, x: Tensor) -> bool:
+    """Whether backward computes the first output anew: a stem's is large and cheap, and a GPU's memory scarce."""
+    return chain.layers[0].kind == "dense" and x.shape[1] <= 4 and x.device.type != "cpu"

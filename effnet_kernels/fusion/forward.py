@@ -1,0 +1,238 @@
+"""A chain's forward pass on a backend's primitives, which know no autograd: at inference and in training.
+
+Activations stay deferred within a chain: a convolution stores its raw output, and the norm, the activation and the gate
+behind it are the prologue of the next one. At the chain's end they are applied once (``merge``, with stochastic depth
+and the residual), or the map is pooled away.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.batch_norm import check_batch, scale_and_shift
+from effnet_kernels.deferred import Epilogue, Padding, Prologue, RunningStatistics, accumulation_dtype
+from effnet_kernels.fusion.spec import BatchNorm, Chain, Layer
+from effnet_kernels.geometry import output_map, resolve_padding
+from effnet_kernels.operands import as_contiguous
+from effnet_kernels.primitives import Primitives
+
+
+class Gating(NamedTuple):
+    """Squeeze-and-excitation of one forward pass, fp32."""
+
+    gate: Tensor  # [N, K]
+    pooled: Tensor  # [N, K]
+    hidden: Tensor  # [N, S]
+
+
+class Saved(NamedTuple):
+    """What backward needs of a layer."""
+
+    y: Tensor  # the raw output
+    norm: Tensor  # [4, K]: scale, shift, mean and rstd, fp32
+    gating: Gating | None
+
+
+def flatten(saved: Sequence[Saved]) -> list[Tensor]:
+    """The tensors that a forward pass saves, layer by layer."""
+    return [tensor for y, norm, gating in saved for tensor in (y, norm, *(gating or ()))]
+
+
+def unflatten(chain: Chain, tensors: Sequence[Tensor]) -> list[Saved]:
+    """The other way round."""
+    remaining = iter(tensors)
+    return [
+        Saved(
+            next(remaining),
+            next(remaining),
+            None if layer.excitation is None else Gating(*itertools.islice(remaining, 3)),
+        )
+        for layer in chain.layers
+    ]
+
+
+def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
+    """The chain at inference: every BatchNorm is folded into the epilogue of its convolution, from running statistics.
+
+    x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
+    """
+    chain = contiguous(chain)
+    residual = x if chain.residual else None
+    gate, sums = None, None
+    for index, layer in enumerate(chain.layers):
+        last = index == len(chain.layers) - 1
+        epilogue, bias = _epilogue(layer)
+        reduction: Literal["none", "pool"] = "none" if layer.excitation is None else "pool"
+        if layer.kind == "pointwise":
+            if last and chain.pool:
+                _, sums = primitives.pointwise_conv(x, layer.weight, bias, Prologue(gate=gate), epilogue, "pool")
+                assert sums is not None
+                return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3]).to(x.dtype)
+            epilogue = epilogue._replace(residual=residual if last else None)
+            y, _ = primitives.pointwise_conv(x, layer.weight, bias, Prologue(gate=gate), epilogue, "none")
+            assert y is not None
+            gate = None
+        elif layer.kind == "depthwise":
+            padding = padding_for(layer, x)
+            y, sums = primitives.depthwise_conv(x, layer.weight, layer.stride, padding, Prologue(), epilogue, reduction)
+            if last and residual is not None:
+                y = primitives.merge(y, Prologue(), residual, None)
+        else:
+            prologue = Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics)
+            y, _ = primitives.dense_conv(x, layer.weight, bias, layer.stride, padding_for(layer, x), "none")
+            y = primitives.merge(y, prologue, residual if last else None, None)
+        if layer.excitation is not None:
+            if sums is None:
+                sums = primitives.squeeze(y, Prologue())
+            gate = _excite(primitives, layer, sums, y).gate
+        x = y
+    if chain.pool:
+        return primitives.mean_of_sums(primitives.squeeze(x, Prologue()), x.shape[2] * x.shape[3]).to(x.dtype)
+    return x
+
+
+def forward(
+    primitives: Primitives, chain: Chain, x: Tensor, drop_path_scale: Tensor | None
+) -> tuple[Tensor, list[Saved]]:
+    """The chain with activations deferred, and what backward needs.
+
+    x [N, C, H, W] in channels-last strides, ``drop_path_scale`` [N], to :func:`infer`'s output. Running statistics are
+    updated where their norms track them.
+
+    Raises ValueError where BatchNorm would normalise a single value a channel by itself.
+    """
+    chain = contiguous(chain)
+    drop_path_scale = None if drop_path_scale is None else as_contiguous(drop_path_scale)
+    saved: list[Saved] = []
+    residual = x if chain.residual else None
+    prologue = Prologue()
+    if chain.batch_statistics:
+        _check_batch(chain, x)
+        _count_batches(chain)
+    for layer in chain.layers:
+        y, partials = convolve(primitives, layer, x, prologue)
+        norm = _normalise(primitives, layer, partials, y.dtype)
+        scale, shift, _, _ = norm.unbind()
+        prologue = Prologue(scale, shift, layer.act)
+        gating = None
+        if layer.excitation is not None:
+            gating = _excite(primitives, layer, primitives.squeeze(y, prologue), y)
+            prologue = prologue._replace(gate=gating.gate)
+        saved.append(Saved(y, norm, gating))
+        x = y
+    if chain.pool:
+        return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]).to(x.dtype), saved
+    return primitives.merge(x, prologue, residual, drop_path_scale), saved
+
+
+def contiguous(chain: Chain) -> Chain:
+    """The chain with parameters as the primitives read them; a dense convolution's weight may have any strides."""
+    parameters = chain.parameters()
+    if all(map(Tensor.is_contiguous, [t for t in parameters if t is not None])):
+        return chain
+    made = chain.with_parameters([None if t is None else as_contiguous(t) for t in parameters])
+    first = chain.layers[0]
+    if first.kind == "dense":
+        made = made._replace(layers=(made.layers[0]._replace(weight=first.weight), *made.layers[1:]))
+    return made
+
+
+def convolve(primitives: Primitives, layer: Layer, x: Tensor, prologue: Prologue) -> tuple[Tensor, Tensor | None]:
+    """A layer's raw output, and the partial statistics of it where its norm normalises by them."""
+    reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
+    if layer.kind == "pointwise":
+        y, partials = primitives.pointwise_conv(x, layer.weight, layer.bias, prologue, Epilogue(), reduction)
+        assert y is not None
+        return y, partials
+    padding = padding_for(layer, x)
+    if layer.kind == "depthwise":
+        return primitives.depthwise_conv(x, layer.weight, layer.stride, padding, prologue, Epilogue(), reduction)
+    return primitives.dense_conv(x, layer.weight, layer.bias, layer.stride, padding, reduction)
+
+
+def padding_for(layer: Layer, x: Tensor) -> Padding:
+    """Of the layer's convolution for ``x``; raises ValueError where the kernel does not fit."""
+    height, width, kernel = x.shape[2], x.shape[3], layer.kernel_size
+    padding = resolve_padding(layer.padding, (height, width), kernel, layer.stride)
+    output_map(height, width, kernel, layer.stride, padding)
+    return padding
+
+
+def _epilogue(layer: Layer) -> tuple[Epilogue, Tensor | None]:
+    """What follows the convolution at inference, and the convolution's own bias."""
+    norm = layer.norm
+    if norm is None:
+        return Epilogue(shift=layer.bias, act=layer.act), None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    statistics = RunningStatistics(norm.running_mean.contiguous(), norm.running_var.contiguous(), norm.eps)
+    return Epilogue(norm.weight, norm.bias, layer.act, None, statistics), layer.bias
+
+
+def _excite(primitives: Primitives, layer: Layer, sums: Tensor, y: Tensor) -> Gating:
+    """Of a map ``y``, from the partial sums over its pixels."""
+    assert layer.excitation is not None
+    return Gating(*primitives.excite(sums, y.shape[2] * y.shape[3], *layer.excitation))
+
+
+def _normalise(primitives: Primitives, layer: Layer, partials: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A layer's scale, shift, mean and rstd, [4, K], beside maps of ``dtype``.
+
+    They follow from the batch's statistics, or from the running ones where there are no ``partials``.
+    """
+    norm = layer.norm
+    assert norm is not None
+    mean, var = norm.running_mean, norm.running_var
+    if partials is None:
+        assert mean is not None
+        assert var is not None
+        if mean.dtype is torch.float64 and dtype is not torch.float64:
+            raise ValueError(f"expected running statistics beside maps in {dtype}, got {mean.dtype}")
+        vector = accumulation_dtype(dtype)
+        rstd = torch.rsqrt(var.to(vector) + norm.eps)
+        scale, shift = scale_and_shift(mean, rstd, norm.weight, norm.bias)
+        return torch.stack([scale, shift, mean, rstd]).to(vector)
+    momentum: float | Tensor | None = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
+    if mean is None or var is None or not norm.tracks:
+        return primitives.fold_batch_norm(
+            partials, norm.weight, norm.bias, None, None, momentum, norm.eps, norm.skip_nonfinite
+        )
+    moved_mean, moved_var = mean.contiguous(), var.contiguous()
+    normalised = primitives.fold_batch_norm(
+        partials, norm.weight, norm.bias, moved_mean, moved_var, momentum, norm.eps, norm.skip_nonfinite
+    )
+    if moved_mean is mean and moved_var is var:
+        # A kernel's writes are invisible to autograd unless it is told.
+        torch.autograd.graph.increment_version([mean, var])
+    else:
+        mean.copy_(moved_mean)
+        var.copy_(moved_var)
+    return normalised
+
+
+def _check_batch(chain: Chain, x: Tensor) -> None:
+    """Raises torch's error, before any statistics move, where a BatchNorm would get a single value a channel."""
+    size = x.shape
+    if size[0] != 1:
+        return
+    for layer in chain.layers:
+        rows, columns = output_map(size[2], size[3], layer.kernel_size, layer.stride, layer.padding)
+        size = torch.Size((1, layer.out_channels, rows, columns))
+        if layer.batch_statistics:
+            check_batch(size)
+
+
+def _count_batches(chain: Chain) -> None:
+    norms: list[BatchNorm] = [layer.norm for layer in chain.layers if layer.norm is not None]
+    counts = [
+        norm.num_batches_tracked
+        for norm in norms
+        if norm.batch_statistics and norm.tracks and norm.num_batches_tracked is not None
+    ]
+    if counts:
+        torch._foreach_add_(counts, 1)

@@ -1,0 +1,115 @@
+"""Whether a module computes what its class says, so that a kernel can compute it instead."""
+
+from collections.abc import Collection
+from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from effnet_kernels import dispatch
+from effnet_kernels.fusion.cache import forward_methods, original_of, static_method
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Unsupported(Exception):
+    """A part of a module that no kernel computes; the text is the reason why the module runs as torch has it."""
+
+
+def checked(name: str, module: nn.Module | None, kinds: Collection[type[Module]]) -> Module:
+    """An inner module of one of some classes that computes what its class says; raises Unsupported for another."""
+    if module is not None and type(module) in kinds:
+        reason = deviation(name, module)
+        if reason is None:
+            return module  # type: ignore[return-value]
+        raise Unsupported(reason)
+    raise unknown(name, module)
+
+
+def unknown(name: str, module: nn.Module | None) -> Unsupported:
+    """The error for a module of a class that no kernel computes."""
+    return Unsupported(f"{name} is a {type(module).__name__}, which no kernel computes")
+
+
+def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is exactly of one of these classes, and computes what its class says."""
+    return module is not None and type(module) in kinds and deviation("it", module) is None
+
+
+def deviation(name: str, module: nn.Module) -> str | None:
+    """Why a module computes something else than its class says (a hook, a replaced method, a setting), or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has a hook, which only its own call would fire"
+    names, patched = methods_of(type(module))
+    for method in ("_call_impl", *names):
+        if method in module.__dict__:
+            return f"{name} had its {method} replaced"
+    if patched is not None:
+        return f"the class of {name} had its {patched} replaced"
+    setting = _unknown_setting(module)
+    if setting is not None:
+        return f"{name} has {setting}, which no kernel computes"
+    for parameter in module._parameters.values():
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter:
+            return f"{name} holds a {type(parameter).__name__}, not a plain parameter"
+    # A tracer has no answer to this; it traces torch's own operators, which have.
+    if not torch.compiler.is_compiling():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.is_neg():
+                return f"{name} holds a tensor that is negated lazily"
+    return None
+
+
+class ForwardMethods(NamedTuple):
+    """The methods that make up a class's forward.
+
+    Attributes:
+        names: ``forward``, and the methods of the class that it calls.
+        patched: one that was defined in another module than its class, or that is no function, or None.
+    """
+
+    names: tuple[str, ...]
+    patched: str | None
+
+
+# By class: what was found, and the methods as they were then.
+_methods: WeakKeyDictionary[type, tuple[ForwardMethods, list[object]]] = WeakKeyDictionary()
+
+
+# A tracer cannot follow these questions.
+@dispatch.constant_when_traced
+def methods_of(kind: type[nn.Module]) -> ForwardMethods:
+    """The methods that make up a class's forward; for an accelerated class, those of the class that it was made of."""
+    kind = original_of(kind)
+    known = _methods.get(kind)
+    if known is not None and [getattr(kind, name) for name in known[0].names] == known[1]:
+        return known[0]
+    names = forward_methods(kind)
+    patched = next((name for name in names if _is_foreign(kind, name)), None if names else "forward")
+    found = ForwardMethods(tuple(names), patched)
+    _methods[kind] = found, [getattr(kind, name) for name in names]
+    return found
+
+
+def _is_foreign(kind: type[nn.Module], name: str) -> bool:
+    method, owner = static_method(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
+    # Not method.__module__, which functools.wraps copies from what it wraps.
+    return method is None or method.__globals__.get("__name__") != owner.__module__
+
+
+def _unknown_setting(module: nn.Module) -> str | None:
+    """A setting by which a module computes something else than others of its class, or None."""
+    if type(module) is nn.AdaptiveAvgPool2d and module.output_size not in (1, (1, 1), [1, 1]):
+        return f"the output size {module.output_size}"
+    if isinstance(module, nn.Conv2d):
+        for setting in ("kernel_size", "stride", "padding", "dilation"):
+            value = getattr(module, setting)
+            # torch takes a number too, where somebody sets one.
+            if not isinstance(value, str) and (not isinstance(value, tuple | list) or len(value) != 2):
+                return f"the {setting} {value!r}, which is no pair"
+    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
+        return f"the bounds {module.min_val} and {module.max_val}"
+    return None

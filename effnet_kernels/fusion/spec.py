@@ -1,0 +1,154 @@
+"""A chain of convolutions as data: what is computed, with which tensors."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+from torch import Tensor
+
+from effnet_kernels.deferred import Activation, Gate, Padding
+
+LayerKind = Literal["pointwise", "depthwise", "dense"]
+
+
+class BatchNorm(NamedTuple):
+    """A BatchNorm behind a convolution with K output channels.
+
+    Attributes:
+        weight, bias: gamma and beta, [K].
+        running_mean, running_var, num_batches_tracked: the running statistics, [K], [K] and [].
+        eps, momentum: without a momentum the running statistics average over all batches.
+        batch_statistics: whether it normalises by the batch's statistics.
+        tracks: whether a pass with the batch's statistics updates the running ones, in place.
+        skip_nonfinite: see :class:`~effnet_kernels.modules.ConvBnAct`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None = None
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    batch_statistics: bool = False
+    tracks: bool = False
+    skip_nonfinite: bool = False
+
+
+class Excitation(NamedTuple):
+    """Squeeze-and-excitation: ``gate(expand_weight @ act(reduce_weight @ mean + reduce_bias) + expand_bias)``."""
+
+    reduce_weight: Tensor  # [S, K, 1, 1]
+    reduce_bias: Tensor | None  # [S]
+    expand_weight: Tensor  # [K, S, 1, 1]
+    expand_bias: Tensor | None  # [K]
+    act: Activation
+    gate: Gate = "sigmoid"
+
+
+Parameters = tuple[Tensor | None, ...]
+"""A layer's differentiable tensors, in the order of :meth:`Layer.parameters`."""
+
+
+class Layer(NamedTuple):
+    """A convolution with its BatchNorm, its activation and the squeeze-and-excitation behind them.
+
+    Attributes:
+        kind: of the convolution. A dense one can only be the first of a chain.
+        weight: [K, C, 1, 1], depthwise [C, 1, k, k], dense [K, C, k, k].
+        bias: [K].
+        stride: of rows and columns alike.
+        padding: zeros on the (left, right, top, bottom), or ``"same"`` for TensorFlow's, which follows from the map's
+            size.
+        norm: None where BatchNorm is folded into weight and bias.
+        act: the activation behind the norm.
+        excitation: its gate scales the activated output, which a pointwise layer has to read.
+    """
+
+    kind: LayerKind
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int = 1
+    padding: Padding | Literal["same"] = (0, 0, 0, 0)
+    norm: BatchNorm | None = None
+    act: Activation = "none"
+    excitation: Excitation | None = None
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[0] if self.kind == "depthwise" else self.weight.shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def kernel_size(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def batch_statistics(self) -> bool:
+        return self.norm is not None and self.norm.batch_statistics
+
+    def parameters(self) -> Parameters:
+        """The convolution's weight and bias, the norm's, those of squeeze-and-excitation's two layers."""
+        norm = (None, None) if self.norm is None else self.norm[:2]
+        excitation = (None,) * 4 if self.excitation is None else self.excitation[:4]
+        return (self.weight, self.bias, *norm, *excitation)
+
+    def with_parameters(self, parameters: Sequence[Tensor | None]) -> "Layer":
+        """The layer with other tensors in place of :meth:`parameters`."""
+        weight, bias, norm_weight, norm_bias, *rest = parameters
+        w1, b1, w2, b2 = cast(Any, rest)
+        kind, _, _, stride, padding, norm, act, own = self
+        assert weight is not None
+        return Layer(
+            kind,
+            weight,
+            bias,
+            stride,
+            padding,
+            None if norm is None else BatchNorm(norm_weight, norm_bias, *norm[2:]),
+            act,
+            None if own is None else Excitation(w1, b1, w2, b2, own.act, own.gate),
+        )
+
+
+PARAMETERS_OF_A_LAYER = 8
+
+
+class Chain(NamedTuple):
+    """Layers, each of which reads what the one before it makes.
+
+    Attributes:
+        layers: at least one.
+        residual: whether the chain's input is added to its output.
+        pool: whether the output is its own mean over all pixels, [N, K].
+    """
+
+    layers: tuple[Layer, ...]
+    residual: bool = False
+    pool: bool = False
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether a BatchNorm normalises by the batch's statistics."""
+        return any(layer.batch_statistics for layer in self.layers)
+
+    def parameters(self) -> list[Tensor | None]:
+        """Those of its layers, one after another."""
+        return [t for layer in self.layers for t in layer.parameters()]
+
+    def with_parameters(self, parameters: Sequence[Tensor | None]) -> "Chain":
+        """The chain with other tensors in place of :meth:`parameters`."""
+        rows = range(0, len(parameters), PARAMETERS_OF_A_LAYER)
+        layers = [
+            layer.with_parameters(parameters[start : start + PARAMETERS_OF_A_LAYER])
+            for layer, start in zip(self.layers, rows, strict=True)
+        ]
+        return self._replace(layers=tuple(layers))
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters and running statistics."""
+        norms = [layer.norm for layer in self.layers if layer.norm is not None]
+        found = [*self.parameters(), *(t for norm in norms for t in (norm.running_mean, norm.running_var))]
+        return [t for t in found if t is not None]

@@ -1,0 +1,141 @@
+"""Modules that run as one fused chain where a backend's kernels can, and as their inner modules elsewhere."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels import cpu, dispatch
+from effnet_kernels.dispatch import Backend, BackendError, Call
+from effnet_kernels.fusion import autograd
+from effnet_kernels.fusion.cache import Snapshots
+from effnet_kernels.fusion.inspection import Unsupported
+from effnet_kernels.fusion.lowering import ChainSpec
+from effnet_kernels.primitives import PrimitivesBackend, has_depthwise
+
+
+class Decision(NamedTuple):
+    """What runs a module.
+
+    Attributes:
+        backend: "torch" where the inner modules run as torch has them.
+        fallback_reason: why they do, or None.
+        spec: what the backend's kernels compute, or None.
+    """
+
+    backend: Backend
+    fallback_reason: str | None = None
+    spec: ChainSpec | None = None
+
+
+class Lowered:
+    """What is inside a module, for as long as it stays so: a chain, or the reason why there is none."""
+
+    def __init__(self, spec: ChainSpec | None, fallback_reason: str | None) -> None:
+        self.spec, self.fallback_reason = spec, fallback_reason
+        self._kernel_fallback_reasons: dict[PrimitivesBackend, str | None] = {}
+
+    def kernel_fallback_reason(self, backend: PrimitivesBackend) -> str | None:
+        """Why the kernels of ``backend`` cannot compute the chain, or None."""
+        if backend not in self._kernel_fallback_reasons:
+            self._kernel_fallback_reasons[backend] = self._missing_kernel(backend)
+        return self._kernel_fallback_reasons[backend]
+
+    def _missing_kernel(self, backend: PrimitivesBackend) -> str | None:
+        assert self.spec is not None
+        for layer in self.spec.chain.layers:
+            if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
+                return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
+        return None
+
+
+class FusedModule(nn.Module):
+    """Base of the modules with a fused chain.
+
+    A subclass has :meth:`chain_spec`. Its ``forward`` returns what :meth:`fused` does, or calls its inner modules where
+    that is None.
+    """
+
+    keeps_memory_format: ClassVar[bool] = True
+    """Whether a fused output has the input's memory format; else it is in channels-last strides."""
+
+    def chain_spec(self) -> ChainSpec:
+        """What the module computes; raises Unsupported where no kernel computes a part of it."""
+        raise NotImplementedError
+
+    def fused(self, input: Tensor, *arguments: Any, pool: bool = False, **named: Any) -> Tensor | None:
+        """The module's output, computed as one fused chain; None where its inner modules have to run.
+
+        With ``pool`` the output's mean over all pixels, [N, K]. Further arguments go to stochastic depth.
+        """
+        decision = self.choose(input)
+        if decision.spec is None or decision.backend == "torch":
+            return None
+        x = input.contiguous(memory_format=torch.channels_last)
+        chain = decision.spec.chain._replace(pool=True) if pool else decision.spec.chain
+        y = autograd.run(decision.backend, chain, x, decision.spec.drop_path_scale(x, *arguments, **named))
+        return y.contiguous(memory_format=memory_format(input)) if self.keeps_memory_format and not pool else y
+
+    def choose(self, x: Tensor) -> Decision:
+        """What runs the module on ``x``, and why."""
+        intercepted = dispatch.interception(x)
+        if intercepted is not None:
+            # Nothing of the module is looked at: a tracer would take the questions into its graph.
+            return Decision("torch", intercepted)
+        return self.decide(Call.of(x))
+
+    def decide(self, call: Call) -> Decision:
+        """:meth:`choose` from the facts of a call instead of a tensor; raises BackendError where one is forced."""
+        force = dispatch.forced()
+        if force == "torch":
+            return Decision("torch", "forced")
+        reason = call.unusual or dispatch.global_hook()
+        if reason is not None:
+            return Decision("torch", reason)
+        lowered = self.lowered()
+        if lowered.fallback_reason is not None:
+            return Decision("torch", lowered.fallback_reason)
+        backend = dispatch.backend_for(call, force)
+        reason = dispatch.fallback_reason(backend, call)
+        if reason is not None and force == backend:
+            raise BackendError(f"backend {force!r} was forced but cannot run {type(self).__name__}: {reason}")
+        reason = reason or lowered.kernel_fallback_reason(backend)
+        return Decision("torch", reason) if reason is not None else Decision(backend, None, lowered.spec)
+
+    def lowered(self) -> Lowered:
+        """What is inside the module, found out anew where that has changed."""
+        if torch.compiler.is_compiling():
+            return self._lower()
+        return _lowered.get(self) or _lowered.keep(self, self._lower())
+
+    def _lower(self) -> Lowered:
+        try:
+            return Lowered(self.chain_spec(), None)
+        except Unsupported as reason:
+            return Lowered(None, str(reason))
+
+
+# Beside the modules, so that it is not copied, written or listed with them.
+_lowered: Snapshots[Lowered] = Snapshots()
+
+
+def description(decision: Decision) -> str:
+    """What runs a module, in a few words; the reason where torch does."""
+    if decision.backend == "torch" or decision.spec is None:
+        return decision.fallback_reason or "torch"
+    if decision.backend == "reference":
+        kernels = "the reference, in plain PyTorch"
+    elif decision.backend == "cpu":
+        kernels = f"fused native kernels ({cpu.isa()})"
+    else:
+        kernels = "fused Triton kernels"
+    if decision.spec.chain.layers[0].kind == "dense":
+        return f"the dense convolution by torch, the rest by {kernels}"
+    return kernels
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last where the strides are that and nothing else (a 1x1 map's are both), else contiguous."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
