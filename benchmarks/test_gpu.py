@@ -21,7 +21,7 @@ pytest.importorskip("triton.language", reason="Triton is not installed")
 import gpu_cases
 from playback import play_back
 
-from effnet_kernels import timing
+from effnet_kernels.tools import timing
 from effnet_kernels.triton.launch import simulated
 
 TOY = simulated()

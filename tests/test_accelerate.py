@@ -16,7 +16,7 @@ from conftest import assert_buffers_close, assert_close, assert_gradients_close,
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.acceleration import Accelerated
+from effnet_kernels.interop.accelerate import Accelerated
 
 tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'peers'")
 timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'peers'")

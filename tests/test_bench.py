@@ -7,9 +7,9 @@ import math
 import pytest
 from native_cases import kernel_isas, needs_native
 
-from effnet_kernels import bench
-from effnet_kernels.cli import main
 from effnet_kernels.cpu.extension import extension
+from effnet_kernels.tools import bench
+from effnet_kernels.tools.cli import main
 
 pytestmark = needs_native
 

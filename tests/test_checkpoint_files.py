@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from effnet_kernels.models.checkpoint import download, read_checkpoint
+from effnet_kernels.models.weights.download import download, read_checkpoint
 
 SUFFIXES = (".pth", ".legacy.pth", ".safetensors")
 

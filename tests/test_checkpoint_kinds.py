@@ -14,11 +14,12 @@ from conftest import randomize
 from torch import Tensor
 
 import effnet_kernels as ek
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.convert import convert_state_dict, load_checkpoint
-from effnet_kernels.models.efficientnet import EfficientNet, build
-from effnet_kernels.models.formats import FORMATS
-from effnet_kernels.models.wrappers import unwrap
+from effnet_kernels.models.efficientnet import EfficientNet
+from effnet_kernels.models.factory import build
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.weights.convert import convert_state_dict, load_checkpoint
+from effnet_kernels.models.weights.formats import FORMATS
+from effnet_kernels.models.weights.wrappers import unwrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,11 @@ import torch
 from conftest import run_python
 
 from effnet_kernels import triton
-from effnet_kernels.cli import main
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.convert import convert_state_dict
-from effnet_kernels.models.efficientnet import build
-from effnet_kernels.predict import PHOTO_FORMATS
+from effnet_kernels.models.factory import build
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.weights.convert import convert_state_dict
+from effnet_kernels.tools.cli import main
+from effnet_kernels.tools.predict import PHOTO_FORMATS
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -210,7 +210,8 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_optional_packages_are_not_imported() -> None:
     code = (
-        "import sys, effnet_kernels, effnet_kernels.cli, effnet_kernels.predict, effnet_kernels.models.pretrained\n"
+        "import sys, effnet_kernels, effnet_kernels.tools.cli, effnet_kernels.tools.predict\n"
+        "import effnet_kernels.models.weights.pretrained\n"
         "print([m for m in ('torchvision', 'timm', 'PIL', 'safetensors', 'skimage') if m in sys.modules])"
     )
     result = run_python(code)
@@ -218,7 +219,7 @@ def test_optional_packages_are_not_imported() -> None:
 
 
 def test_output_into_a_closed_pipe(folder: Path, checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "effnet_kernels.cli", "predict", str(folder), "--model", "efficientnet_b0"]
+    command = [sys.executable, "-m", "effnet_kernels.tools.cli", "predict", str(folder), "--model", "efficientnet_b0"]
     process = subprocess.Popen(
         [*command, "--weights", str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,7 +6,7 @@ from conftest import assert_close, randomize
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.models.convert import load_checkpoint
+from effnet_kernels.models.weights.convert import load_checkpoint
 
 # Half of B0's channels and blocks keep the tests quick.
 CHEAP = {"width_coefficient": 0.5, "depth_coefficient": 0.4}

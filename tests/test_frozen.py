@@ -173,7 +173,7 @@ def test_scripting_an_engine_names_what_else_there_is(inside):
 
 def test_launches_on_a_gpu_are_recorded():
     pytest.importorskip("triton", reason="records its launches")
-    from effnet_kernels.warmup import launches_of_step
+    from effnet_kernels.tools.warmup import launches_of_step
 
     launches = launches_of_step(ek.freeze(small()), (2, 3, 64, 64), train=False)
     assert len(launches) > 20

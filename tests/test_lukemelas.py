@@ -12,7 +12,7 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels import dispatch
-from effnet_kernels.models.convert import load_checkpoint
+from effnet_kernels.models.weights.convert import load_checkpoint
 
 AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import effnet_kernels as ek
-from effnet_kernels.models import pretrained
-from effnet_kernels.models.checkpoint import download, read_checkpoint
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.preprocess import ImagePreprocess
-from effnet_kernels.models.pretrained import (
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.weights import pretrained
+from effnet_kernels.models.weights.download import download, read_checkpoint
+from effnet_kernels.models.weights.preprocess import ImagePreprocess
+from effnet_kernels.models.weights.pretrained import (
     EfficientNet_B0_Weights,
     EfficientNet_B1_Weights,
     EfficientNet_Lite0_Weights,

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from effnet_kernels import cli, dispatch
-from effnet_kernels.console import printable, to_json
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.efficientnet import build
-from effnet_kernels.predict import Guess, Prediction
+from effnet_kernels import dispatch
+from effnet_kernels.models.factory import build
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.tools import cli
+from effnet_kernels.tools.console import printable, to_json
+from effnet_kernels.tools.predict import Guess, Prediction
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 

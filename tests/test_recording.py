@@ -97,8 +97,8 @@ def test_the_head_stores_no_map_at_inference() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_training_step_needs_few_binaries(dtype: torch.dtype) -> None:
+    from effnet_kernels.tools.warmup import launches_of_step
     from effnet_kernels.triton.compilation import distinct
-    from effnet_kernels.warmup import launches_of_step
 
     launches = launches_of_step(ek.efficientnet_b0(), (64, 3, 224, 224), True, dtype)
     largest = max((t for t in launches[0].arguments.values() if isinstance(t, Tensor)), key=Tensor.numel)
@@ -108,7 +108,7 @@ def test_a_training_step_needs_few_binaries(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_variant_of_block_records(dtype: torch.dtype) -> None:
-    from effnet_kernels.warmup import launches_of_step
+    from effnet_kernels.tools.warmup import launches_of_step
 
     settings = [
         FusedMBConvConfig(1, 3, 1, 24, 24, 1),
@@ -127,7 +127,7 @@ def test_every_variant_of_block_records(dtype: torch.dtype) -> None:
 
 
 def test_a_step_of_a_shape_that_is_none() -> None:
-    from effnet_kernels.warmup import launches_of_step
+    from effnet_kernels.tools.warmup import launches_of_step
 
     with pytest.raises(ValueError, match=r"shape: expected \[N, C, H, W\], got \(3, 224, 224\)"):
         launches_of_step(ek.efficientnet_b0(), (3, 224, 224), True)

@@ -8,7 +8,8 @@ import torch
 
 import effnet_kernels as ek
 from effnet_kernels.models import scaling
-from effnet_kernels.models.scaling import Coefficients, measure, scaled_variant
+from effnet_kernels.models.factory import measure
+from effnet_kernels.models.scaling import Coefficients, scaled_variant
 
 
 def shapes(model):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import TOLERANCES, randomize, relative_rms
 
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.convert import convert_state_dict, from_peer, load_checkpoint
-from effnet_kernels.models.efficientnet import build
+from effnet_kernels import from_peer
+from effnet_kernels.models.factory import build
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.weights.convert import convert_state_dict, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,18 @@ import pytest
 from conftest import run_python
 from torch import nn
 
-from effnet_kernels import acceleration, peer_blocks
+from effnet_kernels.interop import accelerate as acceleration
+from effnet_kernels.interop import blocks
 
-KNOWN = sorted({*peer_blocks._ADAPTERS, *acceleration._NETWORKS})
+KNOWN = sorted({*blocks.ADAPTERS, *acceleration._NETWORKS})
 IMPORTED = ["subprocess", "os", "builtins", "shutil", "pickle", "importlib", "torch", "torch.nn", "torch.hub", "sys"]
-IMPORTED += ["effnet_kernels", "effnet_kernels.acceleration", "effnet_kernels.cli", "effnet_kernels.modules", "runpy"]
+IMPORTED += [
+    "effnet_kernels",
+    "effnet_kernels.interop.accelerate",
+    "effnet_kernels.tools.cli",
+    "effnet_kernels.modules",
+    "runpy",
+]
 
 
 def name_in(module: str, qualified: str) -> str:
@@ -34,7 +41,7 @@ class OnlyOurs(pickle.Unpickler):
 def reach(name: str) -> object:
     """What a pickle gets from the acceleration module under a name."""
     code = pickle.PROTO + b"\x04"
-    for text in ("effnet_kernels.acceleration", name):
+    for text in ("effnet_kernels.interop.accelerate", name):
         data = text.encode("utf-8", "surrogatepass")
         code += pickle.BINUNICODE + len(data).to_bytes(4, "little") + data
     return OnlyOurs(io.BytesIO(code + pickle.STACK_GLOBAL + pickle.STOP)).load()
@@ -46,7 +53,7 @@ def test_nothing_is_found_in_modules_that_are_imported(module: str) -> None:
     for attribute, value in list(vars(sys.modules[module]).items()):
         inner = list(vars(value))[:20] if inspect.isclass(value) else []
         for qualified in (attribute, *(f"{attribute}.{name}" for name in inner)):
-            if value is not peer_blocks.Pair:
+            if value is not blocks.Pair:
                 with pytest.raises(AttributeError):
                     reach(name_in(module, qualified))
 
@@ -54,11 +61,12 @@ def test_nothing_is_found_in_modules_that_are_imported(module: str) -> None:
 def test_nothing_is_imported_to_look_for_a_name() -> None:
     code = f"""
 import sys, effnet_kernels
-from effnet_kernels import acceleration
+from effnet_kernels.interop import accelerate as acceleration
 before, known = set(sys.modules), {{name.partition(".")[0] for name in {KNOWN!r}}}
 names = sorted(set(sys.stdlib_module_names) - {{"this", "antigravity"}})
 tried = 0
-for module in [*names, "torchvision.io", "timm.data", "torch.utils.cpp_extension", "effnet_kernels.tune", "", "."]:
+others = ["torchvision.io", "timm.data", "torch.utils.cpp_extension", "effnet_kernels.tools.tune", "", "."]
+for module in [*names, *others]:
     for qualified in ("main", "Popen", "__builtins__", "__loader__.load_module", ""):
         try:
             getattr(acceleration, f"{{module}}:{{qualified}}".replace(".", "/"))

@@ -67,29 +67,22 @@ def encode(backend: PrimitivesBackend, chain: Chain) -> tuple[str, list[Tensor],
     The text is a Python literal. Each layer is its kind, stride, padding and activation, then eps and whether batch
     statistics are used, the excitation's activation and gate, and which of its ten tensors there are.
     """
-    layers: list[object] = []
+    layers = ""
     running: list[Tensor] = []
     for layer in chain.layers:
         norm, excitation = layer.norm, layer.excitation
         # Statistics that only move are updated outside of the operators.
         read = [] if norm is None or norm.batch_statistics else [norm.running_mean, norm.running_var]
         present = [t is not None for t in (*layer.parameters(), *(read or (None, None)))]
-        layers.append(
-            (
-                (layer.kind, layer.stride, layer.padding, layer.act),
-                None if norm is None else (norm.eps, norm.batch_statistics),
-                None if excitation is None else (excitation.act, excitation.gate),
-                present,
-            )
-        )
         running += [t for t in read if t is not None]
-    text = _literal((backend, chain.residual, chain.pool, layers))
+        # Formatted one by one: a tracer of open sizes holds numbers as symbols until they are.
+        padding = "'same'" if isinstance(layer.padding, str) else ", ".join(f"{side}" for side in layer.padding)
+        layers += f"(('{layer.kind}', {layer.stride}, ({padding}), '{layer.act}'), "
+        layers += "None, " if norm is None else f"({norm.eps}, {norm.batch_statistics}), "
+        layers += "None, " if excitation is None else f"('{excitation.act}', '{excitation.gate}'), "
+        layers += f"({', '.join(f'{p}' for p in present)})), "
+    text = f"('{backend}', {chain.residual}, {chain.pool}, [{layers}])"
     return text, [t for t in chain.parameters() if t is not None], running
-
-
-@dispatch.constant_when_traced
-def _literal(value: object) -> str:
-    return repr(value)
 
 
 class Decoded:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from effnet_kernels import dispatch
 from effnet_kernels.deferred import Activation
 from effnet_kernels.fusion.inspection import is_plain
 from effnet_kernels.models.features import FeatureInfo, Features, check_images
-from effnet_kernels.models.lukemelas import ALIASES, LukemelasInterface
+from effnet_kernels.models.lukemelas_interface import ALIASES, LukemelasInterface
+from effnet_kernels.models.scaling import scaled_variant
+from effnet_kernels.models.variants import Variant
 from effnet_kernels.modules import BlockConfig, ConvBnAct
 from effnet_kernels.modules.conv_bn_act import PaddingMode
 
-if TYPE_CHECKING:
-    from effnet_kernels.models.configs import Variant
+Network = TypeVar("Network", bound="EfficientNet")
 
 
 class EfficientNet(LukemelasInterface):
@@ -178,11 +179,27 @@ class EfficientNet(LukemelasInterface):
         return 0 if self.features_only else getattr(self.classifier[1], "out_features", 0)
 
     @classmethod
-    def from_phi(cls, phi: float, **kwargs: Any) -> "EfficientNet":
+    def from_phi(cls: type[Network], phi: float, **kwargs: Any) -> Network:
         """The network that compound scaling gives for any real ``phi``; see :mod:`effnet_kernels.models.scaling`."""
-        from effnet_kernels.models.scaling import scaled_variant
+        return cls.of_variant(scaled_variant(phi), **kwargs)
 
-        return build(scaled_variant(phi), cls=cls, **kwargs)
+    @classmethod
+    def of_variant(cls: type[Network], variant: Variant, **kwargs: Any) -> Network:
+        """A network of a row of the table; keyword arguments of the constructor take precedence over the variant's.
+
+        Raises TypeError for the name of an argument that is another package's.
+        """
+        for name, ours in _NAMES_ELSEWHERE.items():
+            if name in kwargs and cls.__init__ is EfficientNet.__init__:
+                raise TypeError(f"expected the argument {ours}, which is what it is called here, got {name}")
+        options = {
+            "dropout": variant.dropout,
+            "norm_layer": variant.norm_layer(),
+            "last_channel": variant.last_channel,
+            "activation": variant.activation,
+            "padding": variant.padding,
+        }
+        return cls(variant.block_configs(), **{**options, **kwargs})
 
 
 def _keep_resolution(strides: list[int]) -> list[int]:
@@ -256,21 +273,3 @@ _NAMES_ELSEWHERE = {
     "checkpoint_path": "weights",
     "weights_path": "weights",
 }
-
-
-def build(variant: "Variant", cls: type[EfficientNet] = EfficientNet, **kwargs: Any) -> EfficientNet:
-    """A network of ``variant``; keyword arguments of :class:`EfficientNet` take precedence over the variant's.
-
-    Raises TypeError for the name of an argument that is another package's.
-    """
-    for name, ours in _NAMES_ELSEWHERE.items():
-        if name in kwargs and cls.__init__ is EfficientNet.__init__:
-            raise TypeError(f"expected the argument {ours}, which is what it is called here, got {name}")
-    options = {
-        "dropout": variant.dropout,
-        "norm_layer": variant.norm_layer(),
-        "last_channel": variant.last_channel,
-        "activation": variant.activation,
-        "padding": variant.padding,
-    }
-    return cls(variant.block_configs(), **{**options, **kwargs})

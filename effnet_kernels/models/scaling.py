@@ -14,11 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from effnet_kernels.models.configs import VARIANTS, Variant
-from effnet_kernels.models.efficientnet import build
+from effnet_kernels.models.variants import VARIANTS, Variant
 
 
 class Coefficients(NamedTuple):
@@ -64,25 +60,6 @@ def scaled_variant(phi: float, coefficients: Coefficients = PAPER, base: str = "
     )
 
 
-class Size(NamedTuple):
-    """What a network costs: parameters, and multiply-accumulates of one image at its resolution."""
-
-    parameters: int
-    macs: int
-    resolution: int
-
-
-def measure(variant: Variant) -> Size:
-    """Parameters and multiply-accumulates, counted on a network without storage; nothing is computed."""
-    with torch.device("meta"):
-        model = build(variant).eval()
-        image = torch.empty(1, 3, variant.resolution, variant.resolution)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Size(parameters, counter.get_total_flops() // 2, variant.resolution)
-
-
 class Candidate(NamedTuple):
     """A point of the grid and what the caller's function gave it."""
 
@@ -117,7 +94,7 @@ def grid_search(
     """Scores every configuration of :func:`grid` at ``phi``, the best first, as the paper found its coefficients.
 
     Args:
-        score: takes the scaled variant (``effnet_kernels.models.build`` makes its network) and returns a number to
+        score: takes the scaled variant (``effnet_kernels.build`` makes its network) and returns a number to
             maximise: the accuracy after training it, say.
         base: the baseline.
         phi: the step at which the configurations are compared; the paper takes 1.

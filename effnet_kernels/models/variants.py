@@ -1,19 +1,216 @@
-"""The released networks by name."""
+"""The released networks as rows of typed tables.
+
+V1: Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", Table 1 and the
+coefficients of its released code (B8 and L2 follow in Xie et al. 2020, AdvProp and Noisy Student). Lite: the same
+network without squeeze-and-excitation, with ReLU6 and an unscaled stem and head (TensorFlow's `efficientnet/lite`).
+V2: Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", Table 4 and its released code.
+"""
 
 import difflib
-import re
-import warnings
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import nn
 
-from effnet_kernels.models.configs import VARIANTS, Variant
-from effnet_kernels.models.convert import count_classes, has_classifier, load_checkpoint
-from effnet_kernels.models.efficientnet import EfficientNet, build
-from effnet_kernels.models.formats import NUMBERED, detect_format, stem_weight
-from effnet_kernels.models.pretrained import resolve_weights, weights_of
-from effnet_kernels.models.wrappers import unwrap
+from effnet_kernels.deferred import Activation
+from effnet_kernels.modules import BlockConfig, FusedMBConvConfig, MBConvConfig
+from effnet_kernels.modules.block_config import make_divisible
+from effnet_kernels.modules.conv_bn_act import PaddingMode
+
+
+class Stage(NamedTuple):
+    """A row of Table 1 (V1) or Table 4 (V2)."""
+
+    kind: Literal["mbconv", "fused"]
+    expand_ratio: int
+    kernel: int
+    stride: int
+    input_channels: int
+    out_channels: int
+    num_layers: int
+
+
+V1_STAGES = (
+    Stage("mbconv", 1, 3, 1, 32, 16, 1),
+    Stage("mbconv", 6, 3, 2, 16, 24, 2),
+    Stage("mbconv", 6, 5, 2, 24, 40, 2),
+    Stage("mbconv", 6, 3, 2, 40, 80, 3),
+    Stage("mbconv", 6, 5, 1, 80, 112, 3),
+    Stage("mbconv", 6, 5, 2, 112, 192, 4),
+    Stage("mbconv", 6, 3, 1, 192, 320, 1),
+)
+
+V2_BASE_STAGES = (
+    Stage("fused", 1, 3, 1, 32, 16, 1),
+    Stage("fused", 4, 3, 2, 16, 32, 2),
+    Stage("fused", 4, 3, 2, 32, 48, 2),
+    Stage("mbconv", 4, 3, 2, 48, 96, 3),
+    Stage("mbconv", 6, 3, 1, 96, 112, 5),
+    Stage("mbconv", 6, 3, 2, 112, 192, 8),
+)
+
+V2_S_STAGES = (
+    Stage("fused", 1, 3, 1, 24, 24, 2),
+    Stage("fused", 4, 3, 2, 24, 48, 4),
+    Stage("fused", 4, 3, 2, 48, 64, 4),
+    Stage("mbconv", 4, 3, 2, 64, 128, 6),
+    Stage("mbconv", 6, 3, 1, 128, 160, 9),
+    Stage("mbconv", 6, 3, 2, 160, 256, 15),
+)
+
+V2_M_STAGES = (
+    Stage("fused", 1, 3, 1, 24, 24, 3),
+    Stage("fused", 4, 3, 2, 24, 48, 5),
+    Stage("fused", 4, 3, 2, 48, 80, 5),
+    Stage("mbconv", 4, 3, 2, 80, 160, 7),
+    Stage("mbconv", 6, 3, 1, 160, 176, 14),
+    Stage("mbconv", 6, 3, 2, 176, 304, 18),
+    Stage("mbconv", 6, 3, 1, 304, 512, 5),
+)
+
+V2_L_STAGES = (
+    Stage("fused", 1, 3, 1, 32, 32, 4),
+    Stage("fused", 4, 3, 2, 32, 64, 7),
+    Stage("fused", 4, 3, 2, 64, 96, 7),
+    Stage("mbconv", 4, 3, 2, 96, 192, 10),
+    Stage("mbconv", 6, 3, 1, 192, 224, 19),
+    Stage("mbconv", 6, 3, 2, 224, 384, 25),
+    Stage("mbconv", 6, 3, 1, 384, 640, 7),
+)
+
+V2_XL_STAGES = (
+    Stage("fused", 1, 3, 1, 32, 32, 4),
+    Stage("fused", 4, 3, 2, 32, 64, 8),
+    Stage("fused", 4, 3, 2, 64, 96, 8),
+    Stage("mbconv", 4, 3, 2, 96, 192, 16),
+    Stage("mbconv", 6, 3, 1, 192, 256, 24),
+    Stage("mbconv", 6, 3, 2, 256, 512, 32),
+    Stage("mbconv", 6, 3, 1, 512, 640, 8),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A released network.
+
+    Attributes:
+        resolution: rows and columns of the image that it is evaluated at.
+        width, depth: the compound scaling's multipliers of channels and of blocks.
+        dropout: before the classifier.
+        bn_eps, bn_momentum: BatchNorm's, as ``torch.nn.BatchNorm2d`` has them.
+        last_channel: channels of the head convolution; None for four times the last stage's.
+        scales_ends: whether depth scales the first and last stage, and width the stem (Lite leaves them).
+        channel_round_limit: share of its channels that rounding may leave a layer (V2-B rounds to the nearest).
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    width: float
+    depth: float
+    resolution: int
+    dropout: float
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1
+    activation: Activation = "silu"
+    padding: PaddingMode = "symmetric"
+    squeeze_ratio: float | None = 0.25
+    last_channel: int | None = None
+    scales_ends: bool = True
+    channel_round_limit: float = 0.9
+
+    def block_configs(self) -> list[BlockConfig]:
+        """The ``inverted_residual_setting`` of this network."""
+        last = len(self.stages) - 1
+        return [self._config(stage, index == 0, index == last) for index, stage in enumerate(self.stages)]
+
+    def _config(self, stage: Stage, first: bool, last: bool) -> BlockConfig:
+        keeps_depth = (first or last) and not self.scales_ends
+        layers = stage.num_layers if keeps_depth else BlockConfig.adjust_depth(stage.num_layers, self.depth)
+        inputs = stage.input_channels if first and not self.scales_ends else self._channels(stage.input_channels)
+        outputs = self._channels(stage.out_channels)
+        shape = (stage.expand_ratio, stage.kernel, stage.stride, inputs, outputs, layers)
+        if stage.kind == "fused":
+            return FusedMBConvConfig(*shape, activation=self.activation, padding=self.padding)
+        return MBConvConfig(*shape, activation=self.activation, padding=self.padding, squeeze_ratio=self.squeeze_ratio)
+
+    def _channels(self, channels: int) -> int:
+        return make_divisible(channels * self.width, round_limit=self.channel_round_limit)
+
+    def norm_layer(self) -> partial[nn.BatchNorm2d]:
+        """BatchNorm with this network's settings."""
+        return partial(nn.BatchNorm2d, eps=self.bn_eps, momentum=self.bn_momentum)
+
+
+def _v1(name: str, width: float, depth: float, resolution: int, dropout: float, **settings: float) -> Variant:
+    return Variant(f"efficientnet_{name}", V1_STAGES, width, depth, resolution, dropout, **settings)  # type: ignore[arg-type]
+
+
+def _lite(name: str, width: float, depth: float, resolution: int, dropout: float) -> Variant:
+    return Variant(
+        f"efficientnet_{name}",
+        V1_STAGES,
+        width,
+        depth,
+        resolution,
+        dropout,
+        activation="relu6",
+        squeeze_ratio=None,
+        last_channel=1280,
+        scales_ends=False,
+    )
+
+
+def _v2(name: str, stages: tuple[Stage, ...], resolution: int, dropout: float) -> Variant:
+    return Variant(f"efficientnet_{name}", stages, 1.0, 1.0, resolution, dropout, bn_eps=1e-3, last_channel=1280)
+
+
+def _v2_base(name: str, width: float, depth: float, resolution: int, dropout: float) -> Variant:
+    return Variant(
+        f"efficientnet_{name}",
+        V2_BASE_STAGES,
+        width,
+        depth,
+        resolution,
+        dropout,
+        bn_eps=1e-3,
+        last_channel=make_divisible(1280 * width, round_limit=0.0),
+        channel_round_limit=0.0,
+    )
+
+
+_LARGE = {"bn_eps": 1e-3, "bn_momentum": 0.01}
+
+_RELEASED = (
+    _v1("b0", 1.0, 1.0, 224, 0.2),
+    _v1("b1", 1.0, 1.1, 240, 0.2),
+    _v1("b2", 1.1, 1.2, 260, 0.3),
+    _v1("b3", 1.2, 1.4, 300, 0.3),
+    _v1("b4", 1.4, 1.8, 380, 0.4),
+    _v1("b5", 1.6, 2.2, 456, 0.4, **_LARGE),
+    _v1("b6", 1.8, 2.6, 528, 0.5, **_LARGE),
+    _v1("b7", 2.0, 3.1, 600, 0.5, **_LARGE),
+    _v1("b8", 2.2, 3.6, 672, 0.5, **_LARGE),
+    _v1("l2", 4.3, 5.3, 800, 0.5, **_LARGE),
+    _lite("lite0", 1.0, 1.0, 224, 0.2),
+    _lite("lite1", 1.0, 1.1, 240, 0.2),
+    _lite("lite2", 1.1, 1.2, 260, 0.3),
+    _lite("lite3", 1.2, 1.4, 280, 0.3),
+    _lite("lite4", 1.4, 1.8, 300, 0.3),
+    _v2("v2_s", V2_S_STAGES, 384, 0.2),
+    _v2("v2_m", V2_M_STAGES, 480, 0.3),
+    _v2("v2_l", V2_L_STAGES, 480, 0.4),
+    _v2("v2_xl", V2_XL_STAGES, 512, 0.4),
+    _v2_base("v2_b0", 1.0, 1.0, 224, 0.2),
+    _v2_base("v2_b1", 1.0, 1.1, 240, 0.2),
+    _v2_base("v2_b2", 1.1, 1.2, 260, 0.3),
+    _v2_base("v2_b3", 1.2, 1.4, 300, 0.3),
+)
+
+# The tf_ networks compute as TensorFlow's checkpoints expect: SAME padding, and BatchNorm as TensorFlow sets it.
+_TENSORFLOW = tuple(replace(v, name=f"tf_{v.name}", padding="same", bn_eps=1e-3, bn_momentum=0.01) for v in _RELEASED)
+
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (*_RELEASED, *_TENSORFLOW)}
 
 
 def find_variant(name: str) -> Variant:
@@ -23,162 +220,3 @@ def find_variant(name: str) -> Variant:
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(VARIANTS)}"
         raise ValueError(f"expected the name of a variant, got {name!r}{hint}")
     return VARIANTS[name]
-
-
-def create_model(
-    name: str, *, weights: Any = None, progress: bool = True, strict: bool = False, **kwargs: Any
-) -> EfficientNet:
-    """A released network, trained where ``weights`` are given.
-
-    Args:
-        name: ``efficientnet_b0`` ... ``b8``, ``l2``, ``lite0`` ... ``lite4``, ``v2_s``, ``v2_m``, ``v2_l``, ``v2_xl``,
-            ``v2_b0`` ... ``v2_b3``; with ``tf_`` before it for TensorFlow's SAME padding and BatchNorm settings.
-        weights: the name or member of a weight enum, an http(s) URL, or a path to ``.pth`` or ``.safetensors``, in
-            torchvision's, timm's, lukemelas's or transformers' format; None for initial weights.
-        progress: whether a download shows its progress.
-        strict: whether another ``num_classes`` than the weights' is an error. Otherwise the backbone is loaded, the
-            classifier keeps its initial weights, and a warning says so.
-        **kwargs: arguments of :class:`EfficientNet`; ``num_classes`` is the weights' if it is not given, and 0 leaves
-            their classifier out. With other than 3 ``in_chans`` the stem's weights for RGB are adapted as timm does.
-            ``pretrained`` is taken with a warning, as torchvision does: True stands for ``weights="IMAGENET1K_V1"``.
-
-    Raises:
-        ValueError: an unknown name, an argument or weights that do not fit.
-        TypeError: an argument that there is not.
-    """
-    variant = find_variant(name)
-    weights = _checked_weights(name, weights, kwargs)
-    if weights is None:
-        return build(variant, **kwargs)
-    source = resolve_weights(name, weights)
-    state_dict = unwrap(source.get_state_dict(progress=progress, check_hash=True))
-    # Weights of our table bring the settings that they were trained with: the Lite ones are TensorFlow's.
-    variant = find_variant(source.variant or name)
-    form = detect_format(state_dict)
-    if source.variant == "" and variant.padding != "same" and form in NUMBERED:
-        warnings.warn(
-            f"the checkpoint is in {form}'s format, whose networks have SAME padding and BatchNorm eps 1e-3: "
-            f"'tf_{name}' computes what it was trained for",
-            stacklevel=2,
-        )
-    classes, is_asked = count_classes(state_dict), "num_classes" in kwargs
-    # A head that is not one layer is left for the loading to name, unless another is asked for.
-    if not is_asked and (classes > 0 or not has_classifier(state_dict)) and not kwargs.get("features_only"):
-        kwargs["num_classes"] = classes
-    model = build(variant, **kwargs)
-    is_new = is_asked and model.num_classes not in (0, classes)
-    if is_new and strict:
-        raise ValueError(f"num_classes: expected {classes}, which the weights have, or 0, got {model.num_classes}")
-    load_checkpoint(model, _adapt_stem(state_dict, stem_weight(form), model.in_chans), skip_classifier=is_new)
-    if is_new:
-        found = f"{classes} classes" if classes else "no such classifier"
-        warnings.warn(
-            f"the weights have {found} and num_classes is {model.num_classes}: the backbone is loaded and the "
-            "classifier is untrained; strict=True refuses this",
-            stacklevel=2,
-        )
-    return model
-
-
-def _checked_weights(name: str, weights: Any, kwargs: dict[str, Any]) -> Any:
-    """``weights``, also where they were asked for by ``pretrained``, which is taken out of ``kwargs``."""
-    if "pretrained" in kwargs or isinstance(weights, bool):
-        if weights is not None and not isinstance(weights, bool):
-            raise TypeError(f"pretrained: expected it or weights, got both, weights={weights!r}")
-        trained = kwargs.pop("pretrained", weights)
-        weights = "IMAGENET1K_V1" if trained else None
-        warnings.warn(
-            f"pretrained={trained!r} is deprecated, as in torchvision: weights={weights!r} is the same", stacklevel=3
-        )
-    # What could be the name of a file, but of none that there is, is meant as a name of weights.
-    elif isinstance(weights, str) and re.fullmatch(r"[\w-]*[a-z][\w-]*", weights) and not Path(weights).exists():
-        enum = weights_of(name)
-        names = "" if enum is None else f"one of {', '.join(enum.__members__)}, "
-        raise ValueError(f"weights: expected {names}a URL or the path of a file for {name}, got {weights!r}")
-    return weights
-
-
-def _adapt_stem(state_dict: dict[str, Tensor], key: str, in_chans: int) -> dict[str, Tensor]:
-    """Weights for images of ``in_chans`` channels from weights for RGB, as timm adapts them.
-
-    The sum over the channels for one; else the channels repeated, scaled so that outputs keep their size. Weights for
-    other images than RGB stay as they are.
-    """
-    rgb = state_dict.get(key)
-    if rgb is None or rgb.dim() != 4 or rgb.shape[1] != 3 or in_chans == 3:
-        return state_dict
-    if in_chans == 1:
-        adapted = rgb.sum(dim=1, keepdim=True)
-    else:
-        adapted = rgb.repeat(1, -(-in_chans // 3), 1, 1)[:, :in_chans] * (3 / in_chans)
-    return {**state_dict, key: adapted}
-
-
-class Builder(Protocol):
-    """A variant's builder: :func:`create_model` with the name given."""
-
-    __name__: str
-
-    def __call__(self, weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet: ...
-
-
-def _builder(name: str) -> Builder:
-    def builder(weights: Any = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
-        return create_model(name, weights=weights, progress=progress, **kwargs)
-
-    variant = VARIANTS[name]
-    builder.__name__ = builder.__qualname__ = name
-    builder.__module__ = __name__
-    builder.__doc__ = (
-        f"``create_model({name!r}, ...)``: width {variant.width:g}, depth {variant.depth:g}, "
-        f"resolution {variant.resolution}, dropout {variant.dropout:g}, {variant.padding} padding."
-    )
-    return builder
-
-
-efficientnet_b0 = _builder("efficientnet_b0")
-efficientnet_b1 = _builder("efficientnet_b1")
-efficientnet_b2 = _builder("efficientnet_b2")
-efficientnet_b3 = _builder("efficientnet_b3")
-efficientnet_b4 = _builder("efficientnet_b4")
-efficientnet_b5 = _builder("efficientnet_b5")
-efficientnet_b6 = _builder("efficientnet_b6")
-efficientnet_b7 = _builder("efficientnet_b7")
-efficientnet_b8 = _builder("efficientnet_b8")
-efficientnet_l2 = _builder("efficientnet_l2")
-efficientnet_lite0 = _builder("efficientnet_lite0")
-efficientnet_lite1 = _builder("efficientnet_lite1")
-efficientnet_lite2 = _builder("efficientnet_lite2")
-efficientnet_lite3 = _builder("efficientnet_lite3")
-efficientnet_lite4 = _builder("efficientnet_lite4")
-efficientnet_v2_s = _builder("efficientnet_v2_s")
-efficientnet_v2_m = _builder("efficientnet_v2_m")
-efficientnet_v2_l = _builder("efficientnet_v2_l")
-efficientnet_v2_xl = _builder("efficientnet_v2_xl")
-efficientnet_v2_b0 = _builder("efficientnet_v2_b0")
-efficientnet_v2_b1 = _builder("efficientnet_v2_b1")
-efficientnet_v2_b2 = _builder("efficientnet_v2_b2")
-efficientnet_v2_b3 = _builder("efficientnet_v2_b3")
-tf_efficientnet_b0 = _builder("tf_efficientnet_b0")
-tf_efficientnet_b1 = _builder("tf_efficientnet_b1")
-tf_efficientnet_b2 = _builder("tf_efficientnet_b2")
-tf_efficientnet_b3 = _builder("tf_efficientnet_b3")
-tf_efficientnet_b4 = _builder("tf_efficientnet_b4")
-tf_efficientnet_b5 = _builder("tf_efficientnet_b5")
-tf_efficientnet_b6 = _builder("tf_efficientnet_b6")
-tf_efficientnet_b7 = _builder("tf_efficientnet_b7")
-tf_efficientnet_b8 = _builder("tf_efficientnet_b8")
-tf_efficientnet_l2 = _builder("tf_efficientnet_l2")
-tf_efficientnet_lite0 = _builder("tf_efficientnet_lite0")
-tf_efficientnet_lite1 = _builder("tf_efficientnet_lite1")
-tf_efficientnet_lite2 = _builder("tf_efficientnet_lite2")
-tf_efficientnet_lite3 = _builder("tf_efficientnet_lite3")
-tf_efficientnet_lite4 = _builder("tf_efficientnet_lite4")
-tf_efficientnet_v2_s = _builder("tf_efficientnet_v2_s")
-tf_efficientnet_v2_m = _builder("tf_efficientnet_v2_m")
-tf_efficientnet_v2_l = _builder("tf_efficientnet_v2_l")
-tf_efficientnet_v2_xl = _builder("tf_efficientnet_v2_xl")
-tf_efficientnet_v2_b0 = _builder("tf_efficientnet_v2_b0")
-tf_efficientnet_v2_b1 = _builder("tf_efficientnet_v2_b1")
-tf_efficientnet_v2_b2 = _builder("tf_efficientnet_v2_b2")
-tf_efficientnet_v2_b3 = _builder("tf_efficientnet_v2_b3")

@@ -8,7 +8,7 @@ from conftest import assert_buffers_close, assert_gradients_close, randomize
 from torch import nn
 
 from effnet_kernels import EfficientNet, dispatch
-from effnet_kernels.models.configs import VARIANTS
+from effnet_kernels.models.variants import VARIANTS
 from gpu.compare import assert_accurate, channels_last
 
 

@@ -10,13 +10,13 @@ import torch
 from conftest import randomize
 
 from effnet_kernels import EfficientNet, dispatch, warmup
-from effnet_kernels.cli import main
 from effnet_kernels.launch_config import table
 from effnet_kernels.modules import MBConvConfig
-from effnet_kernels.selftest import selftest
+from effnet_kernels.tools.cli import main
+from effnet_kernels.tools.selftest import selftest
+from effnet_kernels.tools.tune import CHOICES, tune
+from effnet_kernels.tools.warmup import gpu_autocast
 from effnet_kernels.triton.launch import simulated
-from effnet_kernels.tune import CHOICES, tune
-from effnet_kernels.warmup import gpu_autocast
 from gpu.compare import assert_accurate, channels_last
 
 
@@ -65,8 +65,8 @@ def test_tuning_fills_a_table_that_the_rules_follow(monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(CHOICES, kernel, {"num_warps": (2,)})
     # The host's clock says nothing of a simulated kernel: let two warps win.
     times = iter([2.0, 1.0] * 10_000)
-    monkeypatch.setattr("effnet_kernels.tune.measure", lambda launch: (launch(), next(times))[1])
-    monkeypatch.setattr("effnet_kernels.tune.GAIN", 0.0)
+    monkeypatch.setattr("effnet_kernels.tools.tune.measure", lambda launch: (launch(), next(times))[1])
+    monkeypatch.setattr("effnet_kernels.tools.tune.GAIN", 0.0)
     model, x = network(), channels_last(1, 3, 16, 16)
     winners = tune(model.cuda(), tuple(x.shape), torch.float32, repeats=1)
     assert winners

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from effnet_kernels.models.checkpoint import download, read_checkpoint
-from effnet_kernels.models.configs import VARIANTS
-from effnet_kernels.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Interpolation
+from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.weights.download import download, read_checkpoint
+from effnet_kernels.models.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Interpolation
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _RECIPE = "https://github.com/pytorch/vision/tree/main/references/classification#efficientnet-"
@@ -51,7 +51,7 @@ class Weights:
         return replace(self.preprocess, **overrides)
 
     def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Any]:
-        """The checkpoint as it is stored, on the CPU; :func:`effnet_kernels.models.convert.load_checkpoint` loads it.
+        """The checkpoint as it is stored, on the CPU; :func:`effnet_kernels.load_checkpoint` loads it.
 
         Args:
             progress: whether a download shows its progress on stderr.

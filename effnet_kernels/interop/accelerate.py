@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from effnet_kernels import dispatch
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
+from effnet_kernels.interop.blocks import ADAPTER_MODULES, Adapter, Pair, adapter_of, look_up
 from effnet_kernels.modules.fused_module import FusedModule
-from effnet_kernels.peer_blocks import ADAPTER_MODULES, Adapter, Pair, adapter_of, look_up
 
 Model = TypeVar("Model", bound=nn.Module)
 

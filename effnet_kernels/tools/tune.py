@@ -1,6 +1,6 @@
 """Measures launch configurations on this machine's GPU and writes those that are faster than the rule's.
 
-    python -m effnet_kernels.tune [--model efficientnet_b0] [--batch 64] [--dtype fp16] [--output FILE]
+    python -m effnet_kernels.tools.tune [--model efficientnet_b0] [--batch 64] [--dtype fp16] [--output FILE]
 
 Whole steps run, training and inference, and every launch in them is timed where it is, with its neighbours' cache. From
 step to step each shape bucket takes its next candidate. The table that comes out overrides the rules from the next
@@ -21,7 +21,7 @@ from torch import nn
 from effnet_kernels import create_model, dispatch
 from effnet_kernels.launch_config import table
 from effnet_kernels.launch_config.table import Tile
-from effnet_kernels.timing import measure
+from effnet_kernels.tools.timing import measure
 
 # What a candidate may change about the rule's tile, by kernel.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -133,7 +133,9 @@ def _run(model: nn.Module, x: torch.Tensor, dtype: torch.dtype, training: bool) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m effnet_kernels.tune", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m effnet_kernels.tools.tune", description=(__doc__ or "").splitlines()[0]
+    )
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     parser.add_argument("--model", default="efficientnet_b0")
     parser.add_argument("--batch", type=int, default=64)

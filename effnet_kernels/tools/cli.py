@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from effnet_kernels.console import printable, say, to_json
+from effnet_kernels.tools.console import printable, say, to_json
 
 # Imports of torch and of the package's parts are inside the functions: ``effnet --help`` has nothing to wait for.
 
@@ -66,7 +66,7 @@ def _reported_errors() -> tuple[type[Exception], ...]:
 
 def run_predict(arguments: argparse.Namespace) -> int:
     """Classifies photographs. Status 0; 1 where one could not be read; 2 where nothing could be done."""
-    from effnet_kernels import predict as p
+    from effnet_kernels.tools import predict as p
 
     if arguments.paths:
         photos = p.find_photos(arguments.paths)
@@ -97,9 +97,9 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 def run_scale(arguments: argparse.Namespace) -> int:
     """Prints what networks cost. Status 0; 2 for an unknown name or a phi that is no number."""
-    from effnet_kernels.models.configs import VARIANTS
-    from effnet_kernels.models.scaling import measure, scaled_variant
-    from effnet_kernels.models.variants import find_variant
+    from effnet_kernels.models.factory import measure
+    from effnet_kernels.models.scaling import scaled_variant
+    from effnet_kernels.models.variants import VARIANTS, find_variant
 
     chosen = [find_variant(name) for name in arguments.variants] + [scaled_variant(phi) for phi in arguments.phi]
     # The tf_ networks cost what their siblings do.
@@ -145,8 +145,8 @@ def _list_kernels(arguments: argparse.Namespace) -> int:
     if reason is not None:
         say(reason, sys.stderr)
         return EXIT_USAGE
+    from effnet_kernels.tools.warmup import launches_of_step
     from effnet_kernels.triton.compilation import distinct
-    from effnet_kernels.warmup import launches_of_step
 
     model = create_model(arguments.model)
     shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
@@ -274,7 +274,7 @@ def _add_info(commands: Any) -> None:
 def run_selftest(arguments: argparse.Namespace) -> int:
     """Compares the fused network with eager PyTorch on this machine's GPU. Status 0, or 1 where a check failed."""
     from effnet_kernels import create_model
-    from effnet_kernels.selftest import selftest
+    from effnet_kernels.tools.selftest import selftest
 
     report = selftest(lambda: create_model(arguments.model), arguments.resolution, arguments.batch, arguments.rounds)
     print(report)
@@ -295,7 +295,7 @@ def _add_selftest(commands: Any) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Compares this CPU's engines on a network. Status 0; 1 where outputs disagree, and then without a speed."""
-    from effnet_kernels import bench
+    from effnet_kernels.tools import bench
 
     if arguments.plot:
         # Before the minutes that the comparison takes.
@@ -370,8 +370,8 @@ def _device(name: str) -> Any:
 
 def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] | None]:
     """The trained model, its preprocessing and its class names."""
-    from effnet_kernels.models import create_model
-    from effnet_kernels.models.pretrained import imagenet_classes, resolve_weights
+    from effnet_kernels import create_model
+    from effnet_kernels.models.weights.pretrained import imagenet_classes, resolve_weights
 
     for option, value in (("--model", name), ("--weights", weights)):
         if value == "":

@@ -10,8 +10,8 @@ from effnet_kernels import cpu, dispatch, profiling
 from effnet_kernels.cpu.network import Network, StepProfile
 from effnet_kernels.cuda_graphs import GraphCache
 from effnet_kernels.dispatch import BackendError
-from effnet_kernels.folded_network import FoldedNetwork
 from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.inference.folded_network import FoldedNetwork
 from effnet_kernels.models.features import check_images
 from effnet_kernels.modules.fused_module import memory_format
 

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from effnet_kernels import cpu
 from effnet_kernels.batch_norm import scale_and_shift
 from effnet_kernels.dispatch import BackendError
-from effnet_kernels.frozen import FrozenEfficientNet
 from effnet_kernels.fusion.inspection import is_plain
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
-from effnet_kernels.models.features import FeatureInfo
-from effnet_kernels.peer_blocks import name_of, unwrapped
-from effnet_kernels.peer_networks import Network, read_network
-from effnet_kernels.verification import (
+from effnet_kernels.inference.engine import FrozenEfficientNet
+from effnet_kernels.interop.adapters import Network, name_of, unwrapped
+from effnet_kernels.interop.networks import read_network
+from effnet_kernels.interop.verification import (
     Observed,
     agree,
     detached_copy,
@@ -24,6 +23,7 @@ from effnet_kernels.verification import (
     tensors_of,
     undisturbed,
 )
+from effnet_kernels.models.features import FeatureInfo
 
 
 def freeze(

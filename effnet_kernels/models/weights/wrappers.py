@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.models.formats import detect_format
+from effnet_kernels.models.weights.formats import detect_format
 
 _log = logging.getLogger(__name__)
 

@@ -304,7 +304,7 @@ class _Worker:
         self.error = 0.0
         self.seconds: list[float] = []
         # The worker imports the package that runs here, whatever the current folder holds.
-        path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [
                 sys.executable,

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch, timing
+from effnet_kernels import dispatch
 from effnet_kernels.dispatch import Backend
-from effnet_kernels.warmup import warmup
+from effnet_kernels.tools import timing
+from effnet_kernels.tools.warmup import warmup
 
 
 class Check(NamedTuple):

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.acceleration import AcceleratedNetwork, why_left_alone
 from effnet_kernels.dispatch import Backend, Call
+from effnet_kernels.interop.accelerate import AcceleratedNetwork, why_left_alone
+from effnet_kernels.interop.blocks import adapter_of
 from effnet_kernels.modules.fused_module import FusedModule, description
-from effnet_kernels.peer_blocks import adapter_of
 
 
 class Row(NamedTuple):

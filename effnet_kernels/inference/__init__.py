@@ -1,0 +1,1 @@
+"""freeze(): a trained network as an engine for inference."""

@@ -1,0 +1,1 @@
+"""Other packages' networks: read, accelerated, explained, converted."""

@@ -1,0 +1,1 @@
+"""Trained weights: their table, download, preprocessing, formats and conversion."""
