@@ -102,7 +102,7 @@ def smoke_paths() -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
         "network, training": lambda: partial(train, network(), torch.randn(image)),
         "network, inference": lambda: partial(infer, network(), torch.randn(image)),
         "engine": lambda: partial(infer, ek.freeze(network()), torch.randn(image)),
-        "engine of maps": lambda: partial(infer, ek.freeze(network(), features=True), torch.randn(image)),
+        "engine of maps": lambda: partial(infer, ek.freeze(network(), features_only=True), torch.randn(image)),
         "engine, frozen there": lambda: partial(lambda m, x: infer(ek.freeze(m), x), network(), torch.randn(image)),
         "operators": lambda: partial(operators, vectors(), torch.randn(2, 8, 5, 6)),
     }

@@ -19,7 +19,7 @@ MODELS = {
     "ours": network,
     "torchvision's, accelerated": torchvision_network,
     "frozen": pytest.param(lambda: ek.freeze(network()), marks=needs_native),
-    "frozen feature maps": pytest.param(lambda: ek.freeze(network(), features=True), marks=needs_native),
+    "frozen feature maps": pytest.param(lambda: ek.freeze(network(), features_only=True), marks=needs_native),
 }
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 # The sizes that a program is made with, and others.

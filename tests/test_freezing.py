@@ -314,12 +314,12 @@ def test_a_patched_class_is_refused(kind: type[nn.Module], patched: str, monkeyp
 @pytest.mark.parametrize("features", [True, False])
 def test_the_proof_looks_at_feature_maps_and_at_the_users_images(features: bool, monkeypatch) -> None:
     model, own = calibrated("torchvision"), F.adaptive_avg_pool2d
-    ek.freeze(model, features=features, verify=torch.randn(2, 3, 31, 70))
+    ek.freeze(model, features_only=features, verify=torch.randn(2, 3, 31, 70))
     # Wrong for images over a certain size alone.
     monkeypatch.setattr(F, "adaptive_avg_pool2d", lambda x, size: own(x, size) * (1.1 if x.shape[3] > 17 else 1))
-    ek.freeze(model, features=features)
+    ek.freeze(model, features_only=features)
     with pytest.raises(ValueError, match=r"features\.2\.0: the engine .* images of shape \(2, 3, 31, 70\)"):
-        ek.freeze(model, features=features, verify=torch.randn(2, 3, 31, 70))
+        ek.freeze(model, features_only=features, verify=torch.randn(2, 3, 31, 70))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -465,7 +465,7 @@ def test_an_encoder_of_segmentation_models_pytorch(depth: int) -> None:
         ek.freeze(model)
     expected = evaluate(model, x)
     for features in (True, False):
-        model.encoder = ek.freeze(model.encoder, features=features) if features else model.encoder
+        model.encoder = ek.freeze(model.encoder, features_only=features) if features else model.encoder
         y = evaluate(model, x)
         assert float((y - expected).norm() / expected.norm()) < 1e-4
     assert torch.equal(model.encoder(x)[0], x)
@@ -477,7 +477,7 @@ def test_an_encoder_of_segmentation_models_pytorch(depth: int) -> None:
 @pytest.mark.parametrize("features", [True, False])
 def test_timms_mobile_networks(name: str, features: bool) -> None:
     model = calibrate(timm_network(name, num_classes=7))
-    engine = ek.freeze(model, features=features)
+    engine = ek.freeze(model, features_only=features)
     if features:
         maps = timm_network(name, features_only=True)
         maps.load_state_dict(model.state_dict(), strict=False)

@@ -342,12 +342,12 @@ def test_feature_maps_of_other_packages():
     with torch.inference_mode():
         maps, model = peer("timm", "efficientnet_b0", features_only=True), peer("timm", "efficientnet_b0")
         maps.load_state_dict(model.state_dict(), strict=False)
-        for engine in (ek.freeze(maps), ek.freeze(model, features=True)):
+        for engine in (ek.freeze(maps), ek.freeze(model, features_only=True)):
             for actual, expected in zip(engine(x), maps(x), strict=True):
                 assert_close(actual, expected)
         model = peer("efficientnet_pytorch", "efficientnet-b0")
         expected = list(model.extract_endpoints(x).values())[:5]
-        for actual, y in zip(ek.freeze(model, features=True)(x), expected, strict=True):
+        for actual, y in zip(ek.freeze(model, features_only=True)(x), expected, strict=True):
             assert_close(actual, y)
         ours = randomize(ek.efficientnet_b0(features_only=True)).eval()
         for actual, y in zip(ek.freeze(ours)(x), ours(x), strict=True):
@@ -361,7 +361,7 @@ def test_cut_features_are_refused_by_name(cut, package, features):
     model = pytest.importorskip(package, reason="freezes torchvision's networks").efficientnet_b0()
     model.features = model.features[cut]
     with pytest.raises(ValueError, match=r"features: expected all layers from the stem to the head .* got \w+"):
-        ek.freeze(model, features=features)
+        ek.freeze(model, features_only=features)
 
 
 def test_a_cut_backbone_is_refused_by_name():
@@ -385,6 +385,6 @@ def test_networks_without_a_classifier():
     model = peer("efficientnet_pytorch", "efficientnet-b0", include_top=False)
     assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
     assert ek.freeze(model)(x).shape == (2, 1280, 1, 1)
-    assert len(ek.freeze(model, features=True)(x)) == 5
+    assert len(ek.freeze(model, features_only=True)(x)) == 5
     model = peer("timm", "efficientnet_b0", num_classes=0, global_pool="")
     assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE

@@ -28,7 +28,7 @@ from effnet_kernels.models.features import FeatureInfo
 
 def freeze(
     model: nn.Module,
-    features: bool = False,
+    features_only: bool = False,
     dtype: torch.dtype | None = None,
     cuda_graph: bool = False,
     verify: bool | Tensor = True,
@@ -43,7 +43,7 @@ def freeze(
         model: an EfficientNet: this package's, torchvision's, timm's or ``efficientnet_pytorch``'s, and torchvision's
             MobileNets and timm's other networks of the same classes; accelerated or not, compiled by ``torch.compile``
             or inside of ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``.
-        features: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
+        features_only: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
             finest first, without the head. Models that return maps themselves keep to their own choice.
         dtype: of weights, images and outputs; the model's own if None. float32 on the CPU; float32, float16 or bfloat16
             on a GPU.
@@ -68,7 +68,7 @@ def freeze(
     model = unwrapped(model)
     network = read_network(model)
     dtype = _check(model, network, dtype, cuda_graph)
-    folded = _fold(network, features)
+    folded = _fold(network, features_only)
     exact = FrozenEfficientNet(*folded, dtype=torch.float32)
     if verify is not False:
         _verify(model, network, folded, exact, None if verify is True else verify)
@@ -87,7 +87,7 @@ class Folded(NamedTuple):
     image_first: bool = False
 
 
-def _fold(network: Network, features: bool) -> Folded:
+def _fold(network: Network, features_only: bool) -> Folded:
     chains: list[Chain] = []
     ends, strides = [], []
     for stage in ([network.stem], *network.stages):
@@ -96,7 +96,7 @@ def _fold(network: Network, features: bool) -> Folded:
         ends.append(len(chains) - 1)
         strides.append(math.prod(layer.stride for chain in chains[before:] for layer in chain.layers))
     maps = network.maps
-    if maps is None and features:
+    if maps is None and features_only:
         maps = FeatureInfo.of_layers([chains[end].layers[-1].out_channels for end in ends], strides, None).layers()
     if maps is not None:
         return Folded(chains, [ends[i] for i in maps], None, True, network.image_first)

@@ -29,7 +29,9 @@ def read_network(model: nn.Module) -> Network:
         inside = next((name for name, inner in model.named_modules() if name and _is_known(inner)), None)
         hint = ""
         if inside is not None:
-            hint = f"; freeze its part model.get_submodule({inside!r}), which is one, with features=True for its maps"
+            hint = (
+                f"; freeze its part model.get_submodule({inside!r}), which is one, with features_only=True for its maps"
+            )
         raise TypeError(
             "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
             f"got {name_of(getattr(type(model), 'original', type(model)))}{hint}"

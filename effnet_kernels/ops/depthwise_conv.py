@@ -18,6 +18,7 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
     fits_reduction,
 )
+from effnet_kernels.ops.functions import DepthwiseConv
 from effnet_kernels.primitives import has_depthwise, primitives_of
 
 
@@ -75,8 +76,6 @@ def depthwise_conv(
         x, weight = as_map(x), as_contiguous(weight)
         owed, finish = contiguous(owed), contiguous(finish)
         if any_requires_grad(x, weight, *owed):
-            from effnet_kernels.ops.functions import DepthwiseConv
-
             return DepthwiseConv.apply(primitives, x, weight, *owed[:3], stride, pads, reduction)
     y, partials = primitives.depthwise_conv(x, weight, stride, pads, owed, finish, reduction)
     if partials is None:

@@ -7,6 +7,7 @@ from effnet_kernels.deferred import GATES, Activation, Gate
 from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
 from effnet_kernels.operands import as_contiguous
 from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_kernels
+from effnet_kernels.ops.functions import Excite
 from effnet_kernels.primitives import primitives_of
 
 
@@ -36,8 +37,6 @@ def excite(
     backend = dispatch.operator_backend(pooled) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
-        from effnet_kernels.ops.functions import Excite
-
         operands = (None if t is None else as_contiguous(t) for t in (pooled, w1, b1, w2, b2))
         return Excite.apply(primitives, *operands, act, gate)
     return primitives.excite(pooled[:, None], 1, w1, b1, w2, b2, act, gate)[0]

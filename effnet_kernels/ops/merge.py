@@ -13,6 +13,7 @@ from effnet_kernels.ops.checks import (
     contiguous,
     fits_kernels,
 )
+from effnet_kernels.ops.functions import Merge
 from effnet_kernels.primitives import primitives_of
 
 
@@ -42,8 +43,6 @@ def merge(
     backend = dispatch.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
-        from effnet_kernels.ops.functions import Merge
-
         x, residual = as_map(x), None if residual is None else as_map(residual)
         keep, owed = None if keep is None else as_contiguous(keep), contiguous(owed)
         if recorded:

@@ -17,6 +17,7 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
     fits_reduction,
 )
+from effnet_kernels.ops.functions import PointwiseConv
 from effnet_kernels.primitives import primitives_of
 
 
@@ -63,8 +64,6 @@ def pointwise_conv(
         x, weight, bias = as_map(x), as_contiguous(weight), None if bias is None else as_contiguous(bias)
         owed, finish = contiguous(owed), contiguous(finish)
         if any_requires_grad(x, weight, bias, *owed):
-            from effnet_kernels.ops.functions import PointwiseConv
-
             scale, shift, act, gate, _ = owed
             return PointwiseConv.apply(primitives, x, weight, bias, scale, shift, gate, act, reduction)
     y, partials = primitives.pointwise_conv(x, weight, bias, owed, finish, reduction)

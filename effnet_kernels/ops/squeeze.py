@@ -6,6 +6,7 @@ from effnet_kernels import dispatch
 from effnet_kernels.deferred import Prologue
 from effnet_kernels.operands import as_map
 from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, contiguous, fits_kernels
+from effnet_kernels.ops.functions import Squeeze
 from effnet_kernels.primitives import primitives_of
 
 
@@ -23,8 +24,6 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
     backend = dispatch.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
-        from effnet_kernels.ops.functions import Squeeze
-
         x, owed = as_map(x), contiguous(owed)
         if recorded:
             return Squeeze.apply(primitives, x, *owed[:3])

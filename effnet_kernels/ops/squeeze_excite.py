@@ -8,6 +8,7 @@ from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
 from effnet_kernels.operands import as_contiguous, as_map
 from effnet_kernels.ops.checks import check_map, fits_kernels
 from effnet_kernels.ops.excite import check_excitation, excite
+from effnet_kernels.ops.functions import SqueezeExcite
 from effnet_kernels.ops.merge import merge
 from effnet_kernels.ops.squeeze import squeeze
 from effnet_kernels.primitives import primitives_of
@@ -49,8 +50,6 @@ def squeeze_excite(
     fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(x, None, None, w1, b1, w2, b2)
     backend = dispatch.operator_backend(x) if fits else "reference"
     if backend != "reference":
-        from effnet_kernels.ops.functions import SqueezeExcite
-
         layers = (None if t is None else as_contiguous(t) for t in (w1, b1, w2, b2))
         return SqueezeExcite.apply(primitives_of(backend), as_map(x), *layers, act, gate)
     return merge(x, Prologue(gate=excite(squeeze(x), w1, b1, w2, b2, act, gate)))

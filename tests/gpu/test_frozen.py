@@ -32,7 +32,7 @@ def test_logits(dtype: torch.dtype) -> None:
 def test_feature_maps() -> None:
     model = network().eval().to("cuda")
     x = channels_last(1, 3, 32, 40)
-    maps = freeze(model, features=True)(x)
+    maps = freeze(model, features_only=True)(x)
     with torch.no_grad(), dispatch.use_backend("torch"):
         last = copy.deepcopy(model).double().features[:-1](x.double())
     assert maps[-1].is_contiguous(memory_format=torch.channels_last)
