@@ -2,7 +2,7 @@
 
     python benchmarks/compile_report.py [--targets sm_90,gfx942] [--models ...] [--subset] [--json FILE]
 
-Whole steps are recorded on meta tensors at full size, for each target as its launch configurations are chosen, in
+The launches of whole steps are captured on meta tensors of full size, with each target's launch configurations, in
 training and at inference, at batches of 1, 64 and 256. Every distinct binary is compiled and disassembled: registers,
 spills, shared memory and the width of accesses to maps. The script fails where a binary does not compile, spills (on
 NVIDIA's and on AMD's data center targets), exceeds the target's shared memory, or where a pointwise convolution reads
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from disassembly import SHARED_LIMITS, Code, disassemble
-from recorded import launched, record
+from launch_trace import tensor_bytes, trace_step
 from torch import Tensor
 
 from effnet_kernels.launch_config import Target, use_target
@@ -71,7 +71,7 @@ def cases(target: Target, models: Iterable[str], dtypes: Iterable[str], batches:
             for dtype in dtypes:
                 for batch in batches:
                     for training in (True, False):
-                        step = record(model, batch, dtype, training)
+                        step = trace_step(model, batch, dtype, training)
                         launches = [*step.forward.launches, *(step.backward.launches if step.backward else [])]
                         found += [Case(model, dtype, batch, training, launch) for launch in launches]
     return found
@@ -177,7 +177,7 @@ def estimate(launch: Launch, code: Code) -> Estimate:
     }
     seconds = {name: cycles / SMS / CLOCK for name, cycles in seconds.items()}
     seconds["matrix units"] = _multiplications(launch) * 2 / (494e12 if _is_fp32(launch) else 989e12)
-    seconds["DRAM"] = launched(launch) / BANDWIDTH
+    seconds["DRAM"] = tensor_bytes(launch) / BANDWIDTH
     limit = max(seconds, key=lambda name: seconds[name])
     largest = max(t.numel() for t in launch.arguments.values() if isinstance(t, Tensor))
     occupancy = min(
@@ -264,7 +264,7 @@ def estimates(found: list[Case], codes: dict[Binary, Code | str]) -> list[dict[s
                     "launch": case.launch.kernel.__name__,
                     "constants": case.launch.constants,
                     "maps": maps,
-                    "bytes": launched(case.launch),
+                    "bytes": tensor_bytes(case.launch),
                     **estimate(case.launch, code)._asdict(),
                 }
             )

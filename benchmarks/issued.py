@@ -4,7 +4,7 @@ Most of what is read again is in a cache by then; what is not lies between this 
 ``tests/gpu/test_issued.py`` compares these counts with the accesses that the kernels make when they are executed.
 """
 
-from recorded import size
+from launch_trace import size
 from torch import Tensor
 
 from effnet_kernels.triton.launch import Launch

@@ -1,4 +1,4 @@
-"""Bytes an image moves through device memory in a training step and at inference, counted from recorded launches.
+"""Bytes an image moves through device memory in a training step and at inference, counted from a launch trace.
 
     python benchmarks/traffic.py [--model efficientnet_b0] [--dtype fp16] [--batch 64] [--json FILE] [--plot FILE.svg]
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from issued import issued
-from recorded import Pass, Step, launched, record
+from launch_trace import Pass, Step, tensor_bytes, trace_step
 
 from effnet_kernels.triton.launch import Launch
 
@@ -24,7 +24,7 @@ from effnet_kernels.triton.launch import Launch
 CITED = {"Inductor": {"training": 286.0, "inference": 59.3}, "ideal": {"training": 111.9, "inference": 27.4}}
 
 
-def megabytes(part: Pass, batch: int, count: Callable[[Launch], int] = launched) -> float:
+def megabytes(part: Pass, batch: int, count: Callable[[Launch], int] = tensor_bytes) -> float:
     return (sum(map(count, part.launches)) + sum(part.torch_bytes.values())) / batch / 1e6
 
 
@@ -33,8 +33,8 @@ def issued_bytes(launch: Launch) -> int:
 
 
 def count(model: str, dtype: str, batch: int, fused: bool) -> dict[str, float]:
-    step = record(model, batch, dtype, training=True, fused=fused)
-    inference = record(model, batch, dtype, training=False, fused=fused)
+    step = trace_step(model, batch, dtype, training=True, fused=fused)
+    inference = trace_step(model, batch, dtype, training=False, fused=fused)
     return figures(step, inference, batch)
 
 

@@ -56,10 +56,10 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
     from stub_driver import stub_driver
 
     from effnet_kernels.triton.compilation import binary_of, compile_for, gpu_target
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
-    with recording() as launches:
+    with capture_launches() as launches:
         merge(x, torch.randn(16))
     (launch,) = launches
     with stub_driver():
@@ -70,10 +70,10 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
 
 def test_kernels_compile_in_processes_of_their_own() -> None:
     from effnet_kernels.triton.compilation import compile_in_parallel, distinct, gpu_target
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
-    with recording() as launches:
+    with capture_launches() as launches:
         merge(x)
         merge(x.half())
     compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
@@ -144,7 +144,7 @@ def test_the_order_of_arguments_does_not_matter() -> None:
 
     from effnet_kernels.triton import launch as seam
 
-    with seam.recording() as launches:
+    with seam.capture_launches() as launches:
         merge(torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16))
     (launch,) = launches
     given = launch.arguments | launch.constants

@@ -38,7 +38,7 @@ def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def counted(original):
         def launch(grid, **arguments):
-            with seam.recording() as launches:
+            with seam.capture_launches() as launches:
                 original(grid, **arguments)
             # Only maps and matrices are of float16 here.
             for name, size in issued(launches[0]).items():
