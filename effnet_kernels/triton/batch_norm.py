@@ -33,17 +33,17 @@ def channel_statistics(y: Tensor) -> Tensor:
     samples, channels, height, width = y.shape
     rows = samples * height * width
     config = stream(1, rows, channels, target_of(y), MAX_PARTIALS)
-    partials = torch.empty(config.chunks, 3, channels, dtype=torch.float32, device=y.device)
+    partials = torch.empty(config.num_programs, 3, channels, dtype=torch.float32, device=y.device)
     unit = channel_unit(channels)
     launch_channel_statistics(
-        (config.chunks, -(-channels // config.block_channels), 1),
+        (config.num_programs, -(-channels // config.block_c), 1),
         y_ptr=y,
         partials_ptr=partials,
         rows=rows,
         channel_units=channels // unit,
         CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        BLOCK_ROWS=config.block_m,
+        BLOCK_CHANNELS=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -57,10 +57,10 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     samples, channels, height, width = y.shape
     groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
     config = stream(groups, rows, channels, target_of(y), max(1, MAX_PARTIALS // groups))
-    sums = torch.empty(groups * config.chunks, 2, channels, dtype=torch.float32, device=y.device)
+    sums = torch.empty(groups * config.num_programs, 2, channels, dtype=torch.float32, device=y.device)
     unit = channel_unit(channels)
     launch_gradient_sums(
-        (config.chunks, -(-channels // config.block_channels), groups),
+        (config.num_programs, -(-channels // config.block_c), groups),
         grad_ptr=gradient.grad,
         y_ptr=y,
         gate_ptr=gradient.gate,
@@ -74,8 +74,8 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         channel_units=channels // unit,
         ACT=gradient.act,
         CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        BLOCK_ROWS=config.block_m,
+        BLOCK_CHANNELS=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -92,7 +92,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
     out = torch.empty_like(like, memory_format=torch.channels_last)
     unit = channel_unit(channels)
     launch_apply_gradient(
-        (config.chunks, -(-channels // config.block_channels), groups),
+        (config.num_programs, -(-channels // config.block_c), groups),
         grad_ptr=gradient.grad,
         y_ptr=gradient.y,
         coefficients_ptr=gradient.coefficients,
@@ -107,8 +107,8 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         channel_units=channels // unit,
         ACT=gradient.act,
         CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        BLOCK_ROWS=config.block_m,
+        BLOCK_CHANNELS=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

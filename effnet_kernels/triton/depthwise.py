@@ -44,13 +44,13 @@ def depthwise_conv(
     )
     partials = None
     if reduction == "statistics":
-        partials = torch.empty(config.programs, 3, channels, dtype=torch.float32, device=x.device)
+        partials = torch.empty(config.num_programs, 3, channels, dtype=torch.float32, device=x.device)
     elif reduction == "pool":
         partials = torch.empty(samples, row_strips * column_strips, channels, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
     unit = channel_unit(channels)
     launch_depthwise_conv(
-        (config.programs, -(-channels // config.block_channels), 1),
+        (config.num_programs, -(-channels // config.block_c), 1),
         x_ptr=x,
         weight_ptr=weight,
         scale_ptr=prologue.scale,
@@ -83,7 +83,7 @@ def depthwise_conv(
         STRIDE=stride,
         WIDTH=config.width,
         STRIPS=config.strips,
-        BLOCK_C=config.block_channels,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -118,11 +118,11 @@ def depthwise_conv_backward(
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     sums = None
     if mean is not None:
-        sums = torch.empty(config.programs, 2, channels, dtype=torch.float32, device=x.device)
-    dweight = torch.empty(config.programs, channels, 1, kernel, kernel, dtype=torch.float32, device=x.device)
+        sums = torch.empty(config.num_programs, 2, channels, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(config.num_programs, channels, 1, kernel, kernel, dtype=torch.float32, device=x.device)
     unit = channel_unit(channels)
     launch_depthwise_conv_backward(
-        (config.programs, -(-channels // config.block_channels), 1),
+        (config.num_programs, -(-channels // config.block_c), 1),
         grad_ptr=gradient.grad,
         y_ptr=gradient.y,
         coefficients_ptr=gradient.coefficients,
@@ -157,7 +157,7 @@ def depthwise_conv_backward(
         STRIDE=stride,
         WIDTH=config.width,
         STRIPS=config.strips,
-        BLOCK_C=config.block_channels,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -22,7 +22,7 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
     scale, shift, act, gate, statistics = prologue
     unit = channel_unit(channels)
     launch_merge(
-        (config.chunks, -(-channels // config.block_channels), groups),
+        (config.num_programs, -(-channels // config.block_c), groups),
         x_ptr=x,
         scale_ptr=scale,
         shift_ptr=shift,
@@ -37,8 +37,8 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
         eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
         CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        BLOCK_ROWS=config.block_m,
+        BLOCK_CHANNELS=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

@@ -41,13 +41,13 @@ def pointwise_conv(
     if not pools:
         y = _empty_map(x, outputs)
     if reduction == "statistics":
-        partials = torch.empty(config.chunks, 3, outputs, dtype=torch.float32, device=x.device)
+        partials = torch.empty(config.num_programs, 3, outputs, dtype=torch.float32, device=x.device)
     elif pools:
-        partials = torch.empty(samples, config.chunks, outputs, dtype=torch.float32, device=x.device)
+        partials = torch.empty(samples, config.num_programs, outputs, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
     in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
     launch_pointwise_conv(
-        (-(-outputs // config.block_columns), config.chunks, owners),
+        (-(-outputs // config.block_n), config.num_programs, owners),
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -72,9 +72,9 @@ def pointwise_conv(
         PRECISION=dot_precision(x.dtype),
         IN_UNIT=in_unit,
         OUT_UNIT=out_unit,
-        BLOCK_M=config.block_rows,
-        BLOCK_N=config.block_columns,
-        BLOCK_K=config.block_inner,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
@@ -108,10 +108,10 @@ def pointwise_conv_backward_data(
     dx = _empty_map(like, channels)
     sums = None
     if x is not None:
-        sums = torch.empty(samples, config.chunks, 5, channels, dtype=torch.float32, device=like.device)
+        sums = torch.empty(samples, config.num_programs, 5, channels, dtype=torch.float32, device=like.device)
     in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
     launch_pointwise_conv_backward_data(
-        (-(-channels // config.block_columns), config.chunks, owners),
+        (-(-channels // config.block_n), config.num_programs, owners),
         **_gradient_arguments(gradient),
         weight_ptr=weight,
         x_ptr=x,
@@ -132,9 +132,9 @@ def pointwise_conv_backward_data(
         PRECISION=dot_precision(like.dtype),
         IN_UNIT=in_unit,
         OUT_UNIT=out_unit,
-        BLOCK_M=config.block_rows,
-        BLOCK_N=config.block_columns,
-        BLOCK_K=config.block_inner,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
@@ -149,10 +149,10 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
     outputs, channels = like.shape[1], x.shape[1]
     groups, rows = _groups(x, prologue.gate is not None or gradient.by_sample(), 1)
     config = weight_gradient(groups, rows, outputs, channels, x.dtype, target_of(x))
-    partials = torch.empty(config.splits, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
+    partials = torch.empty(config.split_k, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
     in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
     launch_pointwise_conv_backward_weight(
-        (-(-channels // config.block_inputs), -(-outputs // config.block_outputs), config.splits),
+        (-(-channels // config.block_n), -(-outputs // config.block_m), config.split_k),
         **_gradient_arguments(gradient),
         x_ptr=x,
         scale_ptr=prologue.scale,
@@ -168,9 +168,9 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
         PRECISION=dot_precision(x.dtype),
         IN_UNIT=in_unit,
         OUT_UNIT=out_unit,
-        BLOCK_K=config.block_outputs,
-        BLOCK_C=config.block_inputs,
-        BLOCK_M=config.block_rows,
+        BLOCK_K=config.block_m,
+        BLOCK_C=config.block_n,
+        BLOCK_M=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,

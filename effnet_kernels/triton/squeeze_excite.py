@@ -30,11 +30,11 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
     samples, channels, height, width = x.shape
     rows = height * width
     config = stream(samples, rows, channels, target_of(x), MAX_PARTIALS)
-    sums = torch.empty(samples, config.chunks, channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(samples, config.num_programs, channels, dtype=torch.float32, device=x.device)
     scale, shift, act, gate, statistics = prologue
     unit = channel_unit(channels)
     launch_squeeze(
-        (config.chunks, -(-channels // config.block_channels), samples),
+        (config.num_programs, -(-channels // config.block_c), samples),
         x_ptr=x,
         factor_ptr=factor,
         scale_ptr=scale,
@@ -48,8 +48,8 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
         CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        BLOCK_ROWS=config.block_m,
+        BLOCK_CHANNELS=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -93,7 +93,7 @@ def excite(
     pooled, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
     launch_excite(
-        (samples, config.splits, 1),
+        (samples, config.num_programs, 1),
         sums_ptr=sums,
         w1_ptr=w1,
         b1_ptr=b1,
@@ -108,8 +108,8 @@ def excite(
         reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
-        BLOCK_S=config.block_squeezed,
-        BLOCK_C=config.block_channels,
+        BLOCK_S=config.block_s,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
     )
     return gate, pooled, hidden
@@ -141,7 +141,7 @@ def excite_backward(
     if kinds == 5:
         norm_sums = torch.empty(samples, 2, channels, dtype=torch.float32, device=sums.device)
     launch_excite_backward(
-        (samples, config.splits, 1),
+        (samples, config.num_programs, 1),
         sums_ptr=sums,
         gate_ptr=gate,
         hidden_ptr=hidden,
@@ -158,8 +158,8 @@ def excite_backward(
         ACT=act,
         GATE=kind,
         KINDS=kinds,
-        BLOCK_S=config.block_squeezed,
-        BLOCK_C=config.block_channels,
+        BLOCK_S=config.block_s,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
     )
     return offset, logits, dhidden, norm_sums
