@@ -116,7 +116,7 @@ def faults(binary: Binary, code: Code | str, architecture: int | str) -> list[st
 
 def _wide(binary: Binary) -> bool:
     constants = dict(binary.constants)
-    return constants["IN_UNIT"] == constants["OUT_UNIT"] == 8
+    return constants["IN_DIVISOR"] == constants["OUT_DIVISOR"] == 8
 
 
 def trips(launch: Launch) -> tuple[float, float]:
@@ -124,7 +124,11 @@ def trips(launch: Launch) -> tuple[float, float]:
     a, c, grid = launch.arguments, launch.constants, launch.grid
     name = launch.kernel.__name__
     if name in ("pointwise_conv_kernel", "pointwise_conv_backward_data_kernel"):
-        inner = a["in_units"] * c["IN_UNIT"] if name == "pointwise_conv_kernel" else a["out_units"] * c["OUT_UNIT"]
+        inner = (
+            a["in_quotient"] * c["IN_DIVISOR"]
+            if name == "pointwise_conv_kernel"
+            else a["out_quotient"] * c["OUT_DIVISOR"]
+        )
         return a["groups"] * -(-a["rows"] // c["BLOCK_M"]) / grid[1], -(-inner // c["BLOCK_K"])
     if name == "pointwise_conv_backward_weight_kernel":
         return a["groups"] * -(-a["rows"] // c["BLOCK_M"]) / grid[2], 0
@@ -134,7 +138,7 @@ def trips(launch: Launch) -> tuple[float, float]:
     if name == "depthwise_conv_backward_kernel":
         steps = a["strip_height"] // c["STRIDE"] + (c["K"] - 1) // c["STRIDE"]
         return -(-a["strips"] // c["STRIPS"]) / grid[0], steps
-    return -(-a["rows"] // c["BLOCK_ROWS"]) / grid[0], 0
+    return -(-a["rows"] // c["BLOCK_M"]) / grid[0], 0
 
 
 # The kernels that walk over maps; those on vectors take no time beside them.
@@ -211,7 +215,7 @@ def _multiplications(launch: Launch) -> int:
         return 0
     a, c = launch.arguments, launch.constants
     owners = launch.grid[2] if "backward_weight" not in launch.kernel.__name__ else 1
-    return owners * a["groups"] * a["rows"] * a["in_units"] * c["IN_UNIT"] * a["out_units"] * c["OUT_UNIT"]
+    return owners * a["groups"] * a["rows"] * a["in_quotient"] * c["IN_DIVISOR"] * a["out_quotient"] * c["OUT_DIVISOR"]
 
 
 def report(names: list[str], options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:

@@ -98,7 +98,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
     one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
     one.index, other.index = 1, -1
-    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "channel_units": 1}
+    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "c_quotient": 1}
     with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got the CPU, cuda:1"):
         launcher(merge_kernel)((1, 1, 1), **given)
 
@@ -134,7 +134,7 @@ def test_integers_have_to_be_declared() -> None:
     from effnet_kernels.triton.kernels.merge import merge_kernel
     from effnet_kernels.triton.launch import launcher
 
-    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "channel_units": 1, "eps": 0}
+    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "c_quotient": 1, "eps": 0}
     with stub_driver(), pytest.raises(TypeError, match="expected the integer eps among those that are do_not_special"):
         launcher(merge_kernel)((1, 1, 1), **given)
 

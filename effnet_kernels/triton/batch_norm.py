@@ -14,7 +14,7 @@ from effnet_kernels.triton.kernels.batch_norm import (
     gradient_sums_kernel,
     merge_statistics_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 
 launch_apply_gradient = launcher(apply_gradient_kernel)
 launch_channel_statistics = launcher(channel_statistics_kernel)
@@ -34,16 +34,16 @@ def channel_statistics(y: Tensor) -> Tensor:
     rows = samples * height * width
     config = stream(1, rows, channels, target_of(y), MAX_PARTIALS)
     partials = torch.empty(config.num_programs, 3, channels, dtype=torch.float32, device=y.device)
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_channel_statistics(
         (config.num_programs, -(-channels // config.block_c), 1),
         y_ptr=y,
         partials_ptr=partials,
         rows=rows,
-        channel_units=channels // unit,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_m,
-        BLOCK_CHANNELS=config.block_c,
+        c_quotient=channels // divisor,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -58,7 +58,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
     config = stream(groups, rows, channels, target_of(y), max(1, MAX_PARTIALS // groups))
     sums = torch.empty(groups * config.num_programs, 2, channels, dtype=torch.float32, device=y.device)
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_gradient_sums(
         (config.num_programs, -(-channels // config.block_c), groups),
         grad_ptr=gradient.grad,
@@ -71,11 +71,11 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         mean_ptr=mean,
         sums_ptr=sums,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         ACT=gradient.act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_m,
-        BLOCK_CHANNELS=config.block_c,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -90,7 +90,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
     groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
     config = stream(groups, rows, channels, target_of(like))
     out = torch.empty_like(like, memory_format=torch.channels_last)
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_apply_gradient(
         (config.num_programs, -(-channels // config.block_c), groups),
         grad_ptr=gradient.grad,
@@ -104,11 +104,11 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         residual_ptr=residual,
         out_ptr=out,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         ACT=gradient.act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_m,
-        BLOCK_CHANNELS=config.block_c,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

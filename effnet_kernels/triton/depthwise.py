@@ -7,7 +7,7 @@ from effnet_kernels.deferred import Epilogue, OutputGradient, Padding, Prologue,
 from effnet_kernels.launch_config import depthwise as launch_config
 from effnet_kernels.launch_config import target_of
 from effnet_kernels.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 from effnet_kernels.triton.pointwise import sum_partials
 
 launch_depthwise_conv = launcher(depthwise_conv_kernel)
@@ -48,7 +48,7 @@ def depthwise_conv(
     elif reduction == "pool":
         partials = torch.empty(samples, row_strips * column_strips, channels, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_depthwise_conv(
         (config.num_programs, -(-channels // config.block_c), 1),
         x_ptr=x,
@@ -62,7 +62,7 @@ def depthwise_conv(
         y_ptr=y,
         partials_ptr=partials,
         strips=samples * row_strips * column_strips,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         height=height,
         width=width,
         out_height=out_height,
@@ -78,7 +78,7 @@ def depthwise_conv(
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
         REDUCTION=reduction,
-        CHANNELS=unit,
+        C_DIVISOR=divisor,
         K=kernel,
         STRIDE=stride,
         WIDTH=config.width,
@@ -120,7 +120,7 @@ def depthwise_conv_backward(
     if mean is not None:
         sums = torch.empty(config.num_programs, 2, channels, dtype=torch.float32, device=x.device)
     dweight = torch.empty(config.num_programs, channels, 1, kernel, kernel, dtype=torch.float32, device=x.device)
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_depthwise_conv_backward(
         (config.num_programs, -(-channels // config.block_c), 1),
         grad_ptr=gradient.grad,
@@ -140,7 +140,7 @@ def depthwise_conv_backward(
         sums_ptr=sums,
         dweight_ptr=dweight,
         strips=samples * row_strips * column_strips,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         height=height,
         width=width,
         out_height=out_height,
@@ -152,7 +152,7 @@ def depthwise_conv_backward(
         strip_height=config.height,
         GRAD_ACT=gradient.act,
         ACT=prologue.act,
-        CHANNELS=unit,
+        C_DIVISOR=divisor,
         K=kernel,
         STRIDE=stride,
         WIDTH=config.width,

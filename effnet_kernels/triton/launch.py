@@ -228,6 +228,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
-def channel_unit(channels: int) -> int:
-    """The multiple that a kernel may take the channels for: 8, so that the compiler sees 16-byte accesses, or 1."""
+def channel_divisor(channels: int) -> int:
+    """A divisor of ``channels`` that kernels are compiled for: 8, by which the compiler sees 16-byte accesses, or 1."""
     return 8 if channels % 8 == 0 else 1

@@ -12,7 +12,7 @@ from effnet_kernels.triton.kernels.pointwise import (
     pointwise_conv_kernel,
     sum_partials_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, dot_precision, launcher
+from effnet_kernels.triton.launch import channel_divisor, dot_precision, launcher
 
 launch_pointwise_conv = launcher(pointwise_conv_kernel)
 launch_pointwise_conv_backward_data = launcher(pointwise_conv_backward_data_kernel)
@@ -45,7 +45,7 @@ def pointwise_conv(
     elif pools:
         partials = torch.empty(samples, config.num_programs, outputs, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
-    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv(
         (-(-outputs // config.block_n), config.num_programs, owners),
         x_ptr=x,
@@ -63,15 +63,15 @@ def pointwise_conv(
         partials_ptr=partials,
         rows=rows,
         groups=groups,
-        in_units=channels // in_unit,
-        out_units=outputs // out_unit,
+        in_quotient=channels // in_divisor,
+        out_quotient=outputs // out_divisor,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
         REDUCTION=reduction,
         PRECISION=dot_precision(x.dtype),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
+        IN_DIVISOR=in_divisor,
+        OUT_DIVISOR=out_divisor,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -109,7 +109,7 @@ def pointwise_conv_backward_data(
     sums = None
     if x is not None:
         sums = torch.empty(samples, config.num_programs, 5, channels, dtype=torch.float32, device=like.device)
-    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv_backward_data(
         (-(-channels // config.block_n), config.num_programs, owners),
         **_gradient_arguments(gradient),
@@ -124,14 +124,14 @@ def pointwise_conv_backward_data(
         sums_ptr=sums,
         rows=rows,
         groups=groups,
-        in_units=channels // in_unit,
-        out_units=outputs // out_unit,
+        in_quotient=channels // in_divisor,
+        out_quotient=outputs // out_divisor,
         GRAD_ACT=gradient.act,
         ACT=prologue.act,
         THROUGH=through,
         PRECISION=dot_precision(like.dtype),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
+        IN_DIVISOR=in_divisor,
+        OUT_DIVISOR=out_divisor,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -150,7 +150,7 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
     groups, rows = _groups(x, prologue.gate is not None or gradient.by_sample(), 1)
     config = weight_gradient(groups, rows, outputs, channels, x.dtype, target_of(x))
     partials = torch.empty(config.split_k, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
-    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv_backward_weight(
         (-(-channels // config.block_n), -(-outputs // config.block_m), config.split_k),
         **_gradient_arguments(gradient),
@@ -161,13 +161,13 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
         partials_ptr=partials,
         rows=rows,
         groups=groups,
-        in_units=channels // in_unit,
-        out_units=outputs // out_unit,
+        in_quotient=channels // in_divisor,
+        out_quotient=outputs // out_divisor,
         GRAD_ACT=gradient.act,
         ACT=prologue.act,
         PRECISION=dot_precision(x.dtype),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
+        IN_DIVISOR=in_divisor,
+        OUT_DIVISOR=out_divisor,
         BLOCK_K=config.block_m,
         BLOCK_C=config.block_n,
         BLOCK_M=config.block_k,

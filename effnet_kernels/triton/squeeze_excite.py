@@ -13,7 +13,7 @@ from effnet_kernels.triton.kernels.squeeze_excite import (
     mean_of_sums_kernel,
     squeeze_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 
 launch_excite = launcher(excite_kernel)
 launch_excite_backward = launcher(excite_backward_kernel)
@@ -32,7 +32,7 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
     config = stream(samples, rows, channels, target_of(x), MAX_PARTIALS)
     sums = torch.empty(samples, config.num_programs, channels, dtype=torch.float32, device=x.device)
     scale, shift, act, gate, statistics = prologue
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_squeeze(
         (config.num_programs, -(-channels // config.block_c), samples),
         x_ptr=x,
@@ -44,12 +44,12 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         gate_ptr=gate,
         sums_ptr=sums,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_m,
-        BLOCK_CHANNELS=config.block_c,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

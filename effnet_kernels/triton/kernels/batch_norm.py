@@ -7,38 +7,38 @@ from effnet_kernels.triton.kernels.activation import merge_moments
 from effnet_kernels.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def channel_statistics_kernel(
     y_ptr,
     partials_ptr,
     rows,
-    channel_units,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    c_quotient,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    C = c_quotient * C_DIVISOR
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
     count = 0.0
-    mean = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    m2 = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         y = tl.load(y_ptr + start * C + (row[:, None] * C + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
-        tile_count = tl.minimum(rows - start, BLOCK_ROWS).to(tl.float32)
+        tile_count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
         tile_mean = tl.sum(y, axis=0) / tile_count
         deviation = tl.where(mask, y - tile_mean[None, :], 0.0)
         count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tl.sum(deviation * deviation, axis=0))
     out = partials_ptr + tl.program_id(0) * 3 * C + channels
-    tl.store(out, tl.zeros([BLOCK_CHANNELS], tl.float32) + count, mask=inside)
+    tl.store(out, tl.zeros([BLOCK_C], tl.float32) + count, mask=inside)
     tl.store(out + C, mean, mask=inside)
     tl.store(out + 2 * C, m2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def gradient_sums_kernel(
     grad_ptr,
     y_ptr,
@@ -50,15 +50,15 @@ def gradient_sums_kernel(
     mean_ptr,
     sums_ptr,
     rows,
-    channel_units,
+    c_quotient,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
     gate = load_row(gate_ptr, group, C, channels, inside, 1.0)
     offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
@@ -68,13 +68,13 @@ def gradient_sums_kernel(
     scale = load_vector(scale_ptr, channels, inside, 1.0)
     shift = load_vector(shift_ptr, channels, inside, 0.0)
     mean = load_vector(mean_ptr, channels, inside, 0.0)
-    total = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    centred = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    centred = tl.zeros([BLOCK_C], tl.float32)
     base = group.to(tl.int64) * rows
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)
@@ -86,7 +86,7 @@ def gradient_sums_kernel(
     tl.store(out + C, centred, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def apply_gradient_kernel(
     grad_ptr,
     y_ptr,
@@ -99,15 +99,15 @@ def apply_gradient_kernel(
     residual_ptr,
     out_ptr,
     rows,
-    channel_units,
+    c_quotient,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
     gate = load_row(gate_ptr, group, C, channels, inside, 1.0)
     offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
@@ -117,12 +117,12 @@ def apply_gradient_kernel(
     scale = load_vector(scale_ptr, channels, inside, 1.0)
     shift = load_vector(shift_ptr, channels, inside, 0.0)
     base = group.to(tl.int64) * rows
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
-        y = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+        y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dy = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)

@@ -73,7 +73,7 @@ def strip_rows(matrix_ptr, n, C, c, mask, DEFAULT: tl.constexpr, STRIPS: tl.cons
 @triton.jit(
     do_not_specialize=[
         "strips",
-        "channel_units",
+        "c_quotient",
         "height",
         "width",
         "out_height",
@@ -98,7 +98,7 @@ def depthwise_conv_kernel(
     y_ptr,
     partials_ptr,
     strips,
-    channel_units,
+    c_quotient,
     height,
     width,
     out_height,
@@ -113,14 +113,14 @@ def depthwise_conv_kernel(
     ACT: tl.constexpr,
     OUT_ACT: tl.constexpr,
     REDUCTION: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     weights = load_weights(weight_ptr, c, inside, K * K)
@@ -228,7 +228,7 @@ def depthwise_conv_kernel(
 @triton.jit(
     do_not_specialize=[
         "strips",
-        "channel_units",
+        "c_quotient",
         "height",
         "width",
         "out_height",
@@ -258,7 +258,7 @@ def depthwise_conv_backward_kernel(
     sums_ptr,
     dweight_ptr,
     strips,
-    channel_units,
+    c_quotient,
     height,
     width,
     out_height,
@@ -270,7 +270,7 @@ def depthwise_conv_backward_kernel(
     strip_height,
     GRAD_ACT: tl.constexpr,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -282,7 +282,7 @@ def depthwise_conv_backward_kernel(
     Output row t meets the padded input rows STRIDE * t + tap, tap < K: each of them gets a share of the data gradient,
     and gives its activation to the weight gradient. Both windows hold K rows; a step completes STRIDE of them.
     """
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     weights = load_weights(weight_ptr, c, inside, K * K)

@@ -11,7 +11,7 @@ from effnet_kernels.triton.kernels.activation import activate, activate_and_diff
 from effnet_kernels.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "in_units", "out_units"])
+@triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
 def pointwise_conv_kernel(
     x_ptr,
     weight_ptr,
@@ -28,22 +28,22 @@ def pointwise_conv_kernel(
     partials_ptr,
     rows,
     groups,
-    in_units,
-    out_units,
+    in_quotient,
+    out_quotient,
     eps,
     ACT: tl.constexpr,
     OUT_ACT: tl.constexpr,
     REDUCTION: tl.constexpr,
     PRECISION: tl.constexpr,
-    IN_UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
+    IN_DIVISOR: tl.constexpr,
+    OUT_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """y[m, n] = sum over k of act(scale * x + shift)[m, k] * gate[k] * weight[n, k], and its epilogue."""
-    K = in_units * IN_UNIT
-    N = out_units * OUT_UNIT
+    K = in_quotient * IN_DIVISOR
+    N = out_quotient * OUT_DIVISOR
     owner = tl.program_id(2)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_inside = n < N
@@ -142,7 +142,7 @@ def output_gradient(
     return tl.where(mask, dy, 0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "in_units", "out_units"])
+@triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
 def pointwise_conv_backward_data_kernel(
     grad_ptr,
     y_ptr,
@@ -163,21 +163,21 @@ def pointwise_conv_backward_data_kernel(
     sums_ptr,
     rows,
     groups,
-    in_units,
-    out_units,
+    in_quotient,
+    out_quotient,
     GRAD_ACT: tl.constexpr,
     ACT: tl.constexpr,
     THROUGH: tl.constexpr,
     PRECISION: tl.constexpr,
-    IN_UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
+    IN_DIVISOR: tl.constexpr,
+    OUT_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """dx[m, n] = sum over output channels k of dy[m, k] * weight[k, n]; n are input channels."""
-    N = in_units * IN_UNIT
-    K = out_units * OUT_UNIT
+    N = in_quotient * IN_DIVISOR
+    K = out_quotient * OUT_DIVISOR
     owner = tl.program_id(2)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_inside = n < N
@@ -250,7 +250,7 @@ def pointwise_conv_backward_data_kernel(
         tl.store(sums + 4 * N, s_x, mask=n_inside)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "in_units", "out_units"])
+@triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
 def pointwise_conv_backward_weight_kernel(
     grad_ptr,
     y_ptr,
@@ -267,20 +267,20 @@ def pointwise_conv_backward_weight_kernel(
     partials_ptr,
     rows,
     groups,
-    in_units,
-    out_units,
+    in_quotient,
+    out_quotient,
     GRAD_ACT: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
-    IN_UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
+    IN_DIVISOR: tl.constexpr,
+    OUT_DIVISOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """A partial of dweight[k, c] = sum over rows m of dy[m, k] * act(scale * x + shift)[m, c] * gate[c]."""
-    C = in_units * IN_UNIT
-    K = out_units * OUT_UNIT
+    C = in_quotient * IN_DIVISOR
+    K = out_quotient * OUT_DIVISOR
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     c_inside, k_inside = c < C, k < K

@@ -13,7 +13,7 @@ from effnet_kernels.triton.kernels.activation import (
 from effnet_kernels.triton.kernels.tiles import load_row, load_vector
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def squeeze_kernel(
     x_ptr,
     factor_ptr,
@@ -24,24 +24,24 @@ def squeeze_kernel(
     gate_ptr,
     sums_ptr,
     rows,
-    channel_units,
+    c_quotient,
     eps,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     sample = tl.program_id(2)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
     scale, shift = load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, inside)
-    total = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
     base = sample.to(tl.int64) * rows
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
         u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         u = activate(u * scale[None, :] + shift[None, :], ACT)

@@ -26,7 +26,7 @@ def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
 
 @triton.jit
 def gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT: tl.constexpr):
-    """``dz`` of :class:`~effnet_kernels.deferred.OutputGradient` on a tile: y [ROWS, CHANNELS], vectors [CHANNELS]."""
+    """``dz`` of :class:`~effnet_kernels.deferred.OutputGradient` on a tile: y [BLOCK_M, BLOCK_C], vectors [BLOCK_C]."""
     if grad_ptr is not None:
         dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * (gate * keep)[None, :] + offset[None, :]
     else:
