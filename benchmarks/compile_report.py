@@ -131,7 +131,7 @@ def trips(launch: Launch) -> tuple[float, float]:
         )
         return a["groups"] * -(-a["rows"] // c["BLOCK_M"]) / grid[1], -(-inner // c["BLOCK_K"])
     if name == "pointwise_conv_backward_weight_kernel":
-        return a["groups"] * -(-a["rows"] // c["BLOCK_M"]) / grid[2], 0
+        return a["groups"] * -(-a["rows"] // c["BLOCK_K"]) / grid[2], 0
     if name == "depthwise_conv_kernel":
         steps = a["strip_height"] + (c["K"] - 1) // c["STRIDE"] - a["first_step"]
         return -(-a["strips"] // c["STRIPS"]) / grid[0], steps

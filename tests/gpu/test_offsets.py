@@ -87,9 +87,9 @@ def test_pointwise(accesses: list[np.ndarray]) -> None:
 
 def test_pointwise_backward(accesses: list[np.ndarray]) -> None:
     constants = {
-        "GRAD_ACT": "none",
+        "OUT_ACT": "none",
         "ACT": "silu",
-        "THROUGH": True,
+        "APPLY_ACT_GRAD": True,
         "PRECISION": "ieee",
         "IN_DIVISOR": 8,
         "OUT_DIVISOR": 1,
@@ -117,7 +117,7 @@ def test_depthwise(accesses: list[np.ndarray]) -> None:
 
 
 def test_depthwise_backward(accesses: list[np.ndarray]) -> None:
-    constants = {"GRAD_ACT": "none", "ACT": "none", "C_DIVISOR": 8, "K": 3, "STRIDE": 1, "WIDTH": 1, "STRIPS": 1}
+    constants = {"OUT_ACT": "none", "ACT": "none", "C_DIVISOR": 8, "K": 3, "STRIDE": 1, "WIDTH": 1, "STRIPS": 1}
     constants |= {"BLOCK_C": CHANNELS}
     tensors = {"weight_ptr": ones(CHANNELS, 9), "dweight_ptr": ones(CHANNELS, 9)}
     maps = ["grad_ptr", "x_ptr", "dz_ptr"]

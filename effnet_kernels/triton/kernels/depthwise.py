@@ -246,8 +246,8 @@ def depthwise_conv_backward_kernel(
     coefficients_ptr,
     gate_ptr,
     offset_ptr,
-    grad_scale_ptr,
-    grad_shift_ptr,
+    out_scale_ptr,
+    out_shift_ptr,
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -268,7 +268,7 @@ def depthwise_conv_backward_kernel(
     row_strips,
     column_strips,
     strip_height,
-    GRAD_ACT: tl.constexpr,
+    OUT_ACT: tl.constexpr,
     ACT: tl.constexpr,
     C_DIVISOR: tl.constexpr,
     K: tl.constexpr,
@@ -289,8 +289,8 @@ def depthwise_conv_backward_kernel(
     scale = load_vector(scale_ptr, c, inside, 1.0)[None, :]
     shift = load_vector(shift_ptr, c, inside, 0.0)[None, :]
     mean = load_vector(mean_ptr, c, inside, 0.0)[None, :]
-    grad_scale = load_vector(grad_scale_ptr, c, inside, 1.0)[None, :]
-    grad_shift = load_vector(grad_shift_ptr, c, inside, 0.0)[None, :]
+    out_scale = load_vector(out_scale_ptr, c, inside, 1.0)[None, :]
+    out_shift = load_vector(out_shift_ptr, c, inside, 0.0)[None, :]
     if coefficients_ptr is not None:
         alpha = load_vector(coefficients_ptr, c, inside, 0.0)[None, :]
         beta = load_vector(coefficients_ptr + C, c, inside, 0.0)[None, :]
@@ -352,8 +352,8 @@ def depthwise_conv_backward_kernel(
                 dy = raw_grads[j].to(tl.float32) * gate + offset
                 if y_ptr is not None:
                     y = raw_ys[j].to(tl.float32)
-                    if GRAD_ACT != "none":
-                        _, derivative = activate_and_differentiate(y * grad_scale + grad_shift, GRAD_ACT)
+                    if OUT_ACT != "none":
+                        _, derivative = activate_and_differentiate(y * out_scale + out_shift, OUT_ACT)
                         dy *= derivative
                     if coefficients_ptr is not None:
                         dy = alpha * dy + (beta * y + gamma)
