@@ -23,7 +23,7 @@ launch_fold_batch_norm_backward = launcher(fold_batch_norm_backward_kernel)
 launch_gradient_sums = launcher(gradient_sums_kernel)
 launch_merge_statistics = launcher(merge_statistics_kernel)
 
-# Partials of a channel that a map's reduction leaves; the vectors' kernels merge them.
+# The most partial results of a channel that a pass over a map leaves; the kernels on vectors merge them.
 MAX_PARTIALS = 256
 _BLOCK_PARTIALS, _BLOCK_VECTOR = 64, 16
 
@@ -51,7 +51,7 @@ def channel_statistics(y: Tensor) -> Tensor:
 
 
 def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
-    """Partial sums over pixels of dz and dz * (y - mean), for BatchNorm's backward: [P, 2, C] fp32."""
+    """Partial sums over pixels of dz and of dz * (y - mean), for BatchNorm's backward: [P, 2, C] in fp32."""
     y = gradient.y
     assert y is not None
     samples, channels, height, width = y.shape
@@ -83,7 +83,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
 
 
 def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
-    """dy of ``gradient`` as a map [N, C, H, W], plus ``residual``: for a convolution that torch computes."""
+    """dy of ``gradient`` as a map [N, C, H, W], plus the gradient ``residual``, for a convolution of torch's."""
     like = gradient.grad if gradient.grad is not None else gradient.y
     assert like is not None
     samples, channels, height, width = like.shape
@@ -101,7 +101,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         offset_ptr=gradient.offset,
         scale_ptr=gradient.scale,
         shift_ptr=gradient.shift,
-        residual_ptr=residual,
+        grad_residual_ptr=residual,
         out_ptr=out,
         rows=rows,
         c_quotient=channels // divisor,
@@ -179,7 +179,7 @@ def fold_batch_norm_backward(
     """
     partials, _, channels = sums.shape
     coefficients = torch.empty(3, channels, dtype=torch.float32, device=sums.device)
-    # Tensors of their own, so that autograd takes them for gradients as they are.
+    # Two tensors and not rows of one, so that autograd takes them over as gradients without a copy.
     dweight, dbias = (torch.empty(channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     launch_fold_batch_norm_backward(
         (-(-channels // _BLOCK_VECTOR), 1, 1),

@@ -1,4 +1,4 @@
-"""The end of a chain: the debt paid, the stochastic-depth factor, the residual."""
+"""The end of a chain: BatchNorm and activation, stochastic depth's factor of each sample, and the residual."""
 
 import torch
 from torch import Tensor
