@@ -2,7 +2,7 @@
 
     python benchmarks/compile_report.py [--targets sm_90,gfx942] [--models ...] [--subset] [--json FILE]
 
-Whole steps are recorded on meta tensors at full size, for each target as its launch configurations are chosen, in
+The launches of whole steps are captured on meta tensors of full size, with each target's launch configurations, in
 training and at inference, at batches of 1, 64 and 256. Every distinct binary is compiled and disassembled: registers,
 spills, shared memory and the width of accesses to maps. The script fails where a binary does not compile, spills (on
 NVIDIA's and on AMD's data center targets), exceeds the target's shared memory, or where a pointwise convolution reads
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from disassembly import SHARED_LIMITS, Code, disassemble
-from recorded import launched, record
+from launch_trace import tensor_bytes, trace_step
 from torch import Tensor
 
 from effnet_kernels.launch_config import Target, use_target
@@ -71,7 +71,7 @@ def cases(target: Target, models: Iterable[str], dtypes: Iterable[str], batches:
             for dtype in dtypes:
                 for batch in batches:
                     for training in (True, False):
-                        step = record(model, batch, dtype, training)
+                        step = trace_step(model, batch, dtype, training)
                         launches = [*step.forward.launches, *(step.backward.launches if step.backward else [])]
                         found += [Case(model, dtype, batch, training, launch) for launch in launches]
     return found
@@ -116,7 +116,7 @@ def faults(binary: Binary, code: Code | str, architecture: int | str) -> list[st
 
 def _wide(binary: Binary) -> bool:
     constants = dict(binary.constants)
-    return constants["IN_UNIT"] == constants["OUT_UNIT"] == 8
+    return constants["IN_DIVISOR"] == constants["OUT_DIVISOR"] == 8
 
 
 def trips(launch: Launch) -> tuple[float, float]:
@@ -124,17 +124,21 @@ def trips(launch: Launch) -> tuple[float, float]:
     a, c, grid = launch.arguments, launch.constants, launch.grid
     name = launch.kernel.__name__
     if name in ("pointwise_conv_kernel", "pointwise_conv_backward_data_kernel"):
-        inner = a["in_units"] * c["IN_UNIT"] if name == "pointwise_conv_kernel" else a["out_units"] * c["OUT_UNIT"]
+        inner = (
+            a["in_quotient"] * c["IN_DIVISOR"]
+            if name == "pointwise_conv_kernel"
+            else a["out_quotient"] * c["OUT_DIVISOR"]
+        )
         return a["groups"] * -(-a["rows"] // c["BLOCK_M"]) / grid[1], -(-inner // c["BLOCK_K"])
     if name == "pointwise_conv_backward_weight_kernel":
-        return a["groups"] * -(-a["rows"] // c["BLOCK_M"]) / grid[2], 0
+        return a["groups"] * -(-a["rows"] // c["BLOCK_K"]) / grid[2], 0
     if name == "depthwise_conv_kernel":
         steps = a["strip_height"] + (c["K"] - 1) // c["STRIDE"] - a["first_step"]
         return -(-a["strips"] // c["STRIPS"]) / grid[0], steps
     if name == "depthwise_conv_backward_kernel":
         steps = a["strip_height"] // c["STRIDE"] + (c["K"] - 1) // c["STRIDE"]
         return -(-a["strips"] // c["STRIPS"]) / grid[0], steps
-    return -(-a["rows"] // c["BLOCK_ROWS"]) / grid[0], 0
+    return -(-a["rows"] // c["BLOCK_M"]) / grid[0], 0
 
 
 # The kernels that walk over maps; those on vectors take no time beside them.
@@ -177,7 +181,7 @@ def estimate(launch: Launch, code: Code) -> Estimate:
     }
     seconds = {name: cycles / SMS / CLOCK for name, cycles in seconds.items()}
     seconds["matrix units"] = _multiplications(launch) * 2 / (494e12 if _is_fp32(launch) else 989e12)
-    seconds["DRAM"] = launched(launch) / BANDWIDTH
+    seconds["DRAM"] = tensor_bytes(launch) / BANDWIDTH
     limit = max(seconds, key=lambda name: seconds[name])
     largest = max(t.numel() for t in launch.arguments.values() if isinstance(t, Tensor))
     occupancy = min(
@@ -211,7 +215,7 @@ def _multiplications(launch: Launch) -> int:
         return 0
     a, c = launch.arguments, launch.constants
     owners = launch.grid[2] if "backward_weight" not in launch.kernel.__name__ else 1
-    return owners * a["groups"] * a["rows"] * a["in_units"] * c["IN_UNIT"] * a["out_units"] * c["OUT_UNIT"]
+    return owners * a["groups"] * a["rows"] * a["in_quotient"] * c["IN_DIVISOR"] * a["out_quotient"] * c["OUT_DIVISOR"]
 
 
 def report(names: list[str], options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
@@ -264,7 +268,7 @@ def estimates(found: list[Case], codes: dict[Binary, Code | str]) -> list[dict[s
                     "launch": case.launch.kernel.__name__,
                     "constants": case.launch.constants,
                     "maps": maps,
-                    "bytes": launched(case.launch),
+                    "bytes": tensor_bytes(case.launch),
                     **estimate(case.launch, code)._asdict(),
                 }
             )

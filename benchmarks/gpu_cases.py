@@ -13,13 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from recorded import launched
+from launch_trace import tensor_bytes
 from torch import Tensor, nn
 
 import effnet_kernels as ek
 from effnet_kernels import dispatch, ops
 from effnet_kernels.modules import MBConvConfig
-from effnet_kernels.triton.launch import recording, simulated
+from effnet_kernels.triton.launch import capture_launches, simulated
 
 Call = Callable[[], object]
 Contenders = dict[str, Callable[[], Call]]
@@ -232,10 +232,10 @@ def _channels_last(model: nn.Module) -> nn.Module:
 
 
 def bytes_of(call: Call) -> int:
-    """What the launches of a call read and write, each tensor once a launch; they are recorded and do not run."""
-    with recording() as launches:
+    """What the launches of a call read and write, each tensor once a launch; the launches do not run."""
+    with capture_launches() as launches:
         call()
-    return sum(map(launched, launches))
+    return sum(map(tensor_bytes, launches))
 
 
 def release() -> None:

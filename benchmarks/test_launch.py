@@ -16,12 +16,12 @@ def arguments() -> tuple:
     """Those of B0's first expand convolution in training."""
     from effnet_kernels.deferred import Epilogue, Prologue
     from effnet_kernels.launch_config import H100, use_target
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
     from effnet_kernels.triton.pointwise import pointwise_conv
 
     x = torch.randn(1, 16, 16, 16).half().contiguous(memory_format=torch.channels_last)
     weight = torch.randn(96, 16, 1, 1)
-    with recording() as launches, use_target(H100):
+    with capture_launches() as launches, use_target(H100):
         pointwise_conv(x, weight, None, Prologue(), Epilogue(), "statistics")
     (launch,) = launches
     return launch.kernel, launch.grid, launch.arguments | launch.constants, dict(launch.options)

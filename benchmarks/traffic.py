@@ -1,12 +1,12 @@
-"""Bytes an image moves through device memory in a training step and at inference, counted from recorded launches.
+"""Bytes an image moves through device memory in a training step and at inference, counted from a launch trace.
 
     python benchmarks/traffic.py [--model efficientnet_b0] [--dtype fp16] [--batch 64] [--json FILE] [--plot FILE.svg]
 
 The step runs on meta tensors at full size: no kernel is executed, and no formula for a step is used. The first figure
 counts each tensor of a launch once (one that it reads and writes, twice), and the inputs and outputs of every operation
-of torch's, the sums that the autograd engine makes among them. The second, "issued", is what the programs of our
-launches ask for, tile by tile, with everything that several of them read counted for each (``issued.py``); torch's
-operations count in it as in the first. Device memory moves more than the first figure and less than the second.
+of torch's, including the sums that the autograd engine computes. The second, "requested", is the bytes that our
+launches' programs request, tile by tile: data that several programs read counts for each (``requested_bytes.py``).
+torch's operations count in it as in the first. Device memory moves more than the first figure and less than the second.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from issued import issued
-from recorded import Pass, Step, launched, record
+from launch_trace import Pass, Step, tensor_bytes, trace_step
+from requested_bytes import requested_bytes
 
 from effnet_kernels.triton.launch import Launch
 
@@ -24,17 +24,17 @@ from effnet_kernels.triton.launch import Launch
 CITED = {"Inductor": {"training": 286.0, "inference": 59.3}, "ideal": {"training": 111.9, "inference": 27.4}}
 
 
-def megabytes(part: Pass, batch: int, count: Callable[[Launch], int] = launched) -> float:
+def megabytes(part: Pass, batch: int, count: Callable[[Launch], int] = tensor_bytes) -> float:
     return (sum(map(count, part.launches)) + sum(part.torch_bytes.values())) / batch / 1e6
 
 
-def issued_bytes(launch: Launch) -> int:
-    return sum(issued(launch).values())
+def all_requested_bytes(launch: Launch) -> int:
+    return sum(requested_bytes(launch).values())
 
 
 def count(model: str, dtype: str, batch: int, fused: bool) -> dict[str, float]:
-    step = record(model, batch, dtype, training=True, fused=fused)
-    inference = record(model, batch, dtype, training=False, fused=fused)
+    step = trace_step(model, batch, dtype, training=True, fused=fused)
+    inference = trace_step(model, batch, dtype, training=False, fused=fused)
     return figures(step, inference, batch)
 
 
@@ -46,8 +46,10 @@ def figures(step: Step, inference: Step, batch: int) -> dict[str, float]:
         "training backward": backward,
         "training": forward + backward,
         "inference": megabytes(inference.forward, batch),
-        "training, issued": sum(megabytes(part, batch, issued_bytes) for part in (step.forward, step.backward)),
-        "inference, issued": megabytes(inference.forward, batch, issued_bytes),
+        "training, requested": sum(
+            megabytes(part, batch, all_requested_bytes) for part in (step.forward, step.backward)
+        ),
+        "inference, requested": megabytes(inference.forward, batch, all_requested_bytes),
         "saved for backward": step.saved / batch / 1e6,
         "launches in training": len(step.forward.launches) + len(step.backward.launches),
         "launches at inference": len(inference.forward.launches),

@@ -56,10 +56,10 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
     from stub_driver import stub_driver
 
     from effnet_kernels.triton.compilation import binary_of, compile_for, gpu_target
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
-    with recording() as launches:
+    with capture_launches() as launches:
         merge(x, torch.randn(16))
     (launch,) = launches
     with stub_driver():
@@ -70,10 +70,10 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
 
 def test_kernels_compile_in_processes_of_their_own() -> None:
     from effnet_kernels.triton.compilation import compile_in_parallel, distinct, gpu_target
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
-    with recording() as launches:
+    with capture_launches() as launches:
         merge(x)
         merge(x.half())
     compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
@@ -98,7 +98,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
     one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
     one.index, other.index = 1, -1
-    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "channel_units": 1}
+    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "c_quotient": 1}
     with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got the CPU, cuda:1"):
         launcher(merge_kernel)((1, 1, 1), **given)
 
@@ -134,7 +134,7 @@ def test_integers_have_to_be_declared() -> None:
     from effnet_kernels.triton.kernels.merge import merge_kernel
     from effnet_kernels.triton.launch import launcher
 
-    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "channel_units": 1, "eps": 0}
+    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "c_quotient": 1, "eps": 0}
     with stub_driver(), pytest.raises(TypeError, match="expected the integer eps among those that are do_not_special"):
         launcher(merge_kernel)((1, 1, 1), **given)
 
@@ -144,7 +144,7 @@ def test_the_order_of_arguments_does_not_matter() -> None:
 
     from effnet_kernels.triton import launch as seam
 
-    with seam.recording() as launches:
+    with seam.capture_launches() as launches:
         merge(torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16))
     (launch,) = launches
     given = launch.arguments | launch.constants

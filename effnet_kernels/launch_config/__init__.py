@@ -1,4 +1,4 @@
-"""From shape, dtype and architecture to a frozen launch configuration: rules, and a small table that overrides them."""
+"""From shape, dtype and architecture to a frozen launch configuration: rules, and tuned configs that override them."""
 
 import contextlib
 import functools
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Target(NamedTuple):
-    """What a rule needs to know of a device."""
+    """The properties of a device that rules depend on."""
 
     backend: str  # "cuda" or "hip"
     architecture: int | str  # 90 for compute capability 9.0; "gfx942"
     multiprocessors: int
 
     def max_registers(self) -> int | None:
-        """As many registers a thread as there are, where the compiler can be told."""
+        """All registers that a thread can have, or None where the compiler takes no such limit."""
         return 255 if self.backend == "cuda" else None
 
 
@@ -27,7 +27,7 @@ _forced: ContextVar[Target | None] = ContextVar("effnet_kernels_target", default
 
 
 def target_of(x: Tensor) -> Target:
-    """The target that configurations for ``x`` are chosen for: its device, or what :func:`use_target` says."""
+    """The target that configurations for ``x`` are chosen for: its device, or the target of :func:`use_target`."""
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -41,7 +41,7 @@ def device_target(device: torch.device) -> Target:
 
 @contextlib.contextmanager
 def use_target(target: Target) -> Iterator[None]:
-    """Configurations inside the ``with`` block are chosen for ``target``, whatever device there is."""
+    """Inside the ``with`` block configurations are chosen for ``target``, whatever device there is."""
     token = _forced.set(target)
     try:
         yield

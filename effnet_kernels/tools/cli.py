@@ -136,7 +136,7 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 
 def _list_kernels(arguments: argparse.Namespace) -> int:
-    """The distinct binaries of a training step and of inference, without a GPU: the step is recorded, not run."""
+    """The distinct binaries of a training step and of inference, without a GPU: launches are captured, not run."""
     import torch
 
     from effnet_kernels import create_model, triton

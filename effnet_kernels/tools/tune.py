@@ -2,9 +2,9 @@
 
     python -m effnet_kernels.tools.tune [--model efficientnet_b0] [--batch 64] [--dtype fp16] [--output FILE]
 
-Whole steps run, training and inference, and every launch in them is timed where it is, with its neighbours' cache. From
-step to step each shape bucket takes its next candidate. The table that comes out overrides the rules from the next
-process on (``effnet_kernels.launch_config.table`` says where it is looked for).
+Whole steps run, training and inference, and every launch is timed within its step, with the cache as the launch before
+it leaves it. From step to step each shape bucket takes its next candidate. The tuned configs override the rules from
+the next process on; ``effnet_kernels.launch_config.tuned_configs`` says where they are looked for.
 """
 
 import argparse
@@ -19,28 +19,28 @@ import torch
 from torch import nn
 
 from effnet_kernels import create_model, dispatch
-from effnet_kernels.launch_config import table
-from effnet_kernels.launch_config.table import Tile
+from effnet_kernels.launch_config import tuned_configs
+from effnet_kernels.launch_config.tuned_configs import Tile, kernel_of
 from effnet_kernels.tools.timing import measure
 
-# What a candidate may change about the rule's tile, by kernel.
+# The values that a candidate may have in place of the rule's, by kernel and field.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "gemm": {
-        "block_rows": (32, 64, 128),
-        "block_columns": (32, 64, 128),
+        "block_m": (32, 64, 128),
+        "block_n": (32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
-    "weight_gradient": {"block_inputs": (64, 128), "block_rows": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "weight_gradient": {"block_n": (64, 128), "block_k": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
     "depthwise": {"width": (4, 7, 8), "strips": (4, 8), "num_warps": (2, 4)},
     "depthwise_backward": {"width": (2, 4, 7), "strips": (4, 8), "num_warps": (2, 4)},
 }
-# A candidate is taken if it is this much faster, so that noise does not fill the table.
+# A candidate wins if it is this much faster, so that noise does not become a tuned config.
 GAIN = 1.03
 
 
 class Tuning:
-    """Which candidate each bucket is at, and how long its launches took."""
+    """The candidates of each shape bucket, and the times of their launches."""
 
     def __init__(self) -> None:
         self.candidates: dict[str, list[Tile]] = {}
@@ -50,14 +50,14 @@ class Tuning:
         self._asked: str | None = None
 
     def choose(self, key: str, tile: Tile) -> Tile:
-        """The candidate of this step, for :func:`effnet_kernels.launch_config.table.watching`."""
+        """The candidate of this step, for :func:`effnet_kernels.launch_config.tuned_configs.override`."""
         if key not in self.candidates:
-            self.candidates[key] = [tile, *candidates(key.split("/")[1], tile)]
+            self.candidates[key] = [tile, *candidates(kernel_of(key), tile)]
         self._asked = key
         return self.candidates[key][self._index(key)]
 
     def _index(self, key: str) -> int:
-        """The candidate of this step, or the rule's tile where that one has been rejected."""
+        """The index of this step's candidate, or the rule's tile, 0, if that candidate has been rejected."""
         index = self.step % len(self.candidates[key])
         return 0 if (key, index) in self.rejected else index
 
@@ -70,7 +70,7 @@ class Tuning:
         index = self._index(key)
         try:
             self.times[key][index].append(measure(launch))
-        except Exception as error:  # what does not compile or does not fit is no candidate
+        except Exception as error:  # a tile that does not compile or does not fit is rejected
             if index == 0:
                 raise
             self.rejected.add((key, index))
@@ -90,7 +90,7 @@ class Tuning:
 
 
 class Rejected(Exception):
-    """A candidate that cannot be launched. The step is over; the next one goes without it."""
+    """A candidate could not be launched, which ends the step. The next step goes without it."""
 
 
 def candidates(kernel: str, tile: Tile) -> Iterator[Tile]:
@@ -109,7 +109,7 @@ def tune(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype,
 
     tuning = Tuning()
     x = torch.randn(*shape, device="cuda").contiguous(memory_format=torch.channels_last)
-    with dispatch.use_backend("triton"), table.watching(tuning.choose), timed_by(tuning.time):
+    with dispatch.use_backend("triton"), tuned_configs.override(tuning.choose), timed_by(tuning.time):
         steps = 1
         while tuning.step < steps:
             for training in (True, False) * repeats:
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--dtype", choices=dtypes, default="fp16")
-    parser.add_argument("--output", type=Path, default=table.default_path())
+    parser.add_argument("--output", type=Path, default=tuned_configs.default_path())
     options = parser.parse_args(argv)
     reason = dispatch.available()["triton"]
     if reason is not None:
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     shape = (options.batch, 3, options.resolution, options.resolution)
     winners = tune(create_model(options.model).cuda(), shape, dtypes[options.dtype])
-    table.write(options.output, winners)
+    tuned_configs.write(options.output, winners)
     print(f"{len(winners)} entries in {options.output}")
     return 0
 

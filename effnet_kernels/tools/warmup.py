@@ -24,7 +24,7 @@ def warmup(
     """Compiles the Triton kernels of a step of ``model``, in parallel processes, into Triton's cache on disk.
 
     A first step compiles them one by one, which takes minutes; after this it finds them. Nothing is executed and
-    nothing of the model changes: the step is recorded on a copy without data.
+    nothing of the model changes: the step's launches are captured on a copy without data.
 
     Args:
         model: a network on the GPU that it will run on; of a frozen one, inference alone (``train=False``).
@@ -57,11 +57,11 @@ def warmup(
 def launches_of_step(
     model: nn.Module, shape: Sequence[int], train: bool, dtype: torch.dtype | None = None
 ) -> "list[Launch]":
-    """The launches that a step of ``model`` makes, in order, recorded on a copy of it without data.
+    """The launches that a step of ``model`` makes, in order, captured on a copy of it without data.
 
     Raises ValueError for a shape that is not [N, C, H, W].
     """
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     if len(shape) != 4:
         raise ValueError(f"shape: expected [N, C, H, W], got {tuple(shape)}")
@@ -73,7 +73,7 @@ def launches_of_step(
         for module in hollow.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
-    with recording() as launches, torch.set_grad_enabled(train):
+    with capture_launches() as launches, torch.set_grad_enabled(train):
         with gpu_autocast(dtype):
             y = hollow(x)
         if train:

@@ -11,7 +11,7 @@ class TritonWarning(UserWarning):
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot be launched in this environment, or None. It says nothing of whether there is a GPU."""
+    """Why the kernels cannot be launched in this environment, or None. It does not say whether there is a GPU."""
     try:
         import triton.language  # noqa: F401
         from triton.language.extra import libdevice  # noqa: F401
@@ -29,9 +29,9 @@ def warn_if_unavailable() -> None:
 
 
 def off_device() -> bool:
-    """Whether launches are recorded or simulated at the moment, so that tensors need not be a GPU's."""
+    """Whether launches are captured or simulated at the moment, so that tensors need not be on a GPU."""
     if "triton" not in sys.modules or unavailable_reason() is not None:
         return False
     from effnet_kernels.triton import launch
 
-    return launch.is_recording() or launch.simulated()
+    return launch.is_capturing() or launch.simulated()

@@ -14,7 +14,7 @@ from effnet_kernels.triton.kernels.batch_norm import (
     gradient_sums_kernel,
     merge_statistics_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 
 launch_apply_gradient = launcher(apply_gradient_kernel)
 launch_channel_statistics = launcher(channel_statistics_kernel)
@@ -23,7 +23,7 @@ launch_fold_batch_norm_backward = launcher(fold_batch_norm_backward_kernel)
 launch_gradient_sums = launcher(gradient_sums_kernel)
 launch_merge_statistics = launcher(merge_statistics_kernel)
 
-# Partials of a channel that a map's reduction leaves; the vectors' kernels merge them.
+# The most partial results of a channel that a pass over a map leaves; the kernels on vectors merge them.
 MAX_PARTIALS = 256
 _BLOCK_PARTIALS, _BLOCK_VECTOR = 64, 16
 
@@ -33,17 +33,17 @@ def channel_statistics(y: Tensor) -> Tensor:
     samples, channels, height, width = y.shape
     rows = samples * height * width
     config = stream(1, rows, channels, target_of(y), MAX_PARTIALS)
-    partials = torch.empty(config.chunks, 3, channels, dtype=torch.float32, device=y.device)
-    unit = channel_unit(channels)
+    partials = torch.empty(config.num_programs, 3, channels, dtype=torch.float32, device=y.device)
+    divisor = channel_divisor(channels)
     launch_channel_statistics(
-        (config.chunks, -(-channels // config.block_channels), 1),
+        (config.num_programs, -(-channels // config.block_c), 1),
         y_ptr=y,
         partials_ptr=partials,
         rows=rows,
-        channel_units=channels // unit,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        c_quotient=channels // divisor,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -51,16 +51,16 @@ def channel_statistics(y: Tensor) -> Tensor:
 
 
 def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
-    """Partial sums over pixels of dz and dz * (y - mean), for BatchNorm's backward: [P, 2, C] fp32."""
+    """Partial sums over pixels of dz and of dz * (y - mean), for BatchNorm's backward: [P, 2, C] in fp32."""
     y = gradient.y
     assert y is not None
     samples, channels, height, width = y.shape
     groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
     config = stream(groups, rows, channels, target_of(y), max(1, MAX_PARTIALS // groups))
-    sums = torch.empty(groups * config.chunks, 2, channels, dtype=torch.float32, device=y.device)
-    unit = channel_unit(channels)
+    sums = torch.empty(groups * config.num_programs, 2, channels, dtype=torch.float32, device=y.device)
+    divisor = channel_divisor(channels)
     launch_gradient_sums(
-        (config.chunks, -(-channels // config.block_channels), groups),
+        (config.num_programs, -(-channels // config.block_c), groups),
         grad_ptr=gradient.grad,
         y_ptr=y,
         gate_ptr=gradient.gate,
@@ -71,11 +71,11 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         mean_ptr=mean,
         sums_ptr=sums,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         ACT=gradient.act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -83,16 +83,16 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
 
 
 def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
-    """dy of ``gradient`` as a map [N, C, H, W], plus ``residual``: for a convolution that torch computes."""
+    """dy of ``gradient`` as a map [N, C, H, W], plus the gradient ``residual``, for a convolution of torch's."""
     like = gradient.grad if gradient.grad is not None else gradient.y
     assert like is not None
     samples, channels, height, width = like.shape
     groups, rows = (samples, height * width) if gradient.by_sample() else (1, samples * height * width)
     config = stream(groups, rows, channels, target_of(like))
     out = torch.empty_like(like, memory_format=torch.channels_last)
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_apply_gradient(
-        (config.chunks, -(-channels // config.block_channels), groups),
+        (config.num_programs, -(-channels // config.block_c), groups),
         grad_ptr=gradient.grad,
         y_ptr=gradient.y,
         coefficients_ptr=gradient.coefficients,
@@ -101,14 +101,14 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         offset_ptr=gradient.offset,
         scale_ptr=gradient.scale,
         shift_ptr=gradient.shift,
-        residual_ptr=residual,
+        grad_residual_ptr=residual,
         out_ptr=out,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         ACT=gradient.act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -179,7 +179,7 @@ def fold_batch_norm_backward(
     """
     partials, _, channels = sums.shape
     coefficients = torch.empty(3, channels, dtype=torch.float32, device=sums.device)
-    # Tensors of their own, so that autograd takes them for gradients as they are.
+    # Two tensors and not rows of one, so that autograd takes them over as gradients without a copy.
     dweight, dbias = (torch.empty(channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     launch_fold_batch_norm_backward(
         (-(-channels // _BLOCK_VECTOR), 1, 1),

@@ -1,4 +1,4 @@
-"""The binaries that recorded launches need, compiled ahead of time, for the GPU that is here or for one that is not."""
+"""The binaries of a launch trace, compiled ahead of time, for the GPU of this machine or for any other."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ _TYPES = {
 
 
 class Binary(NamedTuple):
-    """What makes two launches need two compilations."""
+    """All that decides a compilation: launches that agree in it share a binary."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -83,7 +83,7 @@ def gpu_target(architecture: int | str) -> GPUTarget:
 
 
 class _TargetDriver:
-    """As much of a driver as Triton asks when it compiles: for which GPU. It need not be there."""
+    """The part of a driver that Triton uses when it compiles: the target GPU, which need not be in this machine."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -92,7 +92,7 @@ class _TargetDriver:
         return self.target
 
     def get_current_device(self) -> str:
-        # Triton keeps what it has compiled by device, which may be anything.
+        # Triton keeps compiled kernels by device, for which any value will do.
         return str(self.target)
 
     def get_current_stream(self, device: object) -> int:
@@ -100,7 +100,7 @@ class _TargetDriver:
 
 
 def compile_for(binary: Binary, target: GPUTarget) -> Any:
-    """Triton's compiled kernel for a target, from its cache if it is there, by the way that a launch takes."""
+    """Triton's compiled kernel for a target, from its cache if it is there, compiled as a launch compiles it."""
     constants = dict(binary.constants)
     examples: dict[str, Any] = {"i32": 2, "i64": 2**40, "fp32": 0.5, **{name: dtype for dtype, name in _TYPES.items()}}
     arguments = [constants[name] if kind == "constexpr" else examples[kind] for name, kind in binary.signature]
@@ -113,9 +113,9 @@ def compile_for(binary: Binary, target: GPUTarget) -> Any:
 
 
 def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: int | None = None) -> None:
-    """Fills Triton's cache with the binaries, so that a later launch finds them there."""
+    """Fills Triton's cache with the binaries, where later launches find them."""
     count = min(len(binaries), processes or os.cpu_count() or 1)
-    # Interpreters of their own: multiprocessing would import the caller's script again.
+    # Separate interpreters, because multiprocessing would import the caller's script again.
     command = [sys.executable, "-c", "from effnet_kernels.triton.compilation import work; work()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     workers = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(count)]
@@ -129,7 +129,7 @@ def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: in
 
 
 def work() -> None:
-    """What a process of :func:`compile_in_parallel` does: compiles the binaries that it is sent."""
+    """The work of one process of :func:`compile_in_parallel`: compiles the binaries that it receives."""
     binaries, target = pickle.load(sys.stdin.buffer)
     for binary in binaries:
         compile_for(binary, GPUTarget(*target))

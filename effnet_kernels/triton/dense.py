@@ -1,4 +1,4 @@
-"""Dense convolutions on a GPU: torch's own, between the kernels."""
+"""Dense convolutions on a GPU: torch's own, with kernels for statistics and for the output's gradient."""
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def dense_conv_backward(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x, plus ``residual``, and of the weight."""
+    """The gradients of x, plus the gradient ``residual``, and of the weight."""
     if not (needs_input or needs_weight):
         return None, None
     dy = batch_norm.apply_gradient(gradient, None)

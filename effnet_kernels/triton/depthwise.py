@@ -7,7 +7,7 @@ from effnet_kernels.deferred import Epilogue, OutputGradient, Padding, Prologue,
 from effnet_kernels.launch_config import depthwise as launch_config
 from effnet_kernels.launch_config import target_of
 from effnet_kernels.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 from effnet_kernels.triton.pointwise import sum_partials
 
 launch_depthwise_conv = launcher(depthwise_conv_kernel)
@@ -44,13 +44,13 @@ def depthwise_conv(
     )
     partials = None
     if reduction == "statistics":
-        partials = torch.empty(config.programs, 3, channels, dtype=torch.float32, device=x.device)
+        partials = torch.empty(config.num_programs, 3, channels, dtype=torch.float32, device=x.device)
     elif reduction == "pool":
         partials = torch.empty(samples, row_strips * column_strips, channels, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_depthwise_conv(
-        (config.programs, -(-channels // config.block_channels), 1),
+        (config.num_programs, -(-channels // config.block_c), 1),
         x_ptr=x,
         weight_ptr=weight,
         scale_ptr=prologue.scale,
@@ -62,7 +62,7 @@ def depthwise_conv(
         y_ptr=y,
         partials_ptr=partials,
         strips=samples * row_strips * column_strips,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         height=height,
         width=width,
         out_height=out_height,
@@ -78,12 +78,12 @@ def depthwise_conv(
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
         REDUCTION=reduction,
-        CHANNELS=unit,
+        C_DIVISOR=divisor,
         K=kernel,
         STRIDE=stride,
         WIDTH=config.width,
         STRIPS=config.strips,
-        BLOCK_C=config.block_channels,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -118,18 +118,18 @@ def depthwise_conv_backward(
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     sums = None
     if mean is not None:
-        sums = torch.empty(config.programs, 2, channels, dtype=torch.float32, device=x.device)
-    dweight = torch.empty(config.programs, channels, 1, kernel, kernel, dtype=torch.float32, device=x.device)
-    unit = channel_unit(channels)
+        sums = torch.empty(config.num_programs, 2, channels, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(config.num_programs, channels, 1, kernel, kernel, dtype=torch.float32, device=x.device)
+    divisor = channel_divisor(channels)
     launch_depthwise_conv_backward(
-        (config.programs, -(-channels // config.block_channels), 1),
+        (config.num_programs, -(-channels // config.block_c), 1),
         grad_ptr=gradient.grad,
         y_ptr=gradient.y,
         coefficients_ptr=gradient.coefficients,
         gate_ptr=gradient.gate,
         offset_ptr=gradient.offset,
-        grad_scale_ptr=gradient.scale,
-        grad_shift_ptr=gradient.shift,
+        out_scale_ptr=gradient.scale,
+        out_shift_ptr=gradient.shift,
         x_ptr=x,
         weight_ptr=weight,
         scale_ptr=prologue.scale,
@@ -140,7 +140,7 @@ def depthwise_conv_backward(
         sums_ptr=sums,
         dweight_ptr=dweight,
         strips=samples * row_strips * column_strips,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         height=height,
         width=width,
         out_height=out_height,
@@ -150,14 +150,14 @@ def depthwise_conv_backward(
         row_strips=row_strips,
         column_strips=column_strips,
         strip_height=config.height,
-        GRAD_ACT=gradient.act,
+        OUT_ACT=gradient.act,
         ACT=prologue.act,
-        CHANNELS=unit,
+        C_DIVISOR=divisor,
         K=kernel,
         STRIDE=stride,
         WIDTH=config.width,
         STRIPS=config.strips,
-        BLOCK_C=config.block_channels,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

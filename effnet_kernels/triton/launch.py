@@ -1,8 +1,9 @@
 """The one seam through which every Triton kernel is launched.
 
-A launch is a kernel, a grid, its arguments and a configuration. What happens with it depends on where it is made: on a
-GPU the compiled kernel is looked up and run; inside :func:`recording` it is noted and nothing runs, so that a whole
-step can be counted or compiled on meta tensors, at full size, without a device.
+A launch is a kernel, a grid, its arguments and a configuration. What happens to it depends on where it is made. On a
+GPU the compiled kernel is looked up and run. Inside :func:`capture_launches` it is added to a launch trace and nothing
+runs, so that the bytes of a whole step can be counted, or its kernels compiled, on meta tensors of full size, without a
+device.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
 class Launch(NamedTuple):
-    """What a launch was asked to do."""
+    """A launch as it was asked for: an entry of a launch trace."""
 
     kernel: JITFunction
     grid: Grid
@@ -40,30 +41,32 @@ Options = tuple[int, int, int | None]
 Key = tuple[Any, ...]
 
 _TRITONS_FILE = inspect.getfile(JITFunction)
-_recorders: list[list[Launch]] = []
+# The launch traces that are being captured; launches go to the last one.
+_traces: list[list[Launch]] = []
 _timers: list[Timer] = []
 # The names that a generated launcher uses itself.
 _OWN_NAMES = {
     *("grid", "num_warps", "num_stages", "max_registers", "parameters", "constants", "options", "key"),
-    *("kernel", "function", "recorders", "record", "simulated", "timers", "run", "type"),
+    *("kernel", "function", "traces", "capture", "simulated", "timers", "run", "type"),
 }
-# What Triton runs a compiled kernel with, and on which device, by all that tells two binaries apart.
+# The device of each compiled binary and how Triton runs it. A binary's key has all that tells it from others.
 _handles: dict[Key, tuple[int, Callable[..., None], Any, Any]] = {}
 
 
 def launcher(kernel: JITFunction) -> Callable[..., None]:
-    """What launches ``kernel``: ``launch(grid, *, num_warps=4, num_stages=2, max_registers=None, **arguments)``.
+    """Makes ``launch(grid, *, num_warps=4, num_stages=2, max_registers=None, **arguments)``, which launches ``kernel``.
 
     ``arguments`` are all of the kernel's parameters by name: pointers, whose names end in ``_ptr``, integers, which the
     kernel declares ``do_not_specialize``, floats, and ``tl.constexpr`` ones, which come last. A tensor that is absent
-    is None, which the kernel sees at compile time. ``max_registers`` a thread keep NVIDIA's assembler from spilling for
-    the sake of occupancy. The kernel runs on the device and current stream of its tensors. The function raises
+    is None, which the kernel sees at compile time. ``max_registers``, for each thread, keeps NVIDIA's assembler from
+    spilling registers to raise the occupancy. The kernel runs on the device and current stream of its tensors.
+    ``launch`` raises
 
         TypeError: a parameter that is missing, or an argument that the kernel does not have;
         ValueError: a grid over the device's limits, or tensors on different devices.
 
-    The function is generated for each kernel, as Triton's own launchers are. The kernel's parameters are named in its
-    signature, so that Python orders the arguments, which is cheaper than a dictionary of keywords.
+    ``launch`` is generated for each kernel, as Triton's own launchers are. Its signature names the kernel's
+    parameters, so that Python orders the arguments, which is cheaper than a dictionary of keywords.
     """
     constants = [param.name for param in kernel.params if param.is_constexpr]
     parameters = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
@@ -77,8 +80,8 @@ def launcher(kernel: JITFunction) -> Callable[..., None]:
 def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, max_registers=None):
     parameters, constants = ({", ".join(parameters)},), ({", ".join(constants)},)
     options = num_warps, num_stages, max_registers
-    if recorders:
-        return record(kernel, grid, parameters, constants, options)
+    if traces:
+        return capture(kernel, grid, parameters, constants, options)
     key = None if simulated() else (function, options, constants, {", ".join(tokens)})
     if timers:
         return timers[-1](kernel, lambda: run(key, kernel, grid, parameters, constants, options))
@@ -88,8 +91,8 @@ def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, ma
         "kernel": kernel,
         # Hashing the kernel itself computes its cache key.
         "function": kernel.fn,
-        "recorders": _recorders,
-        "record": _record,
+        "traces": _traces,
+        "capture": _capture,
         "simulated": simulated,
         "timers": _timers,
         "run": _run,
@@ -99,10 +102,10 @@ def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, ma
 
 
 def _token(name: str, is_integer: bool) -> str:
-    """What a parameter contributes to the key of a binary, as an expression."""
+    """The part of a binary's key that comes from one parameter, as an expression."""
     if name.endswith("_ptr"):
         return f"None if {name} is None else ({name}.dtype, {name}.get_device(), {name}.data_ptr() & 15 == 0)"
-    # The value of an integer makes no other binary, but its width does.
+    # Triton compiles an integer of 64 bits separately, but not each value of an integer.
     return f"{name}.bit_length() < 32" if is_integer else f"type({name})"
 
 
@@ -120,16 +123,17 @@ def _is_empty(kernel: JITFunction, grid: Grid) -> bool:
     return 0 in grid
 
 
-def _record(
+def _capture(
     kernel: JITFunction, grid: Grid, parameters: tuple[Argument, ...], constants: tuple[Any, ...], options: Options
 ) -> None:
+    """Adds a launch to the trace that is being captured."""
     if _is_empty(kernel, grid):
         return
-    # Detached, so that the record does not make autograd copy gradients that somebody else seems to hold.
-    noted = [a.detach() if isinstance(a, Tensor) else a for a in parameters]
-    arguments = dict(zip(kernel.arg_names, noted, strict=False))
-    by_name = dict(zip(kernel.arg_names[len(noted) :], constants, strict=True))
-    _recorders[-1].append(Launch(kernel, grid, arguments, by_name, _named(options)))
+    # Detached, because autograd copies a gradient that it hands over while another tensor refers to it.
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in parameters]
+    arguments = dict(zip(kernel.arg_names, detached, strict=False))
+    by_name = dict(zip(kernel.arg_names[len(detached) :], constants, strict=True))
+    _traces[-1].append(Launch(kernel, grid, arguments, by_name, _named(options)))
 
 
 def _run(
@@ -140,7 +144,7 @@ def _run(
     constants: tuple[Any, ...],
     options: Options,
 ) -> None:
-    """Runs the binary of a key, which is compiled where there is none; without a key Triton or its simulator does."""
+    """Runs the binary of a key, compiled if it is new. A launch without a key goes to Triton, or to its simulator."""
     x, y, z = grid
     limit_x, limit_y, limit_z = _GRID_LIMITS
     if not (0 < x <= limit_x and 0 < y <= limit_y and 0 < z <= limit_z) and _is_empty(kernel, grid):
@@ -166,10 +170,10 @@ def _run_first(
     constants: tuple[Any, ...],
     options: Options,
 ) -> None:
-    """Launches by Triton, which compiles the kernel, and keeps what it has compiled."""
+    """Launches through Triton, which compiles the kernel, and keeps a handle of the binary."""
     for name, argument in zip(kernel.arg_names, parameters, strict=False):
         if type(argument) is int and name not in kernel.do_not_specialize:
-            # Triton would make a binary for some of its values, which the key does not tell apart.
+            # Triton compiles such an integer separately for some values, which the key does not tell apart.
             raise TypeError(f"{kernel.__name__}: expected the integer {name} among those that are do_not_specialize")
     if key is None:
         kernel[grid](*parameters, *constants, **dict(_named(options)))
@@ -185,19 +189,19 @@ def _run_first(
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Notes the launches made inside the ``with`` block, in order, instead of running them."""
-    launches: list[Launch] = []
-    _recorders.append(launches)
+def capture_launches() -> Iterator[list[Launch]]:
+    """The launch trace of the ``with`` block: its launches in order, none of which runs."""
+    trace: list[Launch] = []
+    _traces.append(trace)
     try:
-        yield launches
+        yield trace
     finally:
-        _recorders.pop()
+        _traces.pop()
 
 
 @contextlib.contextmanager
 def timed_by(timer: Timer) -> Iterator[None]:
-    """Inside the ``with`` block ``timer`` gets each launch's kernel and the launch, which it makes."""
+    """Inside the ``with`` block ``timer`` is called for each launch, with the kernel and a function that runs it."""
     _timers.append(timer)
     try:
         yield
@@ -205,8 +209,9 @@ def timed_by(timer: Timer) -> Iterator[None]:
         _timers.pop()
 
 
-def is_recording() -> bool:
-    return bool(_recorders)
+def is_capturing() -> bool:
+    """Whether a launch trace is being captured."""
+    return bool(_traces)
 
 
 def simulated() -> bool:
@@ -216,13 +221,13 @@ def simulated() -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` for inputs of ``dtype``: torch's TF32 setting for convolutions, for fp32."""
-    # The newer of torch's two settings follows the older; the older is an error to ask for once the newer was set.
     if dtype != torch.float32:
         return "ieee"
+    # The newer of torch's two settings, which follows the older. Reading the older raises once the newer has been set.
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
-def channel_unit(channels: int) -> int:
-    """The multiple that a kernel may take the channels for: 8, so that the compiler sees 16-byte accesses, or 1."""
+def channel_divisor(channels: int) -> int:
+    """A divisor of ``channels`` that kernels are compiled for: 8, by which the compiler sees 16-byte accesses, or 1."""
     return 8 if channels % 8 == 0 else 1

@@ -1,4 +1,4 @@
-"""The end of a chain: the debt paid, the stochastic-depth factor, the residual."""
+"""The end of a chain: BatchNorm and activation, stochastic depth's factor of each sample, and the residual."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from effnet_kernels.deferred import Prologue
 from effnet_kernels.launch_config import target_of
 from effnet_kernels.launch_config.elementwise import stream
 from effnet_kernels.triton.kernels.merge import merge_kernel
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 
 launch_merge = launcher(merge_kernel)
 
@@ -20,9 +20,9 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
     config = stream(groups, rows, channels, target_of(x))
     out = torch.empty_like(x, memory_format=torch.channels_last)
     scale, shift, act, gate, statistics = prologue
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_merge(
-        (config.chunks, -(-channels // config.block_channels), groups),
+        (config.num_programs, -(-channels // config.block_c), groups),
         x_ptr=x,
         scale_ptr=scale,
         shift_ptr=shift,
@@ -33,12 +33,12 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
         residual_ptr=residual,
         out_ptr=out,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

@@ -1,4 +1,4 @@
-"""Pointwise (1x1) convolution of a deferred activation, forward and backward: the launchers."""
+"""Launchers of the pointwise (1x1) convolution of a raw output with its prologue, forward and backward."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from effnet_kernels.triton.kernels.pointwise import (
     pointwise_conv_kernel,
     sum_partials_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, dot_precision, launcher
+from effnet_kernels.triton.launch import channel_divisor, dot_precision, launcher
 
 launch_pointwise_conv = launcher(pointwise_conv_kernel)
 launch_pointwise_conv_backward_data = launcher(pointwise_conv_backward_data_kernel)
@@ -25,8 +25,9 @@ def pointwise_conv(
 ) -> tuple[Tensor | None, Tensor | None]:
     """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
 
-    With "statistics" the second is partial (count, mean, M2) of the stored values, [P, 3, K]; with "pool" the map is
-    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K]. One launch.
+    With "statistics" the second result is partial (count, mean, M2) of the stored values, [P, 3, K]. With "pool" no map
+    is stored, and the second result is pooled sums: partial sums of the epilogue's values over each image's pixels,
+    [N, T, K]. One launch.
     """
     samples, channels = x.shape[:2]
     outputs = weight.shape[0]
@@ -41,13 +42,13 @@ def pointwise_conv(
     if not pools:
         y = _empty_map(x, outputs)
     if reduction == "statistics":
-        partials = torch.empty(config.chunks, 3, outputs, dtype=torch.float32, device=x.device)
+        partials = torch.empty(config.num_programs, 3, outputs, dtype=torch.float32, device=x.device)
     elif pools:
-        partials = torch.empty(samples, config.chunks, outputs, dtype=torch.float32, device=x.device)
+        partials = torch.empty(samples, config.num_programs, outputs, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
-    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv(
-        (-(-outputs // config.block_columns), config.chunks, owners),
+        (-(-outputs // config.block_n), config.num_programs, owners),
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -63,18 +64,18 @@ def pointwise_conv(
         partials_ptr=partials,
         rows=rows,
         groups=groups,
-        in_units=channels // in_unit,
-        out_units=outputs // out_unit,
+        in_quotient=channels // in_divisor,
+        out_quotient=outputs // out_divisor,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
         REDUCTION=reduction,
         PRECISION=dot_precision(x.dtype),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
-        BLOCK_M=config.block_rows,
-        BLOCK_N=config.block_columns,
-        BLOCK_K=config.block_inner,
+        IN_DIVISOR=in_divisor,
+        OUT_DIVISOR=out_divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
@@ -88,14 +89,23 @@ def pointwise_conv_backward_data(
     x: Tensor | None,
     prologue: Prologue,
     mean: Tensor | None,
-    residual: Tensor | None,
-    through: bool,
+    grad_residual: Tensor | None,
+    apply_act_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of what the convolution read, [N, C, H, W], plus ``residual``.
+    """The gradient of the convolution's input, [N, C, H, W], plus ``grad_residual``.
 
-    With the raw input ``x``, whose activation ``prologue`` describes (u the activated value, s its derivative, dq the
-    gradient of the gated u), also five partial sums over each image's pixels, [N, T, 5, C]: of dq * u, dq * s, s,
-    dq * s * (x - mean) and s * (x - mean). Stored is dq, or ``through`` the activation gate * dq * s. One launch.
+    Without ``x`` the input is a map as it is, and this is its gradient dq. With the raw output ``x``, the input is u
+    times the gate, u = act(scale * x + shift) by ``prologue``, and dq is its gradient. The result is then dq, or with
+    ``apply_act_grad`` the gradient of scale * x + shift, gate * dq * u', in which u' is the activation's derivative.
+    The second result is five partial sums over each image's pixels, [N, T, 5, C]:
+
+        grad_gate = sum of dq * u
+        grad_shift = sum of dq * u'
+        slope = sum of u'
+        grad_scale = sum of dq * u' * (x - mean)
+        centred_slope = sum of u' * (x - mean)
+
+    One launch.
     """
     like = gradient.grad if gradient.grad is not None else gradient.y
     assert like is not None
@@ -108,10 +118,10 @@ def pointwise_conv_backward_data(
     dx = _empty_map(like, channels)
     sums = None
     if x is not None:
-        sums = torch.empty(samples, config.chunks, 5, channels, dtype=torch.float32, device=like.device)
-    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+        sums = torch.empty(samples, config.num_programs, 5, channels, dtype=torch.float32, device=like.device)
+    in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv_backward_data(
-        (-(-channels // config.block_columns), config.chunks, owners),
+        (-(-channels // config.block_n), config.num_programs, owners),
         **_gradient_arguments(gradient),
         weight_ptr=weight,
         x_ptr=x,
@@ -119,22 +129,22 @@ def pointwise_conv_backward_data(
         shift_ptr=prologue.shift,
         gate_ptr=prologue.gate,
         mean_ptr=mean,
-        residual_ptr=residual,
+        grad_residual_ptr=grad_residual,
         dx_ptr=dx,
         sums_ptr=sums,
         rows=rows,
         groups=groups,
-        in_units=channels // in_unit,
-        out_units=outputs // out_unit,
-        GRAD_ACT=gradient.act,
+        in_quotient=channels // in_divisor,
+        out_quotient=outputs // out_divisor,
+        OUT_ACT=gradient.act,
         ACT=prologue.act,
-        THROUGH=through,
+        APPLY_ACT_GRAD=apply_act_grad,
         PRECISION=dot_precision(like.dtype),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
-        BLOCK_M=config.block_rows,
-        BLOCK_N=config.block_columns,
-        BLOCK_K=config.block_inner,
+        IN_DIVISOR=in_divisor,
+        OUT_DIVISOR=out_divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
@@ -143,16 +153,16 @@ def pointwise_conv_backward_data(
 
 
 def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue: Prologue) -> Tensor:
-    """The weight's gradient [K, C, 1, 1], fp32, from x [N, C, H, W] and what is owed to it. One launch or two."""
+    """The weight's gradient [K, C, 1, 1], fp32, from x [N, C, H, W] and its prologue. One launch or two."""
     like = gradient.grad if gradient.grad is not None else gradient.y
     assert like is not None
     outputs, channels = like.shape[1], x.shape[1]
     groups, rows = _groups(x, prologue.gate is not None or gradient.by_sample(), 1)
     config = weight_gradient(groups, rows, outputs, channels, x.dtype, target_of(x))
-    partials = torch.empty(config.splits, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
-    in_unit, out_unit = channel_unit(channels), channel_unit(outputs)
+    partials = torch.empty(config.split_k, outputs, channels, 1, 1, dtype=torch.float32, device=x.device)
+    in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv_backward_weight(
-        (-(-channels // config.block_inputs), -(-outputs // config.block_outputs), config.splits),
+        (-(-channels // config.block_n), -(-outputs // config.block_m), config.split_k),
         **_gradient_arguments(gradient),
         x_ptr=x,
         scale_ptr=prologue.scale,
@@ -161,16 +171,16 @@ def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue
         partials_ptr=partials,
         rows=rows,
         groups=groups,
-        in_units=channels // in_unit,
-        out_units=outputs // out_unit,
-        GRAD_ACT=gradient.act,
+        in_quotient=channels // in_divisor,
+        out_quotient=outputs // out_divisor,
+        OUT_ACT=gradient.act,
         ACT=prologue.act,
         PRECISION=dot_precision(x.dtype),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
-        BLOCK_K=config.block_outputs,
-        BLOCK_C=config.block_inputs,
-        BLOCK_M=config.block_rows,
+        IN_DIVISOR=in_divisor,
+        OUT_DIVISOR=out_divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
@@ -189,16 +199,16 @@ def pointwise_conv_backward(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """:func:`pointwise_conv_backward_data`, of a raw input where there is a ``mean``, and
-    :func:`pointwise_conv_backward_weight`, where they are needed.
+    """The gradients that are needed: dx and sums of :func:`pointwise_conv_backward_data`, and the weight's of
+    :func:`pointwise_conv_backward_weight`. With ``mean`` x is a raw output, whose ``prologue`` is differentiated.
     """
     dx, sums, dweight = None, None, None
     if needs_weight:
         dweight = pointwise_conv_backward_weight(gradient, x, prologue)
     if needs_input:
         raw = None if mean is None else x
-        owed = Prologue() if mean is None else prologue
-        dx, sums = pointwise_conv_backward_data(gradient, weight, raw, owed, mean, residual, through)
+        differentiated = Prologue() if mean is None else prologue
+        dx, sums = pointwise_conv_backward_data(gradient, weight, raw, differentiated, mean, residual, through)
     return dx, sums, dweight
 
 
@@ -222,7 +232,7 @@ def sum_partials(partials: Tensor) -> Tensor:
 
 
 def _groups(x: Tensor, by_sample: bool, owners: int) -> tuple[int, int]:
-    """Groups an owner, and rows a group."""
+    """The groups of each owner, and the rows of each group; :mod:`.kernels.pointwise` says what they are."""
     samples, _, height, width = x.shape
     if by_sample:
         return samples // owners, height * width
@@ -241,9 +251,9 @@ def _gradient_arguments(gradient: OutputGradient) -> dict[str, Tensor | None]:
         "grad_ptr": gradient.grad,
         "y_ptr": gradient.y,
         "coefficients_ptr": gradient.coefficients,
-        "grad_gate_ptr": gradient.gate,
+        "out_gate_ptr": gradient.gate,
         "keep_ptr": gradient.keep,
         "offset_ptr": gradient.offset,
-        "grad_scale_ptr": gradient.scale,
-        "grad_shift_ptr": gradient.shift,
+        "out_scale_ptr": gradient.scale,
+        "out_shift_ptr": gradient.shift,
     }

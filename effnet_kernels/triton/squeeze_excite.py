@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation (Hu et al. 2018, section 3): sums over pixels, and the gate as arithmetic on vectors."""
+"""Squeeze-and-excitation (Hu et al. 2018, section 3): pooled sums, and the gate as arithmetic on vectors."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from effnet_kernels.triton.kernels.squeeze_excite import (
     mean_of_sums_kernel,
     squeeze_kernel,
 )
-from effnet_kernels.triton.launch import channel_unit, launcher
+from effnet_kernels.triton.launch import channel_divisor, launcher
 
 launch_excite = launcher(excite_kernel)
 launch_excite_backward = launcher(excite_backward_kernel)
@@ -21,20 +21,20 @@ launch_excite_backward_weight = launcher(excite_backward_weight_kernel)
 launch_mean_of_sums = launcher(mean_of_sums_kernel)
 launch_squeeze = launcher(squeeze_kernel)
 
-# Partial sums of an image that a squeeze leaves; excite merges them.
+# The most partial sums of an image that a squeeze leaves; excite adds them up.
 MAX_PARTIALS = 8
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
-    """Partial sums over pixels of the deferred activation, times ``factor`` [N, C, H, W]: [N, T, C] fp32."""
+    """Partial pooled sums [N, T, C], in fp32, of x [N, C, H, W] after its prologue, times ``factor`` [N, C, H, W]."""
     samples, channels, height, width = x.shape
     rows = height * width
     config = stream(samples, rows, channels, target_of(x), MAX_PARTIALS)
-    sums = torch.empty(samples, config.chunks, channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(samples, config.num_programs, channels, dtype=torch.float32, device=x.device)
     scale, shift, act, gate, statistics = prologue
-    unit = channel_unit(channels)
+    divisor = channel_divisor(channels)
     launch_squeeze(
-        (config.chunks, -(-channels // config.block_channels), samples),
+        (config.num_programs, -(-channels // config.block_c), samples),
         x_ptr=x,
         factor_ptr=factor,
         scale_ptr=scale,
@@ -44,12 +44,12 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         gate_ptr=gate,
         sums_ptr=sums,
         rows=rows,
-        channel_units=channels // unit,
+        c_quotient=channels // divisor,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=act,
-        CHANNELS=unit,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_CHANNELS=config.block_channels,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -84,23 +84,24 @@ def excite(
     act: Activation,
     kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From partial sums over ``count`` pixels [N, T, C] to the gate [N, C], and what backward needs: pooled [N, C] and
-    the hidden layer [N, S] before its activation, all fp32. w1 [S, C], w2 [C, S], b1 [S], b2 [C].
+    """The gate [N, C] from partial sums over ``count`` pixels [N, T, C], with w1 [S, C], b1 [S], w2 [C, S] and b2 [C].
+
+    For backward also their mean, the squeeze, [N, C], and the hidden layer [N, S] before its activation; all in fp32.
     """
     samples, partials, channels = sums.shape
     squeezed = w1.shape[0]
     config = excitation(samples, channels, squeezed, target_of(sums))
-    pooled, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
+    mean, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
     launch_excite(
-        (samples, config.splits, 1),
+        (samples, config.num_programs, 1),
         sums_ptr=sums,
         w1_ptr=w1,
         b1_ptr=b1,
         w2_ptr=w2,
         b2_ptr=b2,
         gate_ptr=gate,
-        pooled_ptr=pooled,
+        mean_ptr=mean,
         hidden_ptr=hidden,
         T=partials,
         C=channels,
@@ -108,11 +109,11 @@ def excite(
         reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
-        BLOCK_S=config.block_squeezed,
-        BLOCK_C=config.block_channels,
+        BLOCK_S=config.block_s,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
     )
-    return gate, pooled, hidden
+    return gate, mean, hidden
 
 
 def excite_backward(
@@ -125,31 +126,34 @@ def excite_backward(
     act: Activation,
     kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The squeeze-and-excitation path backwards, on vectors.
+    """The backward of squeeze-and-excitation, on vectors.
 
-    ``sums`` [N, T, 5, C] are those of ``pointwise_conv_backward_data``, T1 to T5, or [N, T, 1, C] the first alone,
-    which is the gate's gradient. Returns offset [N, C], what each pixel's activation gets by way of the mean over
-    ``count`` pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums,
-    those that the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
+    ``sums`` are partial sums over ``count`` pixels: the five of :func:`.pointwise.pointwise_conv_backward_data`,
+    [N, T, 5, C], or ``grad_gate`` alone, [N, T, 1, C]. Returns
+
+    - offset [N, C], the gradient that each pixel's activation gets through the mean;
+    - the gradients of the gate's logits [N, C] and of the hidden layer [N, S];
+    - from five sums, those for the backward of the BatchNorm before, [N, 2, C]: gate * grad_shift + offset * slope and
+      gate * grad_scale + offset * centred_slope.
     """
-    samples, partials, kinds, channels = sums.shape
+    samples, partials, num_sums, channels = sums.shape
     squeezed = w1.shape[0]
     config = excitation(samples, channels, squeezed, target_of(sums))
-    offset, logits = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
-    dhidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
+    offset, grad_logits = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
+    grad_hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
     norm_sums = None
-    if kinds == 5:
+    if num_sums == 5:
         norm_sums = torch.empty(samples, 2, channels, dtype=torch.float32, device=sums.device)
     launch_excite_backward(
-        (samples, config.splits, 1),
+        (samples, config.num_programs, 1),
         sums_ptr=sums,
         gate_ptr=gate,
         hidden_ptr=hidden,
         w1_ptr=w1,
         w2_ptr=w2,
         offset_ptr=offset,
-        logits_ptr=logits,
-        dhidden_ptr=dhidden,
+        grad_logits_ptr=grad_logits,
+        grad_hidden_ptr=grad_hidden,
         norm_sums_ptr=norm_sums,
         T=partials,
         C=channels,
@@ -157,18 +161,22 @@ def excite_backward(
         reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
-        KINDS=kinds,
-        BLOCK_S=config.block_squeezed,
-        BLOCK_C=config.block_channels,
+        NUM_SUMS=num_sums,
+        BLOCK_S=config.block_s,
+        BLOCK_C=config.block_c,
         num_warps=config.num_warps,
     )
-    return offset, logits, dhidden, norm_sums
+    return offset, grad_logits, grad_hidden, norm_sums
 
 
 def excite_backward_weight(
     logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], fp32, from those of the logits and the hidden layer."""
+    """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], in fp32.
+
+    ``logits`` [N, C] and ``dhidden`` [N, S] are the gradients of :func:`excite_backward`; ``hidden`` [N, S] and
+    ``pooled`` [N, C], the mean, are results of :func:`excite`.
+    """
     samples, channels = logits.shape
     squeezed = hidden.shape[1]
     device = logits.device
@@ -176,13 +184,13 @@ def excite_backward_weight(
     db1 = torch.empty(squeezed, dtype=torch.float32, device=device)
     dw2 = torch.empty(channels, squeezed, dtype=torch.float32, device=device)
     db2 = torch.empty(channels, dtype=torch.float32, device=device)
-    block_channels, block_squeezed = 32, 32
+    block_c, block_s = 32, 32
     launch_excite_backward_weight(
-        (-(-channels // block_channels), -(-squeezed // block_squeezed), 1),
-        logits_ptr=logits,
-        dhidden_ptr=dhidden,
+        (-(-channels // block_c), -(-squeezed // block_s), 1),
+        grad_logits_ptr=logits,
+        grad_hidden_ptr=dhidden,
         hidden_ptr=hidden,
-        pooled_ptr=pooled,
+        mean_ptr=pooled,
         dw1_ptr=dw1,
         db1_ptr=db1,
         dw2_ptr=dw2,
@@ -192,8 +200,8 @@ def excite_backward_weight(
         S=squeezed,
         ACT=act,
         BLOCK_N=16,
-        BLOCK_S=block_squeezed,
-        BLOCK_C=block_channels,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
         num_warps=4,
     )
     return dw1, db1, dw2, db2

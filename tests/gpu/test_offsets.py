@@ -76,19 +76,26 @@ def test_pointwise(accesses: list[np.ndarray]) -> None:
         "OUT_ACT": "none",
         "REDUCTION": "none",
         "PRECISION": "ieee",
-        "IN_UNIT": 8,
-        "OUT_UNIT": 8,
+        "IN_DIVISOR": 8,
+        "OUT_DIVISOR": 8,
     }
     constants |= {"BLOCK_M": 16, "BLOCK_N": CHANNELS, "BLOCK_K": 16}
-    numbers = {"rows": 1, "groups": PIXELS, "in_units": 2, "out_units": PITCH // 8, "eps": 0.0}
+    numbers = {"rows": 1, "groups": PIXELS, "in_quotient": 2, "out_quotient": PITCH // 8, "eps": 0.0}
     tensors = {"x_ptr": ones(PIXELS, 16), "weight_ptr": ones(CHANNELS, 16)}
     check(pointwise_conv_kernel, (1, PIXELS, 1), accesses, ["residual_ptr", "y_ptr"], constants, **numbers, **tensors)
 
 
 def test_pointwise_backward(accesses: list[np.ndarray]) -> None:
-    constants = {"GRAD_ACT": "none", "ACT": "silu", "THROUGH": True, "PRECISION": "ieee", "IN_UNIT": 8, "OUT_UNIT": 1}
+    constants = {
+        "OUT_ACT": "none",
+        "ACT": "silu",
+        "APPLY_ACT_GRAD": True,
+        "PRECISION": "ieee",
+        "IN_DIVISOR": 8,
+        "OUT_DIVISOR": 1,
+    }
     constants |= {"BLOCK_M": 16, "BLOCK_N": CHANNELS, "BLOCK_K": 16}
-    numbers = {"rows": 1, "groups": PIXELS, "in_units": PITCH // 8, "out_units": 1}
+    numbers = {"rows": 1, "groups": PIXELS, "in_quotient": PITCH // 8, "out_quotient": 1}
     # One output channel, so that the weight, whose rows are as far apart as the map's, has a single one.
     tensors = {"grad_ptr": ones(PIXELS, 1), "weight_ptr": ones(1, CHANNELS)}
     kernel = pointwise_conv_backward_data_kernel
@@ -98,11 +105,11 @@ def test_pointwise_backward(accesses: list[np.ndarray]) -> None:
 def depthwise_numbers() -> dict[str, int]:
     """Samples of a single pixel, so that the kernel's middle tap is all there is."""
     names = ("height", "width", "out_height", "out_width", "pad_top", "pad_left", "row_strips", "column_strips")
-    return {**dict.fromkeys(names, 1), "strips": PIXELS, "channel_units": PITCH // 8, "strip_height": 1}
+    return {**dict.fromkeys(names, 1), "strips": PIXELS, "c_quotient": PITCH // 8, "strip_height": 1}
 
 
 def test_depthwise(accesses: list[np.ndarray]) -> None:
-    constants = {"ACT": "none", "OUT_ACT": "none", "REDUCTION": "none", "CHANNELS": 8, "K": 3, "STRIDE": 1, "WIDTH": 1}
+    constants = {"ACT": "none", "OUT_ACT": "none", "REDUCTION": "none", "C_DIVISOR": 8, "K": 3, "STRIDE": 1, "WIDTH": 1}
     constants |= {"STRIPS": 1, "BLOCK_C": CHANNELS}
     numbers = {**depthwise_numbers(), "first_step": 0, "eps": 0.0}
     weight = ones(CHANNELS, 9)
@@ -110,7 +117,7 @@ def test_depthwise(accesses: list[np.ndarray]) -> None:
 
 
 def test_depthwise_backward(accesses: list[np.ndarray]) -> None:
-    constants = {"GRAD_ACT": "none", "ACT": "none", "CHANNELS": 8, "K": 3, "STRIDE": 1, "WIDTH": 1, "STRIPS": 1}
+    constants = {"OUT_ACT": "none", "ACT": "none", "C_DIVISOR": 8, "K": 3, "STRIDE": 1, "WIDTH": 1, "STRIPS": 1}
     constants |= {"BLOCK_C": CHANNELS}
     tensors = {"weight_ptr": ones(CHANNELS, 9), "dweight_ptr": ones(CHANNELS, 9)}
     maps = ["grad_ptr", "x_ptr", "dz_ptr"]
@@ -118,7 +125,7 @@ def test_depthwise_backward(accesses: list[np.ndarray]) -> None:
 
 
 def test_merge(accesses: list[np.ndarray]) -> None:
-    constants = {"ACT": "none", "CHANNELS": 8, "BLOCK_ROWS": 16, "BLOCK_CHANNELS": CHANNELS}
-    numbers = {"rows": 1, "channel_units": PITCH // 8, "eps": 0.0}
+    constants = {"ACT": "none", "C_DIVISOR": 8, "BLOCK_M": 16, "BLOCK_C": CHANNELS}
+    numbers = {"rows": 1, "c_quotient": PITCH // 8, "eps": 0.0}
     maps = ["x_ptr", "residual_ptr", "out_ptr"]
     check(merge_kernel, (1, 1, PIXELS), accesses, maps, constants, **numbers, scale_ptr=ones(CHANNELS))

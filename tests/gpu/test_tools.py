@@ -10,7 +10,7 @@ import torch
 from conftest import randomize
 
 from effnet_kernels import EfficientNet, dispatch, warmup
-from effnet_kernels.launch_config import table
+from effnet_kernels.launch_config import tuned_configs
 from effnet_kernels.modules import MBConvConfig
 from effnet_kernels.tools.cli import main
 from effnet_kernels.tools.selftest import selftest
@@ -60,10 +60,10 @@ def test_selftest_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "FAILED" in str(report)
 
 
-def test_tuning_fills_a_table_that_the_rules_follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rules_follow_what_tuning_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for kernel in CHOICES:
         monkeypatch.setitem(CHOICES, kernel, {"num_warps": (2,)})
-    # The host's clock says nothing of a simulated kernel: let two warps win.
+    # The time that a simulator takes means nothing, so that two warps are made to win.
     times = iter([2.0, 1.0] * 10_000)
     monkeypatch.setattr("effnet_kernels.tools.tune.measure", lambda launch: (launch(), next(times))[1])
     monkeypatch.setattr("effnet_kernels.tools.tune.GAIN", 0.0)
@@ -72,7 +72,7 @@ def test_tuning_fills_a_table_that_the_rules_follow(monkeypatch: pytest.MonkeyPa
     assert winners
     path = tmp_path / "table.json"
     monkeypatch.setenv("EFFNET_KERNELS_TABLE", str(path))
-    table.write(path, {key: {"num_warps": 2} for key in winners})
+    tuned_configs.write(path, {key: {"num_warps": 2} for key in winners})
     try:
         model.eval()
         with torch.no_grad(), dispatch.use_backend("triton"):
@@ -81,7 +81,7 @@ def test_tuning_fills_a_table_that_the_rules_follow(monkeypatch: pytest.MonkeyPa
             assert_accurate(y, model.double()(x.double()))
     finally:
         monkeypatch.undo()
-        table.forget()
+        tuned_configs.clear_caches()
 
 
 @pytest.mark.skipif(simulated(), reason="a simulated launch needs no binary; tests/test_launch.py compiles ahead")

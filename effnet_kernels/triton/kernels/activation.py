@@ -1,4 +1,4 @@
-"""Activations, their derivatives, and the affine map before them, inside kernels."""
+"""Parts of kernels: activations and their derivatives, BatchNorm's affine map, and the merging of moments."""
 
 import triton
 import triton.language as tl
@@ -7,8 +7,8 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def sigmoid(z):
-    # Two instructions of the special function unit and three others; tl.exp takes three more for denormal results.
-    # The exponential overflows to infinity below -88, where the quotient is 0 as it should be.
+    # Two instructions of the special function unit and three others. tl.exp needs three more, for denormal results.
+    # Below -88 the exponential overflows to infinity, and the quotient is 0, which is right.
     return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-z))
 
 
@@ -28,7 +28,7 @@ def activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def activate_and_differentiate(z, ACT: tl.constexpr):
-    """``act(z)`` and ``act'(z)`` in fp32, with torch's derivatives at the kinks and at NaN."""
+    """``act(z)`` and ``act'(z)`` in fp32; at kinks and at NaN the derivatives are torch's."""
     if ACT == "silu":
         s = sigmoid(z)
         u = z * s
@@ -51,15 +51,15 @@ def activate_and_differentiate(z, ACT: tl.constexpr):
 
 @triton.jit
 def gate_of(z, GATE: tl.constexpr):
-    """Squeeze-and-excitation's gate of a logit."""
+    """Squeeze-and-excitation's gate, from its logit."""
     if GATE == "sigmoid":
         return sigmoid(z)
     return tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
 
 
 @triton.jit
-def gate_slope(gate, GATE: tl.constexpr):
-    """The gate's derivative, from its value."""
+def gate_derivative(gate, GATE: tl.constexpr):
+    """The derivative of the gate by its logit, from the gate's value."""
     if GATE == "sigmoid":
         return gate * (1.0 - gate)
     return tl.where((gate > 0.0) & (gate < 1.0), 1.0 / 6.0, 0.0)
@@ -67,12 +67,14 @@ def gate_slope(gate, GATE: tl.constexpr):
 
 @triton.jit
 def load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, mask):
-    """Scale and shift of ``channels``: as they are, or folded here from BatchNorm's (weight, bias, mean, variance).
+    """Scale and shift at ``channels``, each [BLOCK_C] in fp32.
 
-    With ``mean_ptr`` and ``var_ptr``, ``scale_ptr`` and ``shift_ptr`` are BatchNorm's weight and bias. Any may be None.
+    All pointers are to vectors [C] or None, which stands for a scale of one and a shift of zero. With ``mean_ptr`` and
+    ``var_ptr``, ``scale_ptr`` and ``shift_ptr`` are BatchNorm's weight and bias, and its normalisation is folded into
+    them here.
     """
-    scale = tl.full(channels.shape, 1.0, tl.float32)
-    shift = tl.full(channels.shape, 0.0, tl.float32)
+    scale = tl.full(channels.shape, 1.0, tl.float32)  # [BLOCK_C]
+    shift = tl.full(channels.shape, 0.0, tl.float32)  # [BLOCK_C]
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     if shift_ptr is not None:

@@ -1,4 +1,8 @@
-"""The kernels of :mod:`effnet_kernels.triton.batch_norm`."""
+"""The kernels of :mod:`effnet_kernels.triton.batch_norm`: passes over maps, and arithmetic on vectors of channels.
+
+Maps are matrices [R, C] of R = G * rows rows (pixels) in G groups: the samples if an operand is by sample, else the
+whole batch. P programs of the grid's first dimension share the rows of a group and leave a partial result each.
+"""
 
 import triton
 import triton.language as tl
@@ -7,38 +11,39 @@ from effnet_kernels.triton.kernels.activation import merge_moments
 from effnet_kernels.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def channel_statistics_kernel(
     y_ptr,
     partials_ptr,
     rows,
-    channel_units,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    c_quotient,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    """partials [P, 3, C]: count, mean and M2 of the channels of y [R, C], of one group."""
+    C = c_quotient * C_DIVISOR
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
     count = 0.0
-    mean = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    m2 = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         y = tl.load(y_ptr + start * C + (row[:, None] * C + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
-        tile_count = tl.minimum(rows - start, BLOCK_ROWS).to(tl.float32)
+        tile_count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
         tile_mean = tl.sum(y, axis=0) / tile_count
         deviation = tl.where(mask, y - tile_mean[None, :], 0.0)
         count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tl.sum(deviation * deviation, axis=0))
     out = partials_ptr + tl.program_id(0) * 3 * C + channels
-    tl.store(out, tl.zeros([BLOCK_CHANNELS], tl.float32) + count, mask=inside)
+    tl.store(out, tl.zeros([BLOCK_C], tl.float32) + count, mask=inside)
     tl.store(out + C, mean, mask=inside)
     tl.store(out + 2 * C, m2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def gradient_sums_kernel(
     grad_ptr,
     y_ptr,
@@ -50,34 +55,39 @@ def gradient_sums_kernel(
     mean_ptr,
     sums_ptr,
     rows,
-    channel_units,
+    c_quotient,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    """sums [G * P, 2, C]: the sums over rows of dz and dz * (y - mean), see :func:`gradient_of_norm`.
+
+    Maps: grad and y [R, C].
+    Vectors: scale, shift and mean [C], gate and offset [G, C], keep [G].
+    """
+    C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)
-    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
+    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
+    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
     keep = 1.0
     if keep_ptr is not None:
         keep = tl.load(keep_ptr + group).to(tl.float32)
-    scale = load_vector(scale_ptr, channels, inside, 1.0)
-    shift = load_vector(shift_ptr, channels, inside, 0.0)
-    mean = load_vector(mean_ptr, channels, inside, 0.0)
-    total = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    centred = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
+    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    mean = load_vector(mean_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    total = tl.zeros([BLOCK_C], tl.float32)
+    centred = tl.zeros([BLOCK_C], tl.float32)
     base = group.to(tl.int64) * rows
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
-        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
+        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dz = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)
+        dz = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)  # [BLOCK_M, BLOCK_C]
         dz = tl.where(mask, dz, 0.0)
         total += tl.sum(dz, axis=0)
         centred += tl.sum(dz * (y - mean[None, :]), axis=0)
@@ -86,7 +96,7 @@ def gradient_sums_kernel(
     tl.store(out + C, centred, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
 def apply_gradient_kernel(
     grad_ptr,
     y_ptr,
@@ -96,76 +106,85 @@ def apply_gradient_kernel(
     offset_ptr,
     scale_ptr,
     shift_ptr,
-    residual_ptr,
+    grad_residual_ptr,
     out_ptr,
     rows,
-    channel_units,
+    c_quotient,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    """out = dy + grad_residual, with dy of :class:`effnet_kernels.deferred.OutputGradient`.
+
+    Maps: grad, y, grad_residual and out [R, C].
+    Vectors: coefficients [3, C], scale and shift [C], gate and offset [G, C], keep [G].
+    """
+    C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)
-    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
+    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
+    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
     keep = 1.0
     if keep_ptr is not None:
         keep = tl.load(keep_ptr + group).to(tl.float32)
-    scale = load_vector(scale_ptr, channels, inside, 1.0)
-    shift = load_vector(shift_ptr, channels, inside, 0.0)
+    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
+    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
     base = group.to(tl.int64) * rows
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        start = tile.to(tl.int64) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_CHANNELS]
-        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])
-        y = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile.to(tl.int64) * BLOCK_M
+        row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
+        offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
+        y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)
+        dy = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)  # [BLOCK_M, BLOCK_C]
         if coefficients_ptr is not None:
-            alpha = load_vector(coefficients_ptr, channels, inside, 0.0)
-            beta = load_vector(coefficients_ptr + C, channels, inside, 0.0)
-            gamma = load_vector(coefficients_ptr + 2 * C, channels, inside, 0.0)
+            alpha = load_vector(coefficients_ptr, channels, inside, 0.0)  # [BLOCK_C]
+            beta = load_vector(coefficients_ptr + C, channels, inside, 0.0)  # [BLOCK_C]
+            gamma = load_vector(coefficients_ptr + 2 * C, channels, inside, 0.0)  # [BLOCK_C]
             dy = alpha[None, :] * dy + (beta[None, :] * y + gamma[None, :])
-        if residual_ptr is not None:
-            dy += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if grad_residual_ptr is not None:
+            dy += tl.load(grad_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offsets, dy.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Count, mean and M2 of [P, 3, C] partials, in two passes: M2 from deviations from the merged mean."""
-    p = tl.arange(0, BLOCK_P)
+    """Count, mean and M2, each [BLOCK_C], of the union of partials [P, 3, C].
+
+    There are two passes, because M2 is summed from deviations from the merged mean.
+    """
+    p = tl.arange(0, BLOCK_P)  # [BLOCK_P]
     count = tl.zeros([BLOCK_C], tl.float32)
     total = tl.zeros([BLOCK_C], tl.float32)
     pivot = tl.load(partials_ptr + C + channels, mask=inside, other=0.0)
     for start in range(0, P, BLOCK_P):
         mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
-        at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]
-        n = tl.load(at, mask=mask, other=0.0)
-        # Relative to a mean close by, so that a large mean costs no digits.
+        at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]  # [BLOCK_P, BLOCK_C]
+        n = tl.load(at, mask=mask, other=0.0)  # [BLOCK_P, BLOCK_C]
+        # Means are summed relative to one of them, so that a large mean costs no digits.
         total += tl.sum(n * (tl.load(at + C, mask=mask, other=0.0) - pivot[None, :]), axis=0)
         count += tl.sum(n, axis=0)
     mean = pivot + total / count
     m2 = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
-        mask = (start + p < P)[:, None] & inside[None, :]
-        at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]
-        n = tl.load(at, mask=mask, other=0.0)
-        deviation = tl.load(at + C, mask=mask, other=0.0) - mean[None, :]
+        mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
+        at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]  # [BLOCK_P, BLOCK_C]
+        n = tl.load(at, mask=mask, other=0.0)  # [BLOCK_P, BLOCK_C]
+        deviation = tl.load(at + C, mask=mask, other=0.0) - mean[None, :]  # [BLOCK_P, BLOCK_C]
         m2 += tl.sum(tl.where(mask, tl.load(at + 2 * C, mask=mask, other=0.0) + n * deviation * deviation, 0.0), axis=0)
     return count, mean, m2
 
 
 @triton.jit(do_not_specialize=["P", "C"])
 def merge_statistics_kernel(partials_ptr, stats_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """stats [3, C]: count, mean and M2 of the union of partials [P, 3, C]."""
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    count, mean, m2 = merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P, BLOCK_C)
+    count, mean, m2 = merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P, BLOCK_C)  # [BLOCK_C]
     tl.store(stats_ptr + channels, count, mask=inside)
     tl.store(stats_ptr + C + channels, mean, mask=inside)
     tl.store(stats_ptr + 2 * C + channels, m2, mask=inside)
@@ -188,9 +207,14 @@ def fold_batch_norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """folded [4, C]: scale, shift, mean and rstd, from partial statistics [P, 3, C]. Moves the running statistics, too.
+
+    Vectors: weight, bias, running_mean and running_var [C], any of them None.
+    batches: a scalar int64, the number of batches of a cumulative average, or None for ``momentum``.
+    """
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    count, mean, m2 = merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P, BLOCK_C)
+    count, mean, m2 = merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P, BLOCK_C)  # [BLOCK_C]
     rstd = 1.0 / tl.sqrt(m2 / count + eps)
     scale = rstd * load_vector(weight_ptr, channels, inside, 1.0)
     shift = load_vector(bias_ptr, channels, inside, 0.0) - mean * scale
@@ -204,12 +228,12 @@ def fold_batch_norm_kernel(
         old_mean = tl.load(running_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)
         old_var = tl.load(running_var_ptr + channels, mask=inside, other=0.0).to(tl.float32)
         variance = m2 / tl.maximum(count - 1.0, 1.0)
-        # As torch has it, an empty batch moves nothing.
+        # An empty batch moves nothing, as in torch.
         written = inside & (count > 0.0)
         if SKIP_NONFINITE:
-            # Only finite values are equal to themselves once they are subtracted from themselves.
+            # The difference of a value and itself is zero if it is finite, else NaN.
             written = written & (mean - mean == 0.0) & (variance - variance == 0.0)
-        # Not old + momentum * (new - old), which at a momentum of 1 keeps the rounding errors of what it forgets.
+        # Not old + momentum * (new - old): with a momentum of 1, the old value would leave its rounding errors.
         tl.store(running_mean_ptr + channels, (1.0 - momentum) * old_mean + momentum * mean, mask=written)
         tl.store(running_var_ptr + channels, (1.0 - momentum) * old_var + momentum * variance, mask=written)
 
@@ -232,14 +256,19 @@ def fold_batch_norm_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """coefficients [3, C], dweight [C] and dbias [C], from partial sums of dz and dz * (y - mean).
+
+    sums: [P, 2, C] with strides ``partial_stride`` and ``sum_stride`` and contiguous channels.
+    Vectors: weight, or None, mean and rstd [C].
+    """
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    p = tl.arange(0, BLOCK_P)
+    p = tl.arange(0, BLOCK_P)  # [BLOCK_P]
     total = tl.zeros([BLOCK_C], tl.float32)
     centred = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
         mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
-        at = sums_ptr + (start + p)[:, None] * partial_stride + channels[None, :]
+        at = sums_ptr + (start + p)[:, None] * partial_stride + channels[None, :]  # [BLOCK_P, BLOCK_C]
         total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
         centred += tl.sum(tl.load(at + sum_stride, mask=mask, other=0.0), axis=0)
     rstd = tl.load(rstd_ptr + channels, mask=inside, other=0.0)

@@ -73,7 +73,7 @@ def strip_rows(matrix_ptr, n, C, c, mask, DEFAULT: tl.constexpr, STRIPS: tl.cons
 @triton.jit(
     do_not_specialize=[
         "strips",
-        "channel_units",
+        "c_quotient",
         "height",
         "width",
         "out_height",
@@ -98,7 +98,7 @@ def depthwise_conv_kernel(
     y_ptr,
     partials_ptr,
     strips,
-    channel_units,
+    c_quotient,
     height,
     width,
     out_height,
@@ -113,14 +113,14 @@ def depthwise_conv_kernel(
     ACT: tl.constexpr,
     OUT_ACT: tl.constexpr,
     REDUCTION: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     weights = load_weights(weight_ptr, c, inside, K * K)
@@ -228,7 +228,7 @@ def depthwise_conv_kernel(
 @triton.jit(
     do_not_specialize=[
         "strips",
-        "channel_units",
+        "c_quotient",
         "height",
         "width",
         "out_height",
@@ -246,8 +246,8 @@ def depthwise_conv_backward_kernel(
     coefficients_ptr,
     gate_ptr,
     offset_ptr,
-    grad_scale_ptr,
-    grad_shift_ptr,
+    out_scale_ptr,
+    out_shift_ptr,
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -258,7 +258,7 @@ def depthwise_conv_backward_kernel(
     sums_ptr,
     dweight_ptr,
     strips,
-    channel_units,
+    c_quotient,
     height,
     width,
     out_height,
@@ -268,9 +268,9 @@ def depthwise_conv_backward_kernel(
     row_strips,
     column_strips,
     strip_height,
-    GRAD_ACT: tl.constexpr,
+    OUT_ACT: tl.constexpr,
     ACT: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -282,15 +282,15 @@ def depthwise_conv_backward_kernel(
     Output row t meets the padded input rows STRIDE * t + tap, tap < K: each of them gets a share of the data gradient,
     and gives its activation to the weight gradient. Both windows hold K rows; a step completes STRIDE of them.
     """
-    C = channel_units * CHANNELS
+    C = c_quotient * C_DIVISOR
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     weights = load_weights(weight_ptr, c, inside, K * K)
     scale = load_vector(scale_ptr, c, inside, 1.0)[None, :]
     shift = load_vector(shift_ptr, c, inside, 0.0)[None, :]
     mean = load_vector(mean_ptr, c, inside, 0.0)[None, :]
-    grad_scale = load_vector(grad_scale_ptr, c, inside, 1.0)[None, :]
-    grad_shift = load_vector(grad_shift_ptr, c, inside, 0.0)[None, :]
+    out_scale = load_vector(out_scale_ptr, c, inside, 1.0)[None, :]
+    out_shift = load_vector(out_shift_ptr, c, inside, 0.0)[None, :]
     if coefficients_ptr is not None:
         alpha = load_vector(coefficients_ptr, c, inside, 0.0)[None, :]
         beta = load_vector(coefficients_ptr + C, c, inside, 0.0)[None, :]
@@ -352,8 +352,8 @@ def depthwise_conv_backward_kernel(
                 dy = raw_grads[j].to(tl.float32) * gate + offset
                 if y_ptr is not None:
                     y = raw_ys[j].to(tl.float32)
-                    if GRAD_ACT != "none":
-                        _, derivative = activate_and_differentiate(y * grad_scale + grad_shift, GRAD_ACT)
+                    if OUT_ACT != "none":
+                        _, derivative = activate_and_differentiate(y * out_scale + out_shift, OUT_ACT)
                         dy *= derivative
                     if coefficients_ptr is not None:
                         dy = alpha * dy + (beta * y + gamma)

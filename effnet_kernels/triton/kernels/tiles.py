@@ -1,4 +1,4 @@
-"""Tiles of maps as rows of channels, and the gradient of a raw output formed on such a tile."""
+"""Loads of vectors that may be absent, and the gradient of BatchNorm's output on a tile."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,8 @@ from effnet_kernels.triton.kernels.activation import activate_and_differentiate
 
 @triton.jit
 def load_vector(ptr, channels, mask, DEFAULT: tl.constexpr):
-    """A vector's values at ``channels`` in fp32; the default everywhere where there is no vector."""
-    value = tl.full(channels.shape, DEFAULT, tl.float32)
+    """A vector [C] at ``channels`` [BLOCK_C], in fp32; the default everywhere if the vector is None."""
+    value = tl.full(channels.shape, DEFAULT, tl.float32)  # [BLOCK_C]
     if ptr is not None:
         value = tl.load(ptr + channels, mask=mask, other=DEFAULT).to(tl.float32)
     return value
@@ -17,8 +17,8 @@ def load_vector(ptr, channels, mask, DEFAULT: tl.constexpr):
 
 @triton.jit
 def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
-    """Row ``sample`` of an [N, C] matrix at ``channels``, as :func:`load_vector`."""
-    value = tl.full(channels.shape, DEFAULT, tl.float32)
+    """Row ``sample`` of a matrix [N, C] at ``channels`` [BLOCK_C], as :func:`load_vector`."""
+    value = tl.full(channels.shape, DEFAULT, tl.float32)  # [BLOCK_C]
     if ptr is not None:
         value = tl.load(ptr + sample.to(tl.int64) * C + channels, mask=mask, other=DEFAULT).to(tl.float32)
     return value
@@ -26,7 +26,12 @@ def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
 
 @triton.jit
 def gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT: tl.constexpr):
-    """``dz`` of :class:`~effnet_kernels.deferred.OutputGradient` on a tile: y [ROWS, CHANNELS], vectors [CHANNELS]."""
+    """dz of :class:`~effnet_kernels.deferred.OutputGradient` on a tile of rows by channels, [BLOCK_M, BLOCK_C].
+
+    grad: a map [R, C], read at ``offsets`` and ``mask`` [BLOCK_M, BLOCK_C], or None for zeros.
+    y: the raw output's values, [BLOCK_M, BLOCK_C].
+    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. keep: a scalar.
+    """
     if grad_ptr is not None:
         dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * (gate * keep)[None, :] + offset[None, :]
     else:

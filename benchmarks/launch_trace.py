@@ -1,4 +1,4 @@
-"""The steps of whole networks as the launches they make, recorded on meta tensors at full size; nothing is executed."""
+"""Launch traces of whole networks' steps, captured on meta tensors of full size; no kernel runs."""
 
 import collections
 import contextlib
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_kernels as ek
-from effnet_kernels.triton.launch import Launch, recording
+from effnet_kernels.triton.launch import Launch, capture_launches
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RESOLUTIONS = {"efficientnet_b0": 224, "efficientnet_b4": 380, "efficientnet_v2_s": 384}
@@ -59,7 +59,7 @@ def size(t: Tensor) -> int:
     return elements * t.element_size()
 
 
-def launched(launch: Launch) -> int:
+def tensor_bytes(launch: Launch) -> int:
     """Bytes of the launch's tensors, each once; running statistics are the only ones both read and written."""
     return sum(
         size(argument) * (2 if name.startswith("running_") else 1)
@@ -81,7 +81,9 @@ class Step(NamedTuple):
     saved: int  # bytes kept for backward
 
 
-def record(model_name: str, batch: int, dtype: str, training: bool, fused: bool = True, resolution: int = 0) -> Step:
+def trace_step(
+    model_name: str, batch: int, dtype: str, training: bool, fused: bool = True, resolution: int = 0
+) -> Step:
     """A step of our network (``fused``), or of torchvision's, the textbook."""
     if fused:
         model = ek.create_model(model_name)
@@ -102,13 +104,13 @@ def record(model_name: str, batch: int, dtype: str, training: bool, fused: bool 
         return t
 
     kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t) if training else contextlib.nullcontext()
-    with recording() as launches, TorchTraffic() as traffic, torch.set_grad_enabled(training), kept:
+    with capture_launches() as launches, TorchTraffic() as traffic, torch.set_grad_enabled(training), kept:
         y = model(x)
     forward = Pass(launches, traffic.bytes)
     if not training:
         return Step(forward, None, 0)
     grad = torch.empty_like(y)
-    with recording() as launches, TorchTraffic() as traffic:
+    with capture_launches() as launches, TorchTraffic() as traffic:
         y.backward(grad)
     return Step(forward, Pass(launches, traffic.bytes), sum(saved.values()))
 

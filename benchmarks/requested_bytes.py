@@ -1,27 +1,30 @@
-"""Bytes that a launch's programs ask for, tile by tile, what several of them read counted for each.
+"""The bytes that a launch's programs request, tile by tile: data that several programs read counts for each of them.
 
-Most of what is read again is in a cache by then; what is not lies between this figure and that of each tensor once.
-``tests/gpu/test_issued.py`` compares these counts with the accesses that the kernels make when they are executed.
+Caches serve most of the repeated reads, so that device memory moves fewer bytes than are requested, and at least each
+tensor once. ``tests/gpu/test_requested_bytes.py`` compares these counts with the accesses that the kernels make when
+they are executed.
 """
 
-from recorded import size
+from collections.abc import Callable
+
+from launch_trace import size
 from torch import Tensor
 
 from effnet_kernels.triton.launch import Launch
 
 
-def issued(launch: Launch) -> dict[str, int]:
-    """Bytes by argument: maps and matrices as often as they are read or written, vectors and partials once."""
-    reads = _READS.get(launch.kernel.__name__, lambda launch: {})(launch)
+def requested_bytes(launch: Launch) -> dict[str, int]:
+    """Requested bytes by argument: maps and matrices each time they are read or written, vectors and partials once."""
+    factors = _REQUESTS.get(launch.kernel.__name__, lambda launch: {})(launch)
     return {
-        name: round(size(argument) * reads.get(name.removesuffix("_ptr"), 1))
+        name: round(size(argument) * factors.get(name.removesuffix("_ptr"), 1))
         for name, argument in launch.arguments.items()
         if isinstance(argument, Tensor)
     }
 
 
 def _gemm(launch: Launch) -> dict[str, float]:
-    """Each block of columns reads the rows, each tile of rows the weights."""
+    """Programs of each block of columns read all rows, and programs of each tile of rows all weights."""
     a, column_blocks = launch.arguments, launch.grid[0]
     tiles = launch.grid[2] * a["groups"] * -(-a["rows"] // launch.constants["BLOCK_M"])
     rows = ("x",) if launch.kernel.__name__ == "pointwise_conv_kernel" else ("grad", "y")
@@ -34,7 +37,7 @@ def _weight_gradient(launch: Launch) -> dict[str, float]:
 
 
 def _depthwise(launch: Launch) -> dict[str, float]:
-    """Strips overlap by what the kernel is wider than its stride, and fetch a row more than they need."""
+    """The input windows of neighbouring strips overlap, and each strip prefetches one row more than it needs."""
     a, c = launch.arguments, launch.constants
     stride, kernel = c["STRIDE"], c["K"]
     steps = a["strip_height"] + (kernel - 1) // stride - a["first_step"]
@@ -47,7 +50,7 @@ def _depthwise(launch: Launch) -> dict[str, float]:
 
 
 def _depthwise_backward(launch: Launch) -> dict[str, float]:
-    """The input is read on the way into the window and again where its derivative is needed."""
+    """The input is read once for the window of activations, and again for the derivative of the activation."""
     a, c = launch.arguments, launch.constants
     stride, before = c["STRIDE"], (c["K"] - 1) // c["STRIDE"]
     steps, strip = a["strip_height"] // stride + before, c["WIDTH"]
@@ -60,11 +63,12 @@ def _depthwise_backward(launch: Launch) -> dict[str, float]:
 
 
 def _covered(starts: list[int], length: int, limit: int) -> int:
-    """Of intervals of ``length``, what lies in [0, limit), in all."""
+    """The total length of the parts of intervals [start, start + length) that lie in [0, limit)."""
     return sum(max(0, min(start + length, limit) - max(start, 0)) for start in starts)
 
 
-_READS = {
+# By kernel, how many times its programs together request an argument, where that is not once.
+_REQUESTS: dict[str, Callable[[Launch], dict[str, float]]] = {
     "pointwise_conv_kernel": _gemm,
     "pointwise_conv_backward_data_kernel": _gemm,
     "pointwise_conv_backward_weight_kernel": _weight_gradient,

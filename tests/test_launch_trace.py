@@ -1,4 +1,4 @@
-"""Whole steps recorded on meta tensors: nothing is executed, but every launch at full size is seen."""
+"""Launch traces of whole steps on meta tensors: no kernel runs, but every launch at full size is captured."""
 
 import collections
 
@@ -47,15 +47,15 @@ class TorchLaunches(TorchDispatchMode):
 
 def step(module: nn.Module, x: Tensor, training: bool):
     """Launches and torch's own operations, forward and backward."""
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     module.train(training)
-    with recording() as forward, TorchLaunches() as torch_forward, torch.set_grad_enabled(training):
+    with capture_launches() as forward, TorchLaunches() as torch_forward, torch.set_grad_enabled(training):
         y = module(x)
     if not training:
         return forward, torch_forward.names
     grad = torch.empty_like(y)
-    with recording() as backward, TorchLaunches() as torch_backward:
+    with capture_launches() as backward, TorchLaunches() as torch_backward:
         y.backward(grad)
     return forward, torch_forward.names, backward, torch_backward.names
 
@@ -107,7 +107,7 @@ def test_a_training_step_needs_few_binaries(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_variant_of_block_records(dtype: torch.dtype) -> None:
+def test_every_variant_of_block_is_captured(dtype: torch.dtype) -> None:
     from effnet_kernels.tools.warmup import launches_of_step
 
     settings = [
@@ -142,9 +142,12 @@ def test_no_launch_waits_for_the_host(mbconv: nn.Module) -> None:
 
 
 def test_weights_on_another_device_are_refused(mbconv: nn.Module) -> None:
-    from effnet_kernels.triton.launch import recording
+    from effnet_kernels.triton.launch import capture_launches
 
     config = MBConvConfig(2, 3, 1, 16, 16, 1)
     block = config.block(config, 0.0, nn.BatchNorm2d)
-    with recording(), pytest.raises(ValueError, match="expected the input on cpu, where the weights are, got meta"):
+    with (
+        capture_launches(),
+        pytest.raises(ValueError, match="expected the input on cpu, where the weights are, got meta"),
+    ):
         block(meta_map(2, 16, 7, 7, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""The bytes that ``benchmarks/issued.py`` counts from a launch's arguments, against the accesses of its execution."""
+"""The bytes that ``benchmarks/requested_bytes.py`` counts for a launch, against the accesses of its execution."""
 
 import importlib
 
@@ -11,13 +11,15 @@ from effnet_kernels.modules import MBConvConfig
 from effnet_kernels.triton import launch as seam
 from gpu.compare import channels_last
 
-pytestmark = pytest.mark.skipif(not seam.simulated(), reason="a GPU does not say what it reads: run these under ttsem")
+pytestmark = pytest.mark.skipif(
+    not seam.simulated(), reason="a GPU does not report its accesses: run these under ttsem"
+)
 
 
 @pytest.fixture
 def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes in float16 that each kernel accesses, counted by the simulator's memory, and those that are predicted."""
-    from issued import issued
+    """Bytes of float16 elements that all kernels access: "counted" by the simulator's memory, and "predicted"."""
+    from requested_bytes import requested_bytes
     from ttsem.memory import Memory
 
     totals = {"counted": 0, "predicted": 0}
@@ -38,10 +40,10 @@ def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def counted(original):
         def launch(grid, **arguments):
-            with seam.recording() as launches:
+            with seam.capture_launches() as launches:
                 original(grid, **arguments)
             # Only maps and matrices are of float16 here.
-            for name, size in issued(launches[0]).items():
+            for name, size in requested_bytes(launches[0]).items():
                 totals["predicted"] += size * (launches[0].arguments[name].dtype == torch.float16)
             original(grid, **arguments)
 
@@ -56,7 +58,7 @@ def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def halve_matrices(block: nn.Module) -> None:
-    """The weights that the kernels read as matrices in float16, so that only they and the maps are."""
+    """Casts the weights that kernels read as matrices to float16, so that float16 means a map or a matrix."""
     for name, module in block.named_modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1 and not name.endswith(("fc1", "fc2")):
             module.half()
