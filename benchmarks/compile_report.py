@@ -32,9 +32,9 @@ from disassembly import SHARED_LIMITS, Code, disassemble
 from launch_trace import tensor_bytes, trace_step
 from torch import Tensor
 
-from effnet_kernels.launch_config import Target, use_target
-from effnet_kernels.triton.compilation import Binary, binary_of
-from effnet_kernels.triton.launch import Launch
+from effnet_kernels.backends.triton.compilation import Binary, binary_of
+from effnet_kernels.backends.triton.configs import Target, use_target
+from effnet_kernels.backends.triton.launch import Launch
 
 MULTIPROCESSORS: dict[int | str, int] = {
     80: 108,

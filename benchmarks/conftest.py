@@ -2,7 +2,7 @@
 
 import pytest
 
-from effnet_kernels import triton
+from effnet_kernels.backends import triton
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -10,7 +10,7 @@ def _simulator() -> None:
     if triton.unavailable_reason() is None:
         from simulator import teach
 
-        from effnet_kernels.triton.launch import simulated
+        from effnet_kernels.backends.triton.launch import simulated
 
         if simulated():
             teach()

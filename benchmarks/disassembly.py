@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import triton
 
-from effnet_kernels.triton.compilation import Binary, compile_for, gpu_target
+from effnet_kernels.backends.triton.compilation import Binary, compile_for, gpu_target
 
 # Shared memory that a block may ask for, in bytes, by compute capability (CUDA's programming guide, table of technical
 # specifications) and on AMD's CDNA3 and RDNA3.

@@ -17,9 +17,10 @@ from launch_trace import tensor_bytes
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch, ops
+from effnet_kernels import ops
+from effnet_kernels.backends import select
+from effnet_kernels.backends.triton.launch import capture_launches, simulated
 from effnet_kernels.modules import MBConvConfig
-from effnet_kernels.triton.launch import capture_launches, simulated
 
 Call = Callable[[], object]
 Contenders = dict[str, Callable[[], Call]]
@@ -170,8 +171,8 @@ def block(batch: int, ratio: int, kernel: int, channels: int, size: int, toy: bo
         module = config.block(config, 0.0, nn.BatchNorm2d).cuda().to(memory_format=torch.channels_last)
         x = image(batch, channels, size, torch.float16).requires_grad_()
 
-        def run(backend: dispatch.Backend) -> Tensor:
-            with dispatch.use_backend(backend), autocast(torch.float16):
+        def run(backend: select.Backend) -> Tensor:
+            with select.use_backend(backend), autocast(torch.float16):
                 return module(x)
 
         return _operator(lambda: run("triton"), lambda: run("torch"), (x, *module.parameters()), toy)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_kernels as ek
-from effnet_kernels.triton.launch import Launch, capture_launches
+from effnet_kernels.backends.triton.launch import Launch, capture_launches
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RESOLUTIONS = {"efficientnet_b0": 224, "efficientnet_b4": 380, "efficientnet_v2_s": 384}

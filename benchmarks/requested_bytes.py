@@ -10,7 +10,7 @@ from collections.abc import Callable
 from launch_trace import size
 from torch import Tensor
 
-from effnet_kernels.triton.launch import Launch
+from effnet_kernels.backends.triton.launch import Launch
 
 
 def requested_bytes(launch: Launch) -> dict[str, int]:

@@ -50,7 +50,7 @@ def _current_stream(device: int) -> int:
 @contextlib.contextmanager
 def stub_driver() -> Iterator[StubDriver]:
     """Inside the ``with`` block launches go to the stub. CPU tensors stand for a GPU's."""
-    from effnet_kernels.triton import launch
+    from effnet_kernels.backends.triton import launch
 
     driver = StubDriver()
     with (

@@ -21,8 +21,8 @@ pytest.importorskip("triton.language", reason="Triton is not installed")
 import gpu_cases
 from playback import play_back
 
+from effnet_kernels.backends.triton.launch import simulated
 from effnet_kernels.tools import timing
-from effnet_kernels.triton.launch import simulated
 
 TOY = simulated()
 SKIP = None if TOY or torch.cuda.is_available() else "torch finds no GPU"

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from effnet_kernels import triton
+from effnet_kernels.backends import triton
 
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=
 @pytest.fixture
 def arguments() -> tuple:
     """Those of B0's first expand convolution in training."""
-    from effnet_kernels.deferred import Epilogue, Prologue
-    from effnet_kernels.launch_config import H100, use_target
-    from effnet_kernels.triton.launch import capture_launches
-    from effnet_kernels.triton.pointwise import pointwise_conv
+    from effnet_kernels.backends.triton.configs import H100, use_target
+    from effnet_kernels.backends.triton.launch import capture_launches
+    from effnet_kernels.backends.triton.pointwise import pointwise_conv
+    from effnet_kernels.fusion.spec import Epilogue, Prologue
 
     x = torch.randn(1, 16, 16, 16).half().contiguous(memory_format=torch.channels_last)
     weight = torch.randn(96, 16, 1, 1)
@@ -30,7 +30,7 @@ def arguments() -> tuple:
 def test_seam(benchmark, arguments) -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton.launch import launcher
+    from effnet_kernels.backends.triton.launch import launcher
 
     kernel, grid, given, options = arguments
     given |= options
@@ -57,10 +57,10 @@ def test_block_forward(benchmark) -> None:
     from stub_driver import stub_driver
     from torch import nn
 
+    from effnet_kernels.backends.select import primitives_of
+    from effnet_kernels.backends.triton.configs import H100, use_target
     from effnet_kernels.fusion.forward import forward
-    from effnet_kernels.launch_config import H100, use_target
     from effnet_kernels.modules import MBConvConfig
-    from effnet_kernels.primitives import primitives_of
 
     config = MBConvConfig(6, 3, 1, 16, 16, 1)
     module = config.block(config, 0.0, nn.BatchNorm2d)

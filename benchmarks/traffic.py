@@ -17,7 +17,7 @@ from pathlib import Path
 from launch_trace import Pass, Step, tensor_bytes, trace_step
 from requested_bytes import requested_bytes
 
-from effnet_kernels.triton.launch import Launch
+from effnet_kernels.backends.triton.launch import Launch
 
 # Inductor's generated kernels with cuDNN's convolutions, B0 at 224, fp16 under autocast, batch 64 (torch 2.14.1), and
 # the sum of the tensors that the design must move; both counted once, by hand.

@@ -1,7 +1,7 @@
 """EfficientNet, the same network, weights and numbers as everybody's, computed faster."""
 
-from effnet_kernels.cpu import NativeExtensionWarning, release_memory
-from effnet_kernels.dispatch import BackendError, use_backend
+from effnet_kernels.backends.cpu import NativeExtensionWarning, release_memory
+from effnet_kernels.backends.select import BackendError, use_backend
 from effnet_kernels.inference.freeze import freeze
 from effnet_kernels.interop.accelerate import accelerate, restore
 from effnet_kernels.interop.conversion import from_peer

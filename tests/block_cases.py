@@ -9,7 +9,8 @@ from conftest import assert_buffers_close, randomize
 from gpu.compare import assert_accurate
 from torch import Tensor, nn
 
-from effnet_kernels import accelerate, dispatch
+from effnet_kernels import accelerate
+from effnet_kernels.backends import select
 from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig, SqueezeExcitation
 
 HardGate = partial(SqueezeExcitation, scale_activation=nn.Hardsigmoid)
@@ -80,7 +81,7 @@ def run(block: nn.Module, x: Tensor, grad: Tensor | None, backend: str) -> tuple
     """The output and the input's gradient; from one seed, so that stochastic depth draws the same."""
     torch.manual_seed(1)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_(grad is not None)
-    with dispatch.use_backend(backend), torch.set_grad_enabled(grad is not None):
+    with select.use_backend(backend), torch.set_grad_enabled(grad is not None):
         y = block(x)
     if grad is not None:
         y.backward(grad.to(y.dtype))
@@ -96,7 +97,7 @@ def compare(
     x = channels_last(*shape, dtype=dtype)
     # Parameters stay float32 with lower-precision maps, as under autocast; torch itself wants them alike.
     exact, alike = copy.deepcopy(block).double(), copy.deepcopy(block).to(dtype)
-    with torch.no_grad(), dispatch.use_backend("torch"):
+    with torch.no_grad(), select.use_backend("torch"):
         grad = torch.randn_like(copy.deepcopy(block)(x.float()))
     grad = grad if with_grad else None
     y, grad_x = run(block, x, grad, backend)
@@ -133,9 +134,9 @@ def check_nonfinite_batches(
     # Its square overflows, and so does the variance of the channels that read it.
     x[0, 0, 0, 0] = 1e25
     layer = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
-    with torch.no_grad(), dispatch.use_backend(backend):
+    with torch.no_grad(), select.use_backend(backend):
         layer(x)
-    with torch.no_grad(), dispatch.use_backend("torch"):
+    with torch.no_grad(), select.use_backend("torch"):
         textbook(x)
     overflows = ~textbook.norm.running_var.isfinite()
     assert overflows[:8].all()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels import cpu
-from effnet_kernels.cpu.extension import extension
+from effnet_kernels.backends import cpu
+from effnet_kernels.backends.cpu.extension import extension
 
 needs_native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 needs_compiler = pytest.mark.skipif(

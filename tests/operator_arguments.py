@@ -6,12 +6,12 @@ import torch
 from conftest import randomize
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
+from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.forward import flatten, forward
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.modules import MBConvConfig
-from effnet_kernels.primitives import primitives_of
 
 
 def mbconv_chain(config: MBConvConfig, training: bool) -> Chain:
@@ -22,7 +22,7 @@ def mbconv_chain(config: MBConvConfig, training: bool) -> Chain:
 def operator_calls(config: MBConvConfig, x: Tensor, keep: Tensor | None) -> Iterator[tuple]:
     """Each operator and arguments for it, of a block's chain for x [N, C, H, W]."""
     operators = torch.ops.effnet_kernels
-    backend = dispatch.operator_backend(x)
+    backend = select.operator_backend(x)
     chain = mbconv_chain(config, training=True)
     text, parameters, running = custom_ops.encode(backend, chain)
     assert running == []

@@ -13,8 +13,9 @@ from native_cases import needs_native
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch, ops
-from effnet_kernels.deferred import Epilogue, Prologue
+from effnet_kernels import ops
+from effnet_kernels.backends import select
+from effnet_kernels.fusion.spec import Epilogue, Prologue
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -118,7 +119,7 @@ def smoke_paths() -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
 def test_nothing_depends_on_torchs_defaults(path: str, setting: str) -> None:
     call = smoke_paths()[path]()
     torch.manual_seed(1)
-    with dispatch.use_backend("cpu") if "engine" not in path else contextlib.nullcontext():
+    with select.use_backend("cpu") if "engine" not in path else contextlib.nullcontext():
         expected = call()
     torch.manual_seed(1)
     # Nothing is forced here: the kernels have to be chosen under these settings, too.

@@ -12,8 +12,9 @@ from native_cases import needs_native
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch, ops
-from effnet_kernels.deferred import Epilogue, Prologue
+from effnet_kernels import ops
+from effnet_kernels.backends import select
+from effnet_kernels.fusion.spec import Epilogue, Prologue
 from effnet_kernels.modules import FusedMBConv, FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -59,9 +60,9 @@ def test_outputs_may_be_changed_in_place(name: str, training: bool) -> None:
     builder, shape = calls()[name]
     block, x = randomize(builder()).train(training), torch.randn(shape)
     for what, change in IN_PLACE.items():
-        with dispatch.use_backend("torch"):
+        with select.use_backend("torch"):
             (expected, expected_grad), theirs = results(block, x, lambda y, change=change: change(y.clone()))
-        with dispatch.use_backend("cpu"):
+        with select.use_backend("cpu"):
             (y, grad), ours = results(block, x, change)
         assert_close(y, expected, 2e-5)
         assert_close(grad, expected_grad, 1e-4)
@@ -77,7 +78,7 @@ def test_outputs_are_no_views(name: str, mode: Callable) -> None:
     for size in (shape, (8, shape[1], 64, 64)):
         for training in (True, False):
             block, x = builder().train(training), torch.randn(size)
-            with mode(), dispatch.use_backend("cpu"):
+            with mode(), select.use_backend("cpu"):
                 assert not block(x)._is_view()
 
 
@@ -86,7 +87,7 @@ def test_public_operators_return_no_views() -> None:
     w1, w2, scale = torch.randn(4, 8), torch.randn(8, 4), torch.rand(8)
     pooled = torch.randn(2, 8, requires_grad=True)
     for input, features in ((x, pooled), (x.detach(), pooled.detach())):
-        with dispatch.use_backend("cpu"):
+        with select.use_backend("cpu"):
             outputs = [
                 *ops.pointwise_conv(input, w, reduction="statistics"),
                 *ops.depthwise_conv(input, taps, reduction="statistics"),
@@ -128,7 +129,7 @@ def test_networks_with_one_block_of_torchs_own_train(name: str, accelerated: boo
     surroundings()[name](model.features[2][1])
     theirs, x = copy.deepcopy(model), torch.randn(2, 3, 33, 35)
     model(x).square().sum().backward()
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         theirs(x).square().sum().backward()
     assert_gradients_close(model, theirs)
 
@@ -138,7 +139,7 @@ def test_networks_with_one_block_of_torchs_own_train(name: str, accelerated: boo
 def test_a_residual_behind_an_activation_that_saves_its_output(activation: str, backend: str) -> None:
     block = FusedMBConv(FusedMBConvConfig(1, 3, 1, 8, 8, 1, activation=activation), 0.0, nn.BatchNorm2d).train()
     x = torch.randn(2, 8, 5, 6, requires_grad=True)
-    with dispatch.use_backend(backend):
+    with select.use_backend(backend):
         block(x).sum().backward()
     assert x.grad is not None
 
@@ -171,7 +172,7 @@ def test_batches_of_gradients(name: str, training: bool) -> None:
     builder, shape = calls()[name]
     block = randomize(builder()).train(training)
     x = torch.randn(shape, requires_grad=True)
-    with dispatch.use_backend("cpu"):
+    with select.use_backend("cpu"):
         found = batches(block(x), x, list(block.parameters()))
     for what, gradients in found.items():
         for g, right in zip(gradients, found["one by one"], strict=True):
@@ -182,7 +183,7 @@ def test_batches_of_gradients_of_the_public_operators() -> None:
     x, w, taps = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(8, 8, 1, 1), torch.randn(8, 1, 3, 3)
     w1, w2 = torch.randn(4, 8), torch.randn(8, 4)
     parameters = [t.requires_grad_() for t in (w, taps, w1, w2)]
-    with dispatch.use_backend("cpu"):
+    with select.use_backend("cpu"):
         for function, own in (
             (lambda: ops.pointwise_conv(x, w)[0], [w]),
             (lambda: ops.pointwise_conv(x, w, reduction="statistics")[1], [w]),
@@ -204,14 +205,14 @@ def test_a_networks_jacobian(vectorize: bool) -> None:
     model = randomize(ek.EfficientNet([MBConvConfig(2, 3, 1, 8, 8, 1)], 0.0, 0.0, num_classes=3)).eval()
     x = torch.randn(1, 3, 9, 9)
     jacobian = torch.autograd.functional.jacobian(model, x, vectorize=vectorize)
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         expected = torch.autograd.functional.jacobian(copy.deepcopy(model).double(), x.double())
     assert_close(jacobian, expected.float())
 
 
 def test_a_second_derivative_is_refused() -> None:
     block, x = randomize(BLOCKS["expand"][0]()), torch.randn(1, 16, 5, 5, requires_grad=True)
-    with dispatch.use_backend("cpu"), pytest.raises(RuntimeError, match="no second derivative"):
+    with select.use_backend("cpu"), pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(block(x).sum(), x, create_graph=True)
 
 
@@ -315,7 +316,7 @@ def test_derivatives_at_kinks_and_at_nan_are_torchs(act: str) -> None:
         z = torch.full((1, 1, 1, 1), value, requires_grad=True)
         {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}[act](z).backward(torch.ones(1, 1, 1, 1))
         x = torch.full((1, 8, 1, 1), value, requires_grad=True)
-        with dispatch.use_backend("cpu"):
+        with select.use_backend("cpu"):
             ops.merge(x, Prologue(act=act)).backward(torch.ones(1, 8, 1, 1))
         assert torch.equal(x.grad.flatten(), z.grad.flatten().expand(8)), value
 
@@ -332,9 +333,9 @@ def test_running_statistics_at_any_momentum(momentum: float, compiled: bool) -> 
             norm.running_var.fill_(1e6)
     exact, x = copy.deepcopy(block).double(), torch.randn(3, 16, 15, 17)
     torch._dynamo.reset()
-    with dispatch.use_backend("cpu"):
+    with select.use_backend("cpu"):
         (torch.compile(block, backend="aot_eager") if compiled else block)(x)
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         exact(x.double())
     for (name, ours), right in zip(block.named_buffers(), exact.buffers(), strict=True):
         assert torch.allclose(ours.double(), right.double(), rtol=3e-5, atol=1e-5), name

@@ -10,10 +10,11 @@ from conftest import assert_close, randomize, run_python
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch, ops
-from effnet_kernels.deferred import Epilogue, Prologue
+from effnet_kernels import ops
+from effnet_kernels.backends import select
+from effnet_kernels.fusion.spec import Epilogue, Prologue
 
-AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
+AVAILABLE = [backend for backend, reason in select.available().items() if reason is None]
 BACKENDS = ["torch", "reference"]
 
 # expand_ratio, kernel, stride, input_channels, out_channels, num_layers
@@ -637,7 +638,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
 
 def test_a_backend_that_is_not_there_is_refused_with_the_reason(monkeypatch):
     model, x = small().eval(), torch.randn(1, 3, 32, 32)
-    monkeypatch.setattr(dispatch.cpu, "unavailable_reason", lambda: "no compiler was found")
+    monkeypatch.setattr(select.cpu, "unavailable_reason", lambda: "no compiler was found")
     expected = r"backend 'cpu' was forced but cannot run: no compiler was found"
     with pytest.raises(ek.BackendError, match=expected), ek.use_backend("cpu"):
         pass
@@ -661,8 +662,8 @@ def test_the_choice_ends_with_its_block_even_after_an_error():
     with ek.use_backend("reference"):
         with pytest.raises(ValueError, match="expected images"), ek.use_backend("torch"):
             model(torch.randn(3, 3))
-        assert dispatch.forced() == "reference"
-    assert dispatch.forced() is None
+        assert select.forced() == "reference"
+    assert select.forced() is None
 
 
 # Import

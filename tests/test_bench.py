@@ -7,7 +7,7 @@ import math
 import pytest
 from native_cases import kernel_isas, needs_native
 
-from effnet_kernels.cpu.extension import extension
+from effnet_kernels.backends.cpu.extension import extension
 from effnet_kernels.tools import bench
 from effnet_kernels.tools.cli import main
 

@@ -10,8 +10,8 @@ from conftest import assert_buffers_close, assert_close, assert_gradients_close,
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import ACTIVATIONS
+from effnet_kernels.backends import select
+from effnet_kernels.fusion.spec import ACTIVATIONS
 from effnet_kernels.modules import ConvBnAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,8 +134,8 @@ def test_the_reference_under_autocast(name, training):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_running_statistics_of_nonfinite_batches(backend, skip, compiled):
-    if dispatch.available()[backend] is not None:
-        pytest.skip(f"backend {backend}: {dispatch.available()[backend]}")
+    if select.available()[backend] is not None:
+        pytest.skip(f"backend {backend}: {select.available()[backend]}")
     torch.compiler.reset()
     block_cases.check_nonfinite_batches(
         backend, lambda *size: torch.randn(size).contiguous(memory_format=torch.channels_last), skip, compiled
@@ -170,8 +170,8 @@ def test_frozen_norms_in_a_training_model():
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "cpu"])
 def test_outputs_come_in_the_inputs_memory_format(backend):
-    if dispatch.available()[backend] is not None:
-        pytest.skip(f"backend {backend}: {dispatch.available()[backend]}")
+    if select.available()[backend] is not None:
+        pytest.skip(f"backend {backend}: {select.available()[backend]}")
     block = mbconv(stride=2, outputs=16).eval()
     x = torch.randn(2, 8, 6, 6)
     with ek.use_backend(backend), torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import run_python
 
-from effnet_kernels import triton
+from effnet_kernels.backends import select, triton
 from effnet_kernels.models.factory import build
 from effnet_kernels.models.variants import VARIANTS
 from effnet_kernels.models.weights.convert import convert_state_dict
@@ -168,10 +168,9 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from effnet_kernels import dispatch
 
     monkeypatch.setattr(
-        dispatch, "available", lambda: {"torch": None, "reference": None, "cpu": None, "triton": "no GPU here"}
+        select, "available", lambda: {"torch": None, "reference": None, "cpu": None, "triton": "no GPU here"}
     )
     assert main(["info", "--json"]) == 0
     facts: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -193,7 +192,7 @@ def test_info_names_a_wrong_isa(capsys: pytest.CaptureFixture[str], monkeypatch:
     def describe() -> dict[str, object]:
         raise ValueError("EFFNET_KERNELS_ISA: expected one of scalar, got 'abacus'")
 
-    monkeypatch.setattr("effnet_kernels.cpu.describe", describe)
+    monkeypatch.setattr("effnet_kernels.backends.cpu.describe", describe)
     assert main(["info"]) == 0
     assert "got 'abacus'" in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ from torch import Tensor, library, nn
 
 import effnet_kernels as ek
 from effnet_kernels import EfficientNet, ops
-from effnet_kernels.deferred import Prologue
+from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]

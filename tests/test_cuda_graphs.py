@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import use_backend
-from effnet_kernels.cuda_graphs import GraphCache
+from effnet_kernels.inference.cuda_graphs import GraphCache
 
 
 class Event:

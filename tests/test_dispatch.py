@@ -6,8 +6,8 @@ from conftest import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_kernels as ek
-from effnet_kernels import cpu, dispatch, triton
-from effnet_kernels.dispatch import BackendError, Call
+from effnet_kernels.backends import cpu, select, triton
+from effnet_kernels.backends.select import BackendError, Call
 
 needs_native = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=f"the native extension is missing: {cpu.unavailable_reason()}"
@@ -64,15 +64,15 @@ def test_reasons_name_what_is_in_the_way(model, x, change, reason):
 
 
 def test_who_else_looks_at_the_calls_is_a_reason(x):
-    assert dispatch.interception(x) is None
+    assert select.interception(x) is None
     with FlopCounterMode(display=False):
-        assert "mode" in dispatch.interception(x)
-    assert dispatch.interception(x) is None
+        assert "mode" in select.interception(x)
+    assert select.interception(x) is None
     seen = []
-    torch.func.vmap(lambda t: (seen.append(dispatch.interception(t)), t)[1])(x)
+    torch.func.vmap(lambda t: (seen.append(select.interception(t)), t)[1])(x)
     assert "torch.func" in seen[0] or "plain tensor" in seen[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert dispatch.operator_backend(x) == "reference"
+        assert select.operator_backend(x) == "reference"
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

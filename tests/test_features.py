@@ -10,9 +10,9 @@ from conftest import assert_buffers_close, assert_close, assert_gradients_close,
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 
-AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
+AVAILABLE = [backend for backend, reason in select.available().items() if reason is None]
 BACKENDS = ["torch", "reference"]
 
 

@@ -11,7 +11,7 @@ from test_features import small
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import cpu
+from effnet_kernels.backends import cpu
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 

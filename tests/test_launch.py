@@ -4,15 +4,15 @@ import pytest
 import torch
 from conftest import run_python
 
-from effnet_kernels import triton
+from effnet_kernels.backends import triton
 
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
 
 
 def merge(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    from effnet_kernels.deferred import Prologue
-    from effnet_kernels.launch_config import H100, use_target
-    from effnet_kernels.triton.merge import merge
+    from effnet_kernels.backends.triton.configs import H100, use_target
+    from effnet_kernels.backends.triton.merge import merge
+    from effnet_kernels.fusion.spec import Prologue
 
     with use_target(H100):
         return merge(x, Prologue(scale), None, None)
@@ -21,7 +21,7 @@ def merge(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
 def test_a_second_launch_is_the_first_one_again() -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton import launch as seam
+    from effnet_kernels.backends.triton import launch as seam
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     with stub_driver() as driver:
@@ -39,7 +39,7 @@ def test_a_second_launch_is_the_first_one_again() -> None:
 def test_what_needs_another_binary_gets_one() -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton import launch as seam
+    from effnet_kernels.backends.triton import launch as seam
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     unaligned = torch.randn(2 * 16 * 7 * 9 + 1)[1:].view(2, 7, 9, 16).permute(0, 3, 1, 2)
@@ -55,8 +55,8 @@ def test_what_needs_another_binary_gets_one() -> None:
 def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton.compilation import binary_of, compile_for, gpu_target
-    from effnet_kernels.triton.launch import capture_launches
+    from effnet_kernels.backends.triton.compilation import binary_of, compile_for, gpu_target
+    from effnet_kernels.backends.triton.launch import capture_launches
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     with capture_launches() as launches:
@@ -69,8 +69,8 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
 
 
 def test_kernels_compile_in_processes_of_their_own() -> None:
-    from effnet_kernels.triton.compilation import compile_in_parallel, distinct, gpu_target
-    from effnet_kernels.triton.launch import capture_launches
+    from effnet_kernels.backends.triton.compilation import compile_in_parallel, distinct, gpu_target
+    from effnet_kernels.backends.triton.launch import capture_launches
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     with capture_launches() as launches:
@@ -93,8 +93,8 @@ class OnDevice(torch.Tensor):
 def test_tensors_on_two_devices_are_refused() -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton.kernels.merge import merge_kernel
-    from effnet_kernels.triton.launch import launcher
+    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.launch import launcher
 
     one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
     one.index, other.index = 1, -1
@@ -104,8 +104,8 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
 
 def test_arguments_are_the_kernels_own() -> None:
-    from effnet_kernels.triton.kernels.merge import merge_kernel
-    from effnet_kernels.triton.launch import launcher
+    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.launch import launcher
 
     given = dict.fromkeys(merge_kernel.arg_names)
     missing = {name: value for name, value in given.items() if name != "rows"}
@@ -118,8 +118,8 @@ def test_arguments_are_the_kernels_own() -> None:
 
 
 def test_parameters_do_not_hide_what_a_launcher_needs() -> None:
-    from effnet_kernels.triton.kernels.merge import merge_kernel
-    from effnet_kernels.triton.launch import _OWN_NAMES, launcher
+    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.launch import _OWN_NAMES, launcher
 
     launch = launcher(merge_kernel)
     used = {*launch.__code__.co_names, *launch.__code__.co_varnames, *launch.__code__.co_cellvars}
@@ -131,8 +131,8 @@ def test_integers_have_to_be_declared() -> None:
     """Triton makes other binaries for 1 and for multiples of 16, which a cached launch would mix up."""
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton.kernels.merge import merge_kernel
-    from effnet_kernels.triton.launch import launcher
+    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.launch import launcher
 
     given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "c_quotient": 1, "eps": 0}
     with stub_driver(), pytest.raises(TypeError, match="expected the integer eps among those that are do_not_special"):
@@ -142,7 +142,7 @@ def test_integers_have_to_be_declared() -> None:
 def test_the_order_of_arguments_does_not_matter() -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.triton import launch as seam
+    from effnet_kernels.backends.triton import launch as seam
 
     with seam.capture_launches() as launches:
         merge(torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16))
@@ -160,7 +160,7 @@ def test_the_order_of_arguments_does_not_matter() -> None:
 def test_tf32_follows_either_of_torchs_settings() -> None:
     result = run_python("""
 import torch
-from effnet_kernels.triton.launch import dot_precision
+from effnet_kernels.backends.triton.launch import dot_precision
 seen = [dot_precision(torch.float32), dot_precision(torch.float16)]
 torch.backends.cudnn.allow_tf32 = False
 seen.append(dot_precision(torch.float32))

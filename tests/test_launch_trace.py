@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_kernels as ek
-from effnet_kernels import triton
+from effnet_kernels.backends import triton
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
@@ -47,7 +47,7 @@ class TorchLaunches(TorchDispatchMode):
 
 def step(module: nn.Module, x: Tensor, training: bool):
     """Launches and torch's own operations, forward and backward."""
-    from effnet_kernels.triton.launch import capture_launches
+    from effnet_kernels.backends.triton.launch import capture_launches
 
     module.train(training)
     with capture_launches() as forward, TorchLaunches() as torch_forward, torch.set_grad_enabled(training):
@@ -97,8 +97,8 @@ def test_the_head_stores_no_map_at_inference() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_training_step_needs_few_binaries(dtype: torch.dtype) -> None:
+    from effnet_kernels.backends.triton.compilation import distinct
     from effnet_kernels.tools.warmup import launches_of_step
-    from effnet_kernels.triton.compilation import distinct
 
     launches = launches_of_step(ek.efficientnet_b0(), (64, 3, 224, 224), True, dtype)
     largest = max((t for t in launches[0].arguments.values() if isinstance(t, Tensor)), key=Tensor.numel)
@@ -142,7 +142,7 @@ def test_no_launch_waits_for_the_host(mbconv: nn.Module) -> None:
 
 
 def test_weights_on_another_device_are_refused(mbconv: nn.Module) -> None:
-    from effnet_kernels.triton.launch import capture_launches
+    from effnet_kernels.backends.triton.launch import capture_launches
 
     config = MBConvConfig(2, 3, 1, 16, 16, 1)
     block = config.block(config, 0.0, nn.BatchNorm2d)

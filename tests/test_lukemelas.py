@@ -11,10 +11,10 @@ from test_compat import CHEAP, image, peer
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 from effnet_kernels.models.weights.convert import load_checkpoint
 
-AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
+AVAILABLE = [backend for backend, reason in select.available().items() if reason is None]
 
 
 # That package's own tests, whose networks here are small

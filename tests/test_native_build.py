@@ -12,13 +12,15 @@ from conftest import run_python
 from native_cases import kernel_isas, needs_linux, needs_native, sanitized_folder
 
 import effnet_kernels
-from effnet_kernels import cpu, ops
-from effnet_kernels.cpu import extension as loader
-from effnet_kernels.cpu.extension import extension
+from effnet_kernels import ops
+from effnet_kernels.backends import cpu
+from effnet_kernels.backends.cpu import extension as loader
+from effnet_kernels.backends.cpu.extension import extension
 
 CALL = """
 import torch
-from effnet_kernels import cpu, ops
+from effnet_kernels.backends import cpu
+from effnet_kernels import ops
 torch.set_num_threads(1)  # torch's own operators stay in this thread, where a forked child's would hang
 x = torch.randn(1, 64, 64, 64).to(memory_format=torch.channels_last)
 torch.set_num_threads(2)
@@ -171,7 +173,7 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import effnet_kernels, torch
 assert effnet_kernels.__file__.startswith({str(tmp_path)!r})
-print(effnet_kernels.cpu.unavailable_reason())
+print(effnet_kernels.backends.cpu.unavailable_reason())
 print(effnet_kernels.efficientnet_b0().eval()(torch.randn(1, 3, 32, 32)).shape)
 """
     done = run_python(code)

@@ -9,10 +9,10 @@ from gpu.compare import compare
 from native_cases import kernel_isas, needs_native, running
 from torch import Tensor
 
-from effnet_kernels.activation import activate
-from effnet_kernels.cpu.primitives import depthwise_conv
-from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Padding, Prologue
-from effnet_kernels.reference import primitives as reference
+from effnet_kernels.backends.activation import activate
+from effnet_kernels.backends.cpu.primitives import depthwise_conv
+from effnet_kernels.backends.reference import primitives as reference
+from effnet_kernels.fusion.spec import ACTIVATIONS, Activation, Epilogue, Padding, Prologue
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 

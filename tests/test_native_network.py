@@ -11,11 +11,10 @@ from conftest import TOLERANCES, assert_close
 from native_cases import kernel_isas, needs_native
 from torch import Tensor
 
-from effnet_kernels.activation import activate, gate_of
-from effnet_kernels.cpu.network import Network
-from effnet_kernels.deferred import ACTIVATIONS, GATES
-from effnet_kernels.fusion.spec import Chain, Excitation, Layer
-from effnet_kernels.geometry import resolve_padding
+from effnet_kernels.backends.activation import activate, gate_of
+from effnet_kernels.backends.cpu.network import Network
+from effnet_kernels.fusion.geometry import resolve_padding
+from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Chain, Excitation, Layer
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 

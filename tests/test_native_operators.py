@@ -9,10 +9,10 @@ from gpu.compare import assert_accurate, compare, fold_and_move, moments
 from native_cases import kernel_isas, needs_linux, needs_native, pools_memory, running
 from torch import Tensor
 
-from effnet_kernels import cpu
-from effnet_kernels.cpu import primitives
-from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
-from effnet_kernels.reference import primitives as reference
+from effnet_kernels.backends import cpu
+from effnet_kernels.backends.cpu import primitives
+from effnet_kernels.backends.reference import primitives as reference
+from effnet_kernels.fusion.spec import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
 
 pytestmark = needs_native
 
@@ -326,7 +326,7 @@ GUARDED = """
 import torch
 from native_cases import guarded, kernel_isas, running
 import test_native_operators as tests
-from effnet_kernels.cpu import batch_norm, depthwise, merge, pointwise, squeeze_excite
+from effnet_kernels.backends.cpu import batch_norm, depthwise, merge, pointwise, squeeze_excite
 
 def clone(tensor, at_end):
     copy = guarded(tensor.numel(), at_end).as_strided(tensor.shape, tensor.stride())
@@ -359,7 +359,7 @@ def test_touches_nothing_outside_its_tensors(isa):
 
 @pools_memory
 def test_memory_of_maps_is_used_again():
-    from effnet_kernels.cpu.memory import empty_map
+    from effnet_kernels.backends.cpu.memory import empty_map
 
     first = empty_map(2, 64, 56, 56)
     address = first.data_ptr()

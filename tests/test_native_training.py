@@ -10,7 +10,7 @@ from native_cases import needs_native, running
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 
 pytestmark = needs_native
 
@@ -84,7 +84,7 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 def test_memory_saved_for_backward():
     model, x = ek.efficientnet_b0().train(), torch.randn(2, 3, 224, 224)
     ours = saved_bytes(model, x)
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         eager = saved_bytes(model, x)
     assert ours <= 0.40 * eager
     assert ours <= 0.40 * 88.3e6 * len(x)

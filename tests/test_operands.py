@@ -12,10 +12,9 @@ from torch import Tensor
 from variations import misfits
 
 import effnet_kernels
-from effnet_kernels.cpu import primitives
-from effnet_kernels.cpu.network import Network
-from effnet_kernels.deferred import Epilogue, OutputGradient, Prologue
-from effnet_kernels.fusion.spec import Chain, Excitation, Layer
+from effnet_kernels.backends.cpu import primitives
+from effnet_kernels.backends.cpu.network import Network
+from effnet_kernels.fusion.spec import Chain, Epilogue, Excitation, Layer, OutputGradient, Prologue
 
 PACKAGE = Path(effnet_kernels.__file__).parent
 FACTORIES = {

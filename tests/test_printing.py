@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 from effnet_kernels.models.factory import build
 from effnet_kernels.models.variants import VARIANTS
 from effnet_kernels.tools import cli
@@ -157,8 +157,8 @@ def test_devices_that_hold_nothing(
 def test_a_forced_backend_that_is_missing(
     backend: str, good: str, model: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dispatch.cpu, "unavailable_reason", lambda: "no compiler was found")
-    monkeypatch.setattr(dispatch.triton, "unavailable_reason", lambda: "no Triton was found")
+    monkeypatch.setattr(select.cpu, "unavailable_reason", lambda: "no compiler was found")
+    monkeypatch.setattr(select.triton, "unavailable_reason", lambda: "no Triton was found")
     monkeypatch.setenv("EFFNET_KERNELS_BACKEND", backend)
     assert backend in refused(["predict", good, *model], capsys)
 

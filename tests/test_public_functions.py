@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation
 
 from effnet_kernels import ops
-from effnet_kernels.deferred import Epilogue, Gate, Prologue, RunningStatistics
+from effnet_kernels.fusion.spec import Epilogue, Gate, Prologue, RunningStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

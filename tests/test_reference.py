@@ -14,9 +14,10 @@ from torch import Tensor
 
 import effnet_kernels
 from effnet_kernels import ops
-from effnet_kernels.deferred import ACTIVATIONS, GATES, Epilogue, OutputGradient, Prologue
-from effnet_kernels.primitives import Primitives, PrimitivesBackend, primitives_of
-from effnet_kernels.reference import primitives as reference
+from effnet_kernels.backends.base import Primitives, PrimitivesBackend
+from effnet_kernels.backends.reference import primitives as reference
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Epilogue, OutputGradient, Prologue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, C, K, S, H, W = 2, 2, 3, 2, 4, 3

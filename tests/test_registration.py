@@ -9,7 +9,8 @@ from conftest import assert_buffers_close, assert_gradients_close, randomize
 from operator_arguments import mbconv_chain, operator_calls
 from torch import Tensor, library, nn
 
-from effnet_kernels import EfficientNet, dispatch
+from effnet_kernels import EfficientNet
+from effnet_kernels.backends import select
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _reference() -> Iterator[None]:
     # What an earlier test has compiled was compiled for another backend.
     torch.compiler.reset()
-    with dispatch.use_backend("reference"):
+    with select.use_backend("reference"):
         yield
 
 
@@ -47,7 +48,7 @@ def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
     textbook = copy.deepcopy(model)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     x = torch.randn(3, 3, 33, 30, dtype=torch.float64)
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         expected = train(textbook, textbook, x)
     torch.testing.assert_close(train(model, run, x), expected, rtol=1e-9, atol=1e-9)
     assert_gradients_close(model, textbook)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),
 ]
 
-AVAILABLE = [backend for backend, reason in dispatch.available().items() if reason is None]
+AVAILABLE = [backend for backend, reason in select.available().items() if reason is None]
 X = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
 
 Change = Callable[[nn.Module], None]

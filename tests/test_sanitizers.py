@@ -8,7 +8,7 @@ import torch
 from native_cases import kernel_isas, sanitized_folder
 from torch import Tensor
 
-from effnet_kernels.cpu.extension import extension
+from effnet_kernels.backends.cpu.extension import extension
 
 pytestmark = [
     pytest.mark.skipif(sanitized_folder is None, reason="needs the extension that scripts/sanitize builds"),

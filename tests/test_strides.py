@@ -11,7 +11,8 @@ from native_cases import needs_native
 from torch import Tensor, nn
 from variations import other_memory
 
-from effnet_kernels import dispatch, ops
+from effnet_kernels import ops
+from effnet_kernels.backends import select
 from effnet_kernels.modules import MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -29,7 +30,7 @@ def step(block: nn.Module, x: Tensor, restride: Callable[[Tensor], Tensor] = lam
     block = copy.deepcopy(block)
     x = x.detach().requires_grad_()
     torch.manual_seed(1)
-    with dispatch.use_backend("cpu"):
+    with select.use_backend("cpu"):
         y = block(x)
         grad = torch.linspace(-1, 1, y.numel()).reshape(y.shape).contiguous(memory_format=torch.channels_last)
         y.backward(restride(grad))
@@ -123,7 +124,7 @@ def test_stochastic_depth_in_both_modes(mode: str) -> None:
     ours = step(block, x)
     torch.manual_seed(1)
     exact, input = copy.deepcopy(block).double(), x.double().requires_grad_()
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         # The draws of the two dtypes differ.
         drawn = block.stochastic_depth.keep(x)
         exact.stochastic_depth.forward = lambda y: y * drawn.double().view(-1, 1, 1, 1)
@@ -139,7 +140,7 @@ def test_gradients_have_their_parameters_strides(layout: torch.memory_format) ->
         block, x = make(name, True)
         block = block.to(memory_format=layout)
         step_block = copy.deepcopy(block)
-        with dispatch.use_backend("cpu"):
+        with select.use_backend("cpu"):
             step_block(x).sum().backward()
         for key, p in step_block.named_parameters():
             assert p.grad.stride() == p.stride(), f"{name}: {key}"
@@ -162,7 +163,7 @@ def test_strided_weights_under_compile() -> None:
 
 
 def operator_calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    from effnet_kernels.deferred import Epilogue, Prologue
+    from effnet_kernels.fusion.spec import Epilogue, Prologue
 
     x, scale, shift = torch.randn(2, 8, 5, 6), torch.rand(8) + 0.5, torch.randn(8)
     w, taps, bias = torch.randn(16, 8, 1, 1), torch.randn(8, 1, 3, 3), torch.randn(16)
@@ -213,7 +214,7 @@ def test_any_memory_of_the_public_operators(name: str) -> None:
         y.backward(dict(other_memory(grad)).get(kind, grad))
         return [y, *(t.grad for t in operands if t.grad is not None)]
 
-    with dispatch.use_backend("cpu"):
+    with select.use_backend("cpu"):
         expected = results(operands)
         for index, operand in enumerate(operands):
             for what, other in other_memory(operand):

@@ -16,7 +16,7 @@ from native_cases import needs_native
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -152,11 +152,11 @@ def operate(model: nn.Module, draw: random.Random) -> str:
 Outcome = list[Tensor] | Exception
 
 
-def train(module: nn.Module, x: Tensor, backend: dispatch.Backend | None) -> Outcome:
+def train(module: nn.Module, x: Tensor, backend: select.Backend | None) -> Outcome:
     """The output and all gradients, or the error."""
     x = x.clone().requires_grad_()
     try:
-        with contextlib.nullcontext() if backend is None else dispatch.use_backend(backend):
+        with contextlib.nullcontext() if backend is None else select.use_backend(backend):
             y = module(x)
             y.backward(torch.linspace(-1, 1, y.numel()).to(y.dtype).reshape(y.shape))
     except Exception as error:
@@ -249,7 +249,7 @@ def test_frozen_networks_with_changed_parts_compute_what_torch_computes_or_raise
         x = torch.randn(2, 3, *draw.choice([(17, 15), (32, 32), (9, 30)]))
         what = f"case {case}: {', '.join(changes)}"
         try:
-            with torch.no_grad(), dispatch.use_backend("torch"):
+            with torch.no_grad(), select.use_backend("torch"):
                 expected = copy.deepcopy(model).double()(x.double())
                 model(x)
         except Exception:

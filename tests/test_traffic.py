@@ -2,7 +2,7 @@
 
 import pytest
 
-from effnet_kernels import triton
+from effnet_kernels.backends import triton
 
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
 

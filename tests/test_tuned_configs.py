@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from effnet_kernels.launch_config import H100, tuned_configs
-from effnet_kernels.launch_config.depthwise import forward
-from effnet_kernels.launch_config.pointwise import gemm
+from effnet_kernels.backends.triton.configs import H100, tuned_configs
+from effnet_kernels.backends.triton.configs.depthwise import forward
+from effnet_kernels.backends.triton.configs.pointwise import gemm
 
 
 @pytest.fixture

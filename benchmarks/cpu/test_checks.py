@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import effnet_kernels as ek
-from effnet_kernels import cpu
-from effnet_kernels.cpu import batch_norm, dense, depthwise, memory, merge, pointwise, squeeze_excite
+from effnet_kernels.backends import cpu
+from effnet_kernels.backends.cpu import batch_norm, dense, depthwise, memory, merge, pointwise, squeeze_excite
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 

@@ -9,8 +9,9 @@ import shapes
 import torch
 import torch.nn.functional as F
 
-from effnet_kernels import cpu, ops
-from effnet_kernels.deferred import Epilogue
+from effnet_kernels import ops
+from effnet_kernels.backends import cpu
+from effnet_kernels.fusion.spec import Epilogue
 
 LAYERS = shapes.depthwise_layers("efficientnet_b0", 224)
 

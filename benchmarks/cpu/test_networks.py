@@ -11,7 +11,7 @@ import functools
 import pytest
 from playback import play_back
 
-from effnet_kernels import cpu
+from effnet_kernels.backends import cpu
 from effnet_kernels.tools import bench
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")

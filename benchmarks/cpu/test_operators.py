@@ -14,8 +14,8 @@ import shapes
 import torch
 from torch import Tensor
 
-from effnet_kernels import cpu
-from effnet_kernels.deferred import Epilogue, OutputGradient, Prologue
+from effnet_kernels.backends import cpu
+from effnet_kernels.fusion.spec import Epilogue, OutputGradient, Prologue
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
@@ -53,7 +53,7 @@ def channels_last(channels: int, size: int) -> Tensor:
 
 def calls(layer):
     """Forward and backward as a block makes them, with the multiplications and the bytes of maps of each."""
-    from effnet_kernels.cpu import primitives
+    from effnet_kernels.backends.cpu import primitives
 
     pointwise = isinstance(layer, shapes.Pointwise)
     channels = layer.inputs if pointwise else layer.channels

@@ -7,7 +7,7 @@ import torch
 from playback import play_back
 
 import effnet_kernels as ek
-from effnet_kernels import cpu
+from effnet_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 

@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels import dispatch, profiling
-from effnet_kernels.autograd import first_order
-from effnet_kernels.deferred import Prologue
+from effnet_kernels.backends import profiling, select
+from effnet_kernels.backends.base import Primitives, PrimitivesBackend
+from effnet_kernels.backends.operands import as_map, in_memory
+from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
+from effnet_kernels.fusion.first_order import first_order
 from effnet_kernels.fusion.forward import convolve, flatten, forward, infer, unflatten
-from effnet_kernels.fusion.spec import Chain
-from effnet_kernels.operands import as_map, in_memory
-from effnet_kernels.primitives import Primitives, PrimitivesBackend, primitives_of
+from effnet_kernels.fusion.spec import Chain, Prologue
 
 
 def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
@@ -33,7 +33,7 @@ def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Te
 
 def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """:func:`run` without its checks, where nobody traces."""
-    autocast = dispatch.autocast_dtype(x)
+    autocast = select.autocast_dtype(x)
     if autocast is not None and backend == "reference":
         # The reference is made of torch's own functions, which autocast would cast again.
         with torch.autocast(x.device.type, enabled=False):

@@ -10,11 +10,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from effnet_kernels.deferred import OutputGradient, Prologue, accumulation_dtype
+from effnet_kernels.backends.base import Primitives
+from effnet_kernels.backends.operands import as_contiguous, as_map, like_parameter
 from effnet_kernels.fusion.forward import Gating, Saved, contiguous, padding_for
-from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, Chain, Excitation, Layer
-from effnet_kernels.operands import as_contiguous, as_map, like_parameter
-from effnet_kernels.primitives import Primitives
+from effnet_kernels.fusion.spec import (
+    PARAMETERS_OF_A_LAYER,
+    Chain,
+    Excitation,
+    Layer,
+    OutputGradient,
+    Prologue,
+    accumulation_dtype,
+)
 
 
 class Norm(NamedTuple):

@@ -12,14 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, library
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import accumulation_dtype
+from effnet_kernels.backends import select
+from effnet_kernels.backends.base import Primitives, PrimitivesBackend
+from effnet_kernels.backends.operands import as_map
+from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.forward import flatten, forward, infer, unflatten
-from effnet_kernels.fusion.spec import BatchNorm, Chain, Excitation, Layer
-from effnet_kernels.geometry import output_map
-from effnet_kernels.operands import as_map
-from effnet_kernels.primitives import Primitives, PrimitivesBackend, primitives_of
+from effnet_kernels.fusion.geometry import output_map
+from effnet_kernels.fusion.spec import BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 
 _library = library.Library("effnet_kernels", "DEF")
 _library.define("chain_inference(Tensor x, Tensor[] parameters, Tensor[] running, str chain) -> Tensor")
@@ -34,7 +34,7 @@ _library.define(
 
 def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """:func:`effnet_kernels.fusion.autograd.run` as registered operators."""
-    x = x.to(dispatch.autocast_dtype(x) or x.dtype)
+    x = x.to(select.autocast_dtype(x) or x.dtype)
     text, parameters, running = encode(backend, chain)
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in parameters))
     if not recorded and drop_path_scale is None and not chain.batch_statistics:

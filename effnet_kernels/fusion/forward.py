@@ -12,12 +12,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.batch_norm import check_batch, scale_and_shift
-from effnet_kernels.deferred import Epilogue, Padding, Prologue, RunningStatistics, accumulation_dtype
-from effnet_kernels.fusion.spec import BatchNorm, Chain, Layer
-from effnet_kernels.geometry import output_map, resolve_padding
-from effnet_kernels.operands import as_contiguous
-from effnet_kernels.primitives import Primitives
+from effnet_kernels.backends.base import Primitives
+from effnet_kernels.backends.batch_norm import check_batch, scale_and_shift
+from effnet_kernels.backends.operands import as_contiguous
+from effnet_kernels.fusion.geometry import output_map, resolve_padding
+from effnet_kernels.fusion.spec import (
+    BatchNorm,
+    Chain,
+    Epilogue,
+    Layer,
+    Padding,
+    Prologue,
+    RunningStatistics,
+    accumulation_dtype,
+)
 
 
 class Gating(NamedTuple):

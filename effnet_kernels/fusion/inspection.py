@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 from effnet_kernels.fusion.cache import forward_methods, original_of, static_method
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,7 +80,7 @@ _methods: WeakKeyDictionary[type, tuple[ForwardMethods, list[object]]] = WeakKey
 
 
 # A tracer cannot follow these questions.
-@dispatch.constant_when_traced
+@select.constant_when_traced
 def methods_of(kind: type[nn.Module]) -> ForwardMethods:
     """The methods that make up a class's forward; for an accelerated class, those of the class that it was made of."""
     kind = original_of(kind)

@@ -5,10 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from effnet_kernels.deferred import Activation, Gate, Padding
+from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.inspection import Unsupported
-from effnet_kernels.fusion.spec import BatchNorm, Chain, Excitation, Layer, LayerKind
-from effnet_kernels.geometry import resolve_padding
+from effnet_kernels.fusion.spec import Activation, BatchNorm, Chain, Excitation, Gate, Layer, LayerKind, Padding
 
 ACTIVATIONS_OF: dict[type[nn.Module], Activation] = {
     nn.Identity: "none",

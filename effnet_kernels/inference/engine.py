@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import cpu, dispatch, profiling
-from effnet_kernels.cpu.network import Network, StepProfile
-from effnet_kernels.cuda_graphs import GraphCache
-from effnet_kernels.dispatch import BackendError
+from effnet_kernels.backends import cpu, profiling, select
+from effnet_kernels.backends.cpu.network import Network, StepProfile
+from effnet_kernels.backends.select import BackendError
 from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.inference.cuda_graphs import GraphCache
 from effnet_kernels.inference.folded_network import FoldedNetwork
 from effnet_kernels.models.features import check_images
 from effnet_kernels.modules.fused_module import memory_format
@@ -99,15 +99,15 @@ class FrozenEfficientNet(nn.Module):
         if self.features_only:
             return [x, *outputs] if self.image_first else outputs
         y = outputs[0].flatten(1) if self.pools else outputs[0]
-        if self.tail is None or dispatch.autocast_dtype(y) is None:
+        if self.tail is None or select.autocast_dtype(y) is None:
             return y if self.tail is None else self.tail(y)
         with torch.autocast("cuda" if y.is_meta else y.device.type, enabled=False):
             return self.tail(y)
 
     def _outputs(self, x: Tensor) -> list[Tensor]:
         strides = memory_format(x) if self.features_only else torch.contiguous_format
-        traced = torch.compiler.is_compiling() or dispatch.interception(x) is not None
-        if self._is_native() and not traced and dispatch.forced() in (None, "cpu"):
+        traced = torch.compiler.is_compiling() or select.interception(x) is not None
+        if self._is_native() and not traced and select.forced() in (None, "cpu"):
             if profiling.enabled():
                 self.folded.record_convolutions(x)
             with profiling.profiled("network"):

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch, profiling
-from effnet_kernels.activation import activate, gate_of
+from effnet_kernels.backends import profiling, select
+from effnet_kernels.backends.activation import activate, gate_of
+from effnet_kernels.backends.base import has_depthwise
 from effnet_kernels.fusion import autograd
+from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
-from effnet_kernels.geometry import resolve_padding
-from effnet_kernels.primitives import has_depthwise
 
 
 class FoldedNetwork(nn.Module):
@@ -77,7 +77,7 @@ class FoldedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.check(x)
-        if dispatch.autocast_dtype(x) is None:
+        if select.autocast_dtype(x) is None:
             return self._run(x)
         # The dtype of the weights is what was chosen.
         with torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False):
@@ -88,7 +88,7 @@ class FoldedNetwork(nn.Module):
 
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """The output of every group of layers, and whether it is one of the network's."""
-        backend = dispatch.chain_backend(x)
+        backend = select.chain_backend(x)
         if backend is not None and not self._has_kernels(backend):
             backend = None
         if backend is not None:
@@ -110,7 +110,7 @@ class FoldedNetwork(nn.Module):
         for chain in self.chains():
             size = profiling.record_convolutions(chain, size, dense=True)
 
-    def _has_kernels(self, backend: dispatch.PrimitivesBackend) -> bool:
+    def _has_kernels(self, backend: select.PrimitivesBackend) -> bool:
         layers = [layer for chain in self._settings for layer in chain.layers if layer.kind == "depthwise"]
         return all(has_depthwise(backend, layer.kernel_size, layer.stride) for layer in layers)
 

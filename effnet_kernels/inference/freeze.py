@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import cpu
-from effnet_kernels.batch_norm import scale_and_shift
-from effnet_kernels.dispatch import BackendError
+from effnet_kernels.backends import cpu
+from effnet_kernels.backends.batch_norm import scale_and_shift
+from effnet_kernels.backends.select import BackendError
 from effnet_kernels.fusion.inspection import is_plain
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
 from effnet_kernels.inference.engine import FrozenEfficientNet

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.interop.blocks import ADAPTER_MODULES, Adapter, Pair, adapter_of, look_up
@@ -181,7 +181,7 @@ def _by_pairs(name: str) -> Callable[..., Any]:
     @_outliving(name)
     def method(self: Any, x: Tensor, *arguments: Any, **named: Any) -> Any:
         # A tracer cannot follow the pairs' making.
-        observed = torch.compiler.is_compiling() or dispatch.interception(x) is not None
+        observed = torch.compiler.is_compiling() or select.interception(x) is not None
         return getattr(self.original, name)(self if observed else _Paired(self), x, *arguments, **named)
 
     return method

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
-from effnet_kernels.deferred import Activation, Gate, Padding
 from effnet_kernels.fusion.inspection import Unsupported, deviation, unknown
 from effnet_kernels.fusion.lowering import (
     ACTIVATIONS_OF,
@@ -19,7 +18,7 @@ from effnet_kernels.fusion.lowering import (
     lower_excitation,
     lower_layer,
 )
-from effnet_kernels.fusion.spec import Chain, Excitation, Layer
+from effnet_kernels.fusion.spec import Activation, Chain, Excitation, Gate, Layer, Padding
 from effnet_kernels.models.features import Features
 
 Entry = TypeVar("Entry")

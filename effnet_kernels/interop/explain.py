@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.dispatch import Backend, Call
+from effnet_kernels.backends.select import Backend, Call
 from effnet_kernels.interop.accelerate import AcceleratedNetwork, why_left_alone
 from effnet_kernels.interop.blocks import adapter_of
 from effnet_kernels.modules.fused_module import FusedModule, description

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 
 # Sizes of the images that are made, tried in turn: a head may want what it was made for.
 SIZES = (64, 224)
@@ -97,7 +97,7 @@ class Observed:
         ) from failure
 
     def _run(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        with undisturbed(x.device), dispatch.use_backend("torch"):
+        with undisturbed(x.device), select.use_backend("torch"):
             return tensors_of(self.model.to(dtype)(x))
 
 

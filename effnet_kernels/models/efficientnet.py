@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import Activation
+from effnet_kernels.backends import select
 from effnet_kernels.fusion.inspection import is_plain
+from effnet_kernels.fusion.spec import Activation
 from effnet_kernels.models.features import FeatureInfo, Features, check_images
 from effnet_kernels.models.lukemelas_interface import ALIASES, LukemelasInterface
 from effnet_kernels.models.scaling import scaled_variant
@@ -135,7 +135,7 @@ class EfficientNet(LukemelasInterface):
     @torch.jit.unused
     def _pools_in_head(self, x: Tensor) -> bool:
         """Whether the head may pool its output before storing it: nobody would notice three calls that are left out."""
-        if dispatch.chain_backend(x) is None or _has_any_global_hook():
+        if select.chain_backend(x) is None or _has_any_global_hook():
             return False
         if type(self).extract_features is not EfficientNet.extract_features or "extract_features" in self.__dict__:
             return False

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
 from effnet_kernels.modules.fused_module import memory_format
 
@@ -34,7 +34,7 @@ class Features(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         # Two conditions, because TorchScript compiles what follows an ``and``.
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if len(self) > 0 and dispatch.interception(input) is None:
+            if len(self) > 0 and select.interception(input) is None:
                 return self.intermediates(input, [len(self) - 1])[0]
         for module in self:
             input = module(input)
@@ -44,13 +44,13 @@ class Features(nn.Sequential):
     def intermediates(self, input: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The outputs of these layers (ascending), in the input's memory format."""
         x, outputs = input, []
-        if dispatch.prefers_channels_last(input):
+        if select.prefers_channels_last(input):
             x = x.contiguous(memory_format=torch.channels_last)
         for index, module in enumerate(self):
             x = module(x)
             if index in indices:
                 outputs.append(x)
-        if dispatch.interception(input) is None:
+        if select.interception(input) is None:
             outputs = [output.contiguous(memory_format=memory_format(input)) for output in outputs]
         return outputs
 

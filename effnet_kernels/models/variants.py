@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from effnet_kernels.deferred import Activation
+from effnet_kernels.fusion.spec import Activation
 from effnet_kernels.modules import BlockConfig, FusedMBConvConfig, MBConvConfig
 from effnet_kernels.modules.block_config import make_divisible
 from effnet_kernels.modules.conv_bn_act import PaddingMode

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from effnet_kernels.deferred import Activation
+from effnet_kernels.fusion.spec import Activation
 from effnet_kernels.modules.conv_bn_act import PaddingMode
 
 

@@ -8,11 +8,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels.deferred import Activation
+from effnet_kernels.fusion.geometry import same_padding
 from effnet_kernels.fusion.inspection import Unsupported, checked
 from effnet_kernels.fusion.lowering import ACTIVATIONS_OF, ChainSpec, lower_chain, lower_layer
-from effnet_kernels.fusion.spec import Layer
-from effnet_kernels.geometry import same_padding
+from effnet_kernels.fusion.spec import Activation, Layer
 from effnet_kernels.modules.fused_module import FusedModule
 
 PaddingMode = Literal["symmetric", "same"]

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.deferred import Activation
+from effnet_kernels.fusion.spec import Activation
 from effnet_kernels.modules.block_config import BlockConfig
 from effnet_kernels.modules.conv_bn_act import ConvBnAct, PaddingMode
 from effnet_kernels.modules.inverted_residual import InvertedResidual

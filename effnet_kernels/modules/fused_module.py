@@ -5,13 +5,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import cpu, dispatch
-from effnet_kernels.dispatch import Backend, BackendError, Call
+from effnet_kernels.backends import cpu, select
+from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
+from effnet_kernels.backends.select import Backend, BackendError, Call
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
-from effnet_kernels.primitives import PrimitivesBackend, has_depthwise
 
 
 class Decision(NamedTuple):
@@ -78,7 +78,7 @@ class FusedModule(nn.Module):
 
     def choose(self, x: Tensor) -> Decision:
         """What runs the module on ``x``, and why."""
-        intercepted = dispatch.interception(x)
+        intercepted = select.interception(x)
         if intercepted is not None:
             # Nothing of the module is looked at: a tracer would take the questions into its graph.
             return Decision("torch", intercepted)
@@ -86,17 +86,17 @@ class FusedModule(nn.Module):
 
     def decide(self, call: Call) -> Decision:
         """:meth:`choose` from the facts of a call instead of a tensor; raises BackendError where one is forced."""
-        force = dispatch.forced()
+        force = select.forced()
         if force == "torch":
             return Decision("torch", "forced")
-        reason = call.unusual or dispatch.global_hook()
+        reason = call.unusual or select.global_hook()
         if reason is not None:
             return Decision("torch", reason)
         lowered = self.lowered()
         if lowered.fallback_reason is not None:
             return Decision("torch", lowered.fallback_reason)
-        backend = dispatch.backend_for(call, force)
-        reason = dispatch.fallback_reason(backend, call)
+        backend = select.backend_for(call, force)
+        reason = select.fallback_reason(backend, call)
         if reason is not None and force == backend:
             raise BackendError(f"backend {force!r} was forced but cannot run {type(self).__name__}: {reason}")
         reason = reason or lowered.kernel_fallback_reason(backend)

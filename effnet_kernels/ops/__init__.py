@@ -1,4 +1,4 @@
-"""The operators that the whole network is made of (see :mod:`effnet_kernels.deferred` for the idea)."""
+"""The operators that the whole network is made of (see :mod:`effnet_kernels.fusion.spec` for the idea)."""
 
 from effnet_kernels.ops.channel_statistics import channel_statistics
 from effnet_kernels.ops.depthwise_conv import depthwise_conv

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.operands import as_map
+from effnet_kernels.backends import select
+from effnet_kernels.backends.operands import as_map
+from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.ops.checks import any_requires_grad, check_map
-from effnet_kernels.primitives import primitives_of
 
 
 def channel_statistics(y: Tensor) -> Tensor:
@@ -14,6 +14,6 @@ def channel_statistics(y: Tensor) -> Tensor:
     Raises TypeError or ValueError for a dtype or shape that does not fit.
     """
     check_map(y)
-    backend = "reference" if any_requires_grad(y) else dispatch.operator_backend(y)
+    backend = "reference" if any_requires_grad(y) else select.operator_backend(y)
     primitives = primitives_of(backend)
     return primitives.merge_statistics(primitives.channel_statistics(y if backend == "reference" else as_map(y)))

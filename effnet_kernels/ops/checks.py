@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import ACTIVATIONS, Activation, Epilogue, Prologue, Reduction, RunningStatistics
-from effnet_kernels.operands import as_contiguous, as_map
+from effnet_kernels.backends.operands import as_contiguous, as_map
+from effnet_kernels.fusion.spec import ACTIVATIONS, Activation, Epilogue, Prologue, Reduction, RunningStatistics
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -2,10 +2,12 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
-from effnet_kernels.geometry import output_map, resolve_padding
-from effnet_kernels.operands import as_contiguous, as_map
+from effnet_kernels.backends import select
+from effnet_kernels.backends.base import has_depthwise
+from effnet_kernels.backends.operands import as_contiguous, as_map
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.fusion.geometry import output_map, resolve_padding
+from effnet_kernels.fusion.spec import REDUCTIONS, Epilogue, Padding, Prologue, Reduction
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_choice,
@@ -19,7 +21,6 @@ from effnet_kernels.ops.checks import (
     fits_reduction,
 )
 from effnet_kernels.ops.functions import DepthwiseConv
-from effnet_kernels.primitives import has_depthwise, primitives_of
 
 
 def depthwise_conv(
@@ -68,7 +69,7 @@ def depthwise_conv(
     owed, finish = prologue or Prologue(), epilogue or Epilogue()
     fits = owed.gate is None and finish.residual is None and fits_kernels(x, prologue, epilogue, weight)
     fits = fits and fits_reduction(reduction, x, None, weight, *owed)
-    backend = dispatch.operator_backend(x) if fits else "reference"
+    backend = select.operator_backend(x) if fits else "reference"
     if not has_depthwise(backend, kernel, stride):
         backend = "reference"
     primitives = primitives_of(backend)

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.batch_norm import check_batch
-from effnet_kernels.deferred import Activation, Epilogue, Padding, Prologue
+from effnet_kernels.backends import select
+from effnet_kernels.backends.base import has_depthwise
+from effnet_kernels.backends.batch_norm import check_batch
+from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.fusion import autograd
-from effnet_kernels.fusion.spec import BatchNorm, Chain, Layer
-from effnet_kernels.geometry import resolve_padding
-from effnet_kernels.operands import as_contiguous
+from effnet_kernels.fusion.geometry import resolve_padding
+from effnet_kernels.fusion.spec import Activation, BatchNorm, Chain, Epilogue, Layer, Padding, Prologue
 from effnet_kernels.ops.checks import (
     check_activation,
     check_map,
@@ -19,7 +19,6 @@ from effnet_kernels.ops.checks import (
 from effnet_kernels.ops.depthwise_conv import depthwise_conv
 from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
 from effnet_kernels.ops.merge import merge
-from effnet_kernels.primitives import has_depthwise
 
 
 def depthwise_conv_bn_silu(
@@ -80,7 +79,7 @@ def depthwise_conv_bn_silu(
         raise ValueError("expected running_mean and running_var with training=False, got None")
     pads = resolve_padding(padding, (x.shape[2], x.shape[3]), kernel, stride)
     vectors = (weight, norm_weight, norm_bias, running_mean, running_var)
-    backend = dispatch.operator_backend(x) if fits_kernels(x, None, None, *vectors) else "reference"
+    backend = select.operator_backend(x) if fits_kernels(x, None, None, *vectors) else "reference"
     if backend != "reference" and has_depthwise(backend, kernel, stride):
         norm = BatchNorm(
             None if norm_weight is None else as_contiguous(norm_weight),

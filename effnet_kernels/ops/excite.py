@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import GATES, Activation, Gate
-from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
-from effnet_kernels.operands import as_contiguous
+from effnet_kernels.backends import select
+from effnet_kernels.backends.operands import as_contiguous
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.backends.triton.configs.elementwise import MAX_SQUEEZED
+from effnet_kernels.fusion.spec import GATES, Activation, Gate
 from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_kernels
 from effnet_kernels.ops.functions import Excite
-from effnet_kernels.primitives import primitives_of
 
 
 def excite(
@@ -34,7 +34,7 @@ def excite(
     """
     check_excitation(pooled, w1, b1, w2, b2, act, gate)
     fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(pooled, None, None, w1, b1, w2, b2)
-    backend = dispatch.operator_backend(pooled) if fits else "reference"
+    backend = select.operator_backend(pooled) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         operands = (None if t is None else as_contiguous(t) for t in (pooled, w1, b1, w2, b2))

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.batch_norm import scale_and_shift
+from effnet_kernels.backends import select
+from effnet_kernels.backends.batch_norm import scale_and_shift
+from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.ops.checks import any_requires_grad, check_shape, check_tensor, fits_kernels
-from effnet_kernels.primitives import primitives_of
 
 
 def fold_batch_norm(
@@ -57,7 +57,7 @@ def fold_batch_norm(
         assert running_mean is not None
         assert running_var is not None
         return scale_and_shift(running_mean, torch.rsqrt(running_var + eps), weight, bias)
-    backend = dispatch.operator_backend(stats)
+    backend = select.operator_backend(stats)
     if backend != "reference" and not (
         fits_kernels(stats, None, None, *vectors)
         and all(v is None or (v.is_contiguous() and not v.is_neg()) for v in vectors)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.autograd import first_order
-from effnet_kernels.deferred import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
-from effnet_kernels.operands import as_contiguous, as_map
-from effnet_kernels.primitives import Primitives
+from effnet_kernels.backends.base import Primitives
+from effnet_kernels.backends.operands import as_contiguous, as_map
+from effnet_kernels.fusion.first_order import first_order
+from effnet_kernels.fusion.spec import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
 
 
 class PointwiseConv(torch.autograd.Function):

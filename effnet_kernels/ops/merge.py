@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import Prologue
-from effnet_kernels.operands import as_contiguous, as_map
+from effnet_kernels.backends import select
+from effnet_kernels.backends.operands import as_contiguous, as_map
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_map,
@@ -14,7 +15,6 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
 )
 from effnet_kernels.ops.functions import Merge
-from effnet_kernels.primitives import primitives_of
 
 
 def merge(
@@ -40,7 +40,7 @@ def merge(
     fits = fits_kernels(x, prologue, None, residual, keep)
     if recorded and (owed.gate is not None or any_requires_grad(keep)):
         fits = False
-    backend = dispatch.operator_backend(x) if fits else "reference"
+    backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, residual = as_map(x), None if residual is None else as_map(residual)

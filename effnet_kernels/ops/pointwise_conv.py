@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import REDUCTIONS, Epilogue, Prologue, Reduction
-from effnet_kernels.operands import as_contiguous, as_map
+from effnet_kernels.backends import select
+from effnet_kernels.backends.operands import as_contiguous, as_map
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.fusion.spec import REDUCTIONS, Epilogue, Prologue, Reduction
 from effnet_kernels.ops.checks import (
     any_requires_grad,
     check_choice,
@@ -18,7 +19,6 @@ from effnet_kernels.ops.checks import (
     fits_reduction,
 )
 from effnet_kernels.ops.functions import PointwiseConv
-from effnet_kernels.primitives import primitives_of
 
 
 def pointwise_conv(
@@ -58,7 +58,7 @@ def pointwise_conv(
     owed, finish = prologue or Prologue(), epilogue or Epilogue()
     fits = fits_kernels(x, prologue, epilogue, weight, bias)
     fits = fits and fits_reduction(reduction, x, finish.residual, weight, bias, *owed)
-    backend = dispatch.operator_backend(x) if fits else "reference"
+    backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, weight, bias = as_map(x), as_contiguous(weight), None if bias is None else as_contiguous(bias)

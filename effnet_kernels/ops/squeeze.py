@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import Prologue
-from effnet_kernels.operands import as_map
+from effnet_kernels.backends import select
+from effnet_kernels.backends.operands import as_map
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.ops.checks import any_requires_grad, check_map, check_prologue, contiguous, fits_kernels
 from effnet_kernels.ops.functions import Squeeze
-from effnet_kernels.primitives import primitives_of
 
 
 def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
@@ -21,7 +21,7 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
     owed = prologue or Prologue()
     recorded = any_requires_grad(x, *owed)
     fits = fits_kernels(x, prologue) and not (recorded and owed.gate is not None)
-    backend = dispatch.operator_backend(x) if fits else "reference"
+    backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, owed = as_map(x), contiguous(owed)

@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from effnet_kernels import dispatch
-from effnet_kernels.deferred import Activation, Gate, Prologue
-from effnet_kernels.launch_config.elementwise import MAX_SQUEEZED
-from effnet_kernels.operands import as_contiguous, as_map
+from effnet_kernels.backends import select
+from effnet_kernels.backends.operands import as_contiguous, as_map
+from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.backends.triton.configs.elementwise import MAX_SQUEEZED
+from effnet_kernels.fusion.spec import Activation, Gate, Prologue
 from effnet_kernels.ops.checks import check_map, fits_kernels
 from effnet_kernels.ops.excite import check_excitation, excite
 from effnet_kernels.ops.functions import SqueezeExcite
 from effnet_kernels.ops.merge import merge
 from effnet_kernels.ops.squeeze import squeeze
-from effnet_kernels.primitives import primitives_of
 
 
 def squeeze_excite(
@@ -48,7 +48,7 @@ def squeeze_excite(
     check_map(x)
     check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act, gate)
     fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(x, None, None, w1, b1, w2, b2)
-    backend = dispatch.operator_backend(x) if fits else "reference"
+    backend = select.operator_backend(x) if fits else "reference"
     if backend != "reference":
         layers = (None if t is None else as_contiguous(t) for t in (w1, b1, w2, b2))
         return SqueezeExcite.apply(primitives_of(backend), as_map(x), *layers, act, gate)

@@ -120,89 +120,27 @@ def run_scale(arguments: argparse.Namespace) -> int:
 
 def run_info(arguments: argparse.Namespace) -> int:
     """Prints versions, devices, and what each backend can do here; or the kernels of a network's step. Status 0."""
-    if arguments.kernels:
-        return _list_kernels(arguments)
-    facts = _facts()
+    from effnet_kernels.tools import info
+
+    shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
+    found: dict[str, Any] = info.kernels(arguments.model, shape) if arguments.kernels else info.facts()
     if arguments.json:
-        print(to_json(facts, indent=2))
+        print(to_json(found, indent=2))
         return EXIT_OK
-    for section, values in facts.items():
+    if arguments.kernels:
+        for name, binaries in found.items():
+            size = "x".join(map(str, shape))
+            print(f"{name} of {arguments.model} in float16, {size}: {len(binaries)} kernels to compile")
+            for binary in binaries:
+                print(f"  {binary}")
+        return EXIT_OK
+    for section, values in found.items():
         print(section)
         width = max(len(name) for name in values)
         for name, value in values.items():
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             print(f"  {name:<{width}}  {shown}".replace("\n", "\n" + " " * (width + 4)))
     return EXIT_OK
-
-
-def _list_kernels(arguments: argparse.Namespace) -> int:
-    """The distinct binaries of a training step and of inference, without a GPU: launches are captured, not run."""
-    import torch
-
-    from effnet_kernels import create_model, triton
-
-    reason = triton.unavailable_reason()
-    if reason is not None:
-        say(reason, sys.stderr)
-        return EXIT_USAGE
-    from effnet_kernels.tools.warmup import launches_of_step
-    from effnet_kernels.triton.compilation import distinct
-
-    model = create_model(arguments.model)
-    shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
-    found = {
-        name: list(map(str, distinct(launches_of_step(model, shape, train, torch.float16))))
-        for name, train in (("training step", True), ("inference", False))
-    }
-    if arguments.json:
-        print(to_json(found, indent=2))
-        return EXIT_OK
-    for name, binaries in found.items():
-        print(
-            f"{name} of {arguments.model} in float16, {'x'.join(map(str, shape))}: {len(binaries)} kernels to compile"
-        )
-        for binary in binaries:
-            print(f"  {binary}")
-    return EXIT_OK
-
-
-def _facts() -> dict[str, dict[str, Any]]:
-    import importlib.metadata
-    import platform
-
-    import torch
-
-    from effnet_kernels import __version__, cpu, dispatch
-
-    def version(distribution: str) -> str:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
-    devices = {"cpu": f"{os.cpu_count()} processors, torch uses {torch.get_num_threads()} threads"}
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
-            devices[f"cuda:{index}"] = f"{facts.name}, compute capability {facts.major}.{facts.minor}"
-    try:
-        native = cpu.describe()
-    # EFFNET_KERNELS_ISA may name an instruction set that is not there.
-    except ValueError as error:
-        native = {"unavailable": str(error)}
-    reasons = dispatch.available()
-    return {
-        "versions": {
-            "effnet_kernels": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{name: version(name) for name in ("triton", "pillow", "tqdm", "safetensors")},
-            "system": platform.platform(),
-        },
-        "devices": devices,
-        "native extension": native,
-        "backends": {name: "available" if why is None else f"unavailable: {why}" for name, why in reasons.items()},
-    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_selftest(commands)
     _add_bench(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -337,6 +276,29 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw images a second (needs matplotlib)")
     command.set_defaults(run=run_bench)
+
+
+def run_tune(arguments: argparse.Namespace) -> int:
+    """Measures launch configurations on this machine's GPU and writes those that beat the rules. Status 0."""
+    import torch
+
+    from effnet_kernels.tools import tune
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
+    shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
+    number, path = tune.tune_and_write(arguments.model, shape, dtype, arguments.output)
+    print(f"{number} entries in {path}")
+    return EXIT_OK
+
+
+def _add_tune(commands: Any) -> None:
+    command = commands.add_parser("tune", help="measure launch configurations on this machine's GPU, and keep the best")
+    command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
+    command.add_argument("--batch", type=_positive, default=64, help="images of a step (64)")
+    command.add_argument("--resolution", type=_positive, default=224, help="the images' size (224)")
+    command.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the maps (fp16)")
+    command.add_argument("--output", type=Path, metavar="FILE", help="written there, and not where they are looked for")
+    command.set_defaults(run=run_tune)
 
 
 class _Version(argparse.Action):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
-from effnet_kernels.dispatch import Backend
+from effnet_kernels.backends import select
+from effnet_kernels.backends.select import Backend
 from effnet_kernels.tools import timing
 from effnet_kernels.tools.warmup import warmup
 
@@ -76,8 +76,8 @@ def selftest(make: Callable[[], nn.Module], resolution: int = 224, batch: int = 
 
     Errors are measured on four images, speed on ``batch``. Raises BackendError where the kernels cannot run.
     """
-    with dispatch.use_backend("triton"):
-        from effnet_kernels.triton.launch import simulated
+    with select.use_backend("triton"):
+        from effnet_kernels.backends.triton.launch import simulated
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -185,7 +185,7 @@ def _speed(name: str, x: Tensor, rounds: int, call: Callable[[Backend], object])
 
 
 def _run(backend: Backend, model: nn.Module, x: Tensor) -> Tensor:
-    with dispatch.use_backend(backend):
+    with select.use_backend(backend):
         return model(x)
 
 

@@ -56,7 +56,7 @@ def _has_gpu() -> bool:
 
 
 def _simulated() -> bool:
-    from effnet_kernels.triton.launch import simulated
+    from effnet_kernels.backends.triton.launch import simulated
 
     return simulated()
 

@@ -1,26 +1,25 @@
 """Measures launch configurations on this machine's GPU and writes those that are faster than the rule's.
 
-    python -m effnet_kernels.tools.tune [--model efficientnet_b0] [--batch 64] [--dtype fp16] [--output FILE]
+    effnet tune [--model efficientnet_b0] [--batch 64] [--dtype fp16] [--output FILE]
 
 Whole steps run, training and inference, and every launch is timed within its step, with the cache as the launch before
 it leaves it. From step to step each shape bucket takes its next candidate. The tuned configs override the rules from
-the next process on; ``effnet_kernels.launch_config.tuned_configs`` says where they are looked for.
+the next process on; ``effnet_kernels.backends.triton.configs.tuned_configs`` says where they are looked for.
 """
 
-import argparse
 import collections
 import itertools
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from effnet_kernels import create_model, dispatch
-from effnet_kernels.launch_config import tuned_configs
-from effnet_kernels.launch_config.tuned_configs import Tile, kernel_of
+from effnet_kernels import create_model
+from effnet_kernels.backends import select
+from effnet_kernels.backends.triton.configs import tuned_configs
+from effnet_kernels.backends.triton.configs.tuned_configs import Tile, kernel_of
 from effnet_kernels.tools.timing import measure
 
 # The values that a candidate may have in place of the rule's, by kernel and field.
@@ -50,7 +49,7 @@ class Tuning:
         self._asked: str | None = None
 
     def choose(self, key: str, tile: Tile) -> Tile:
-        """The candidate of this step, for :func:`effnet_kernels.launch_config.tuned_configs.override`."""
+        """The candidate of this step, for :func:`effnet_kernels.backends.triton.configs.tuned_configs.override`."""
         if key not in self.candidates:
             self.candidates[key] = [tile, *candidates(kernel_of(key), tile)]
         self._asked = key
@@ -105,11 +104,11 @@ def candidates(kernel: str, tile: Tile) -> Iterator[Tile]:
 
 def tune(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int = 3) -> dict[str, Tile]:
     """The winners for a step of ``model`` on inputs of ``shape`` under autocast in ``dtype``, in both modes."""
-    from effnet_kernels.triton.launch import timed_by
+    from effnet_kernels.backends.triton.launch import timed_by
 
     tuning = Tuning()
     x = torch.randn(*shape, device="cuda").contiguous(memory_format=torch.channels_last)
-    with dispatch.use_backend("triton"), tuned_configs.override(tuning.choose), timed_by(tuning.time):
+    with select.use_backend("triton"), tuned_configs.override(tuning.choose), timed_by(tuning.time):
         steps = 1
         while tuning.step < steps:
             for training in (True, False) * repeats:
@@ -132,27 +131,14 @@ def _run(model: nn.Module, x: torch.Tensor, dtype: torch.dtype, training: bool) 
         y.float().square().mean().backward()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m effnet_kernels.tools.tune", description=(__doc__ or "").splitlines()[0]
-    )
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    parser.add_argument("--model", default="efficientnet_b0")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--resolution", type=int, default=224)
-    parser.add_argument("--dtype", choices=dtypes, default="fp16")
-    parser.add_argument("--output", type=Path, default=tuned_configs.default_path())
-    options = parser.parse_args(argv)
-    reason = dispatch.available()["triton"]
+def tune_and_write(
+    model: str, shape: tuple[int, int, int, int], dtype: torch.dtype, path: Path | None
+) -> tuple[int, Path]:
+    """Writes the winners of :func:`tune`; returns how many there are, and where. Raises BackendError without a GPU."""
+    reason = select.available()["triton"]
     if reason is not None:
-        print(f"there is nothing to tune: {reason}", file=sys.stderr)
-        return 2
-    shape = (options.batch, 3, options.resolution, options.resolution)
-    winners = tune(create_model(options.model).cuda(), shape, dtypes[options.dtype])
-    tuned_configs.write(options.output, winners)
-    print(f"{len(winners)} entries in {options.output}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise select.BackendError(f"there is nothing to tune: {reason}")
+    path = tuned_configs.default_path() if path is None else path
+    winners = tune(create_model(model).cuda(), shape, dtype)
+    tuned_configs.write(path, winners)
+    return len(winners), path

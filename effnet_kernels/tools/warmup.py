@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
 
 if TYPE_CHECKING:
-    from effnet_kernels.triton.launch import Launch
+    from effnet_kernels.backends.triton.launch import Launch
 
 
 def warmup(
@@ -40,12 +40,12 @@ def warmup(
         BackendError: the kernels cannot run here.
         ValueError: the model is not on a GPU, or a shape that is not [N, C, H, W].
     """
-    with dispatch.use_backend("triton"):
+    with select.use_backend("triton"):
         device = next(_tensors(model)).device
         if device.type != "cuda":
             raise ValueError(f"expected a model on a GPU, got one on {device}")
-        from effnet_kernels.launch_config import device_target, use_target
-        from effnet_kernels.triton.compilation import compile_in_parallel, distinct, gpu_target
+        from effnet_kernels.backends.triton.compilation import compile_in_parallel, distinct, gpu_target
+        from effnet_kernels.backends.triton.configs import device_target, use_target
 
         target = device_target(device)
         with use_target(target):
@@ -61,7 +61,7 @@ def launches_of_step(
 
     Raises ValueError for a shape that is not [N, C, H, W].
     """
-    from effnet_kernels.triton.launch import capture_launches
+    from effnet_kernels.backends.triton.launch import capture_launches
 
     if len(shape) != 4:
         raise ValueError(f"shape: expected [N, C, H, W], got {tuple(shape)}")

@@ -7,7 +7,7 @@ import torch
 from conftest import TOLERANCES, relative_rms
 from torch import Tensor
 
-from effnet_kernels.reference import primitives as reference
+from effnet_kernels.backends.reference import primitives as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

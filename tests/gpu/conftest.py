@@ -10,8 +10,8 @@ import pytest
 import simulator
 import torch
 
-from effnet_kernels import triton
-from effnet_kernels.launch_config import Target, device_target, use_target
+from effnet_kernels.backends import triton
+from effnet_kernels.backends.triton.configs import Target, device_target, use_target
 
 REASON = triton.unavailable_reason()
 # Without Triton there is nothing to import in these files; the header of the run says so.
@@ -19,7 +19,7 @@ collect_ignore_glob = [] if REASON is None else ["test_*.py"]
 
 
 def simulated() -> bool:
-    from effnet_kernels.triton import launch
+    from effnet_kernels.backends.triton import launch
 
     return launch.simulated()
 

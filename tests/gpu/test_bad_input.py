@@ -5,8 +5,9 @@ import torch
 from conftest import randomize
 from torch import nn
 
-from effnet_kernels import EfficientNet, dispatch, explain, ops
-from effnet_kernels.launch_config import Target, use_target
+from effnet_kernels import EfficientNet, explain, ops
+from effnet_kernels.backends import select
+from effnet_kernels.backends.triton.configs import Target, use_target
 from effnet_kernels.modules import ConvBnAct, MBConvConfig
 from gpu.compare import assert_accurate, channels_last
 
@@ -70,16 +71,16 @@ def test_wide_squeezes_that_no_kernel_has() -> None:
 @pytest.mark.parametrize("target", [Target("cuda", 75, 40), Target("cuda", 130, 200), Target("hip", "gfx950", 256)])
 def test_an_unknown_architecture_gets_a_configuration(target: Target) -> None:
     module, x = block(), channels_last(2, 16, 9, 7)
-    with use_target(target), dispatch.use_backend("triton"):
+    with use_target(target), select.use_backend("triton"):
         y = module(x)
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         assert_accurate(y.detach(), module.double()(x.double()).detach())
 
 
 def test_a_model_takes_every_memory_format() -> None:
     model = EfficientNet([MBConvConfig(2, 3, 2, 8, 16, 1)], 0.0, num_classes=3).eval()
     x = torch.randn(2, 3, 20, 22, device="cuda")
-    with torch.no_grad(), dispatch.use_backend("triton"):
+    with torch.no_grad(), select.use_backend("triton"):
         expected = model(x)
         assert torch.equal(model(x.contiguous(memory_format=torch.channels_last)), expected)
         strided = torch.randn(2, 3, 20, 44, device="cuda")[..., ::2]

@@ -10,7 +10,8 @@ from block_cases import BLOCKS, PEERS_BLOCKS, BatchNorm, mbconv, run
 from conftest import assert_buffers_close, randomize
 from torch import nn
 
-from effnet_kernels import EfficientNet, dispatch, ops
+from effnet_kernels import EfficientNet, ops
+from effnet_kernels.backends import select
 from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
 from gpu.compare import assert_accurate, channels_last
 
@@ -151,7 +152,7 @@ def test_pooling_head() -> None:
         ours, theirs = x.clone().requires_grad_(training), x.double().requires_grad_(training)
         with torch.set_grad_enabled(training):
             y = head.pooled(ours)
-        with dispatch.use_backend("torch"):
+        with select.use_backend("torch"):
             z = exact(theirs).mean(dim=(2, 3))
         assert_accurate(y.detach(), z.detach())
         if training:

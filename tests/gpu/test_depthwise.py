@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
-from effnet_kernels.geometry import same_padding
-from effnet_kernels.reference import primitives as reference
-from effnet_kernels.triton import depthwise
-from effnet_kernels.triton.batch_norm import merge_statistics
+from effnet_kernels.backends.reference import primitives as reference
+from effnet_kernels.backends.triton import depthwise
+from effnet_kernels.backends.triton.batch_norm import merge_statistics
+from effnet_kernels.fusion.geometry import same_padding
+from effnet_kernels.fusion.spec import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
 from gpu.compare import assert_accurate, channels_last, compare, moments
 
 

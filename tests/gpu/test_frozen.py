@@ -7,13 +7,14 @@ import torch
 from test_compile import network
 from torch import nn
 
-from effnet_kernels import dispatch, freeze
+from effnet_kernels import freeze
+from effnet_kernels.backends import select
 from gpu.compare import DTYPES, assert_accurate, channels_last
 from gpu.conftest import simulated
 
 
 def textbook(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), dispatch.use_backend("torch"):
+    with torch.no_grad(), select.use_backend("torch"):
         return copy.deepcopy(model).to(x.dtype)(x)
 
 
@@ -22,7 +23,7 @@ def test_logits(dtype: torch.dtype) -> None:
     model = network().eval().to("cuda")
     x = channels_last(2, 3, 33, 47, dtype=dtype)
     engine = freeze(model, dtype=dtype)
-    assert dispatch.operator_backend(x) == "triton"
+    assert select.operator_backend(x) == "triton"
     y = engine(x)
     assert y.dtype == dtype
     assert_accurate(y, textbook(model, x.double()), None if dtype == torch.float32 else textbook(model, x))
@@ -33,7 +34,7 @@ def test_feature_maps() -> None:
     model = network().eval().to("cuda")
     x = channels_last(1, 3, 32, 40)
     maps = freeze(model, features_only=True)(x)
-    with torch.no_grad(), dispatch.use_backend("torch"):
+    with torch.no_grad(), select.use_backend("torch"):
         last = copy.deepcopy(model).double().features[:-1](x.double())
     assert maps[-1].is_contiguous(memory_format=torch.channels_last)
     assert_accurate(maps[-1], last)

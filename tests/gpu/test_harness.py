@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effnet_kernels.triton import launch as seam
+from effnet_kernels.backends.triton import launch as seam
 
 simulated = pytest.mark.skipif(not seam.simulated(), reason="a GPU does not notice such faults: run these under ttsem")
 

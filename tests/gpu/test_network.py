@@ -7,7 +7,8 @@ import torch
 from conftest import assert_buffers_close, assert_gradients_close, randomize
 from torch import nn
 
-from effnet_kernels import EfficientNet, dispatch
+from effnet_kernels import EfficientNet
+from effnet_kernels.backends import select
 from effnet_kernels.models.variants import VARIANTS
 from gpu.compare import assert_accurate, channels_last
 
@@ -22,7 +23,7 @@ def trimmed_b0() -> EfficientNet:
 
 def logits_and_loss(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, backend: str) -> tuple:
     torch.manual_seed(1)
-    with dispatch.use_backend(backend):
+    with select.use_backend(backend):
         logits = model(x)
     return logits, nn.functional.cross_entropy(logits, labels)
 
@@ -44,10 +45,10 @@ def test_inference() -> None:
     model = trimmed_b0().eval()
     x = channels_last(2, 3, 64, 64)
     with torch.no_grad():
-        with dispatch.use_backend("triton"):
+        with select.use_backend("triton"):
             logits = model(x)
             contiguous = model(x.contiguous())
-        with dispatch.use_backend("torch"):
+        with select.use_backend("torch"):
             expected = copy.deepcopy(model).double()(x.double())
     assert_accurate(logits, expected)
     assert torch.equal(logits, contiguous)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
-from effnet_kernels.triton.kernels.merge import merge_kernel
-from effnet_kernels.triton.kernels.pointwise import pointwise_conv_backward_data_kernel, pointwise_conv_kernel
-from effnet_kernels.triton.launch import launcher, simulated
+from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
+from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+from effnet_kernels.backends.triton.kernels.pointwise import pointwise_conv_backward_data_kernel, pointwise_conv_kernel
+from effnet_kernels.backends.triton.launch import launcher, simulated
 
 PITCH, PIXELS, CHANNELS = 2**30, 3, 64
 EXPECTED = np.array([[pixel * PITCH + c for c in range(CHANNELS)] for pixel in range(PIXELS)])

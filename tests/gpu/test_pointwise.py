@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
-from effnet_kernels.reference import primitives as reference
-from effnet_kernels.triton import pointwise
-from effnet_kernels.triton.batch_norm import merge_statistics
+from effnet_kernels.backends.reference import primitives as reference
+from effnet_kernels.backends.triton import pointwise
+from effnet_kernels.backends.triton.batch_norm import merge_statistics
+from effnet_kernels.fusion.spec import ACTIVATIONS, Epilogue, OutputGradient, Prologue, RunningStatistics
 from gpu.compare import assert_accurate, cast, channels_last, compare, moments
 
 

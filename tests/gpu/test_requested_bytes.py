@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_kernels import dispatch
+from effnet_kernels.backends import select
+from effnet_kernels.backends.triton import launch as seam
 from effnet_kernels.modules import MBConvConfig
-from effnet_kernels.triton import launch as seam
 from gpu.compare import channels_last
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return launch
 
     for name in ("pointwise", "depthwise", "batch_norm", "squeeze_excite", "merge"):
-        module = importlib.import_module(f"effnet_kernels.triton.{name}")
+        module = importlib.import_module(f"effnet_kernels.backends.triton.{name}")
         for key, launcher in list(vars(module).items()):
             if key.startswith("launch_") and callable(launcher):
                 monkeypatch.setattr(module, key, counted(launcher))
@@ -72,7 +72,7 @@ def test_a_training_step(accessed: dict[str, int], kernel: int, stride: int, pad
     block = config.block(config, 0.0, nn.BatchNorm2d)
     halve_matrices(block)
     x = channels_last(2, 16, size, size, dtype=torch.float16).requires_grad_()
-    with dispatch.use_backend("triton"):
+    with select.use_backend("triton"):
         y = block(x)
         y.backward(torch.randn_like(y))
     assert accessed["counted"] == accessed["predicted"] > 0
@@ -82,6 +82,6 @@ def test_inference(accessed: dict[str, int]) -> None:
     config = MBConvConfig(6, 3, 1, 40, 40, 1)
     block = config.block(config, 0.0, nn.BatchNorm2d).eval()
     halve_matrices(block)
-    with torch.no_grad(), dispatch.use_backend("triton"):
+    with torch.no_grad(), select.use_backend("triton"):
         block(channels_last(3, 40, 14, 14, dtype=torch.float16))
     assert accessed["counted"] == accessed["predicted"] > 0

@@ -11,8 +11,9 @@ from conftest import TOLERANCES, randomize, relative_rms
 from torch import Tensor, nn
 from variations import other_memory
 
-from effnet_kernels import dispatch, ops
-from effnet_kernels.deferred import Prologue
+from effnet_kernels import ops
+from effnet_kernels.backends import select
+from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.modules import ConvBnAct, MBConvConfig
 from gpu.compare import channels_last
 
@@ -58,7 +59,7 @@ def step(block: nn.Module, x: Tensor, grad: Tensor | None = None) -> list[Tensor
     block, x = copy.deepcopy(block), x.detach().requires_grad_()
     # Of these seeds, one that keeps the branch.
     torch.manual_seed(2)
-    with dispatch.use_backend("triton"):
+    with select.use_backend("triton"):
         y = block(x)
         y.backward(gradient_of(y) if grad is None else grad)
     return [y, x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
@@ -116,7 +117,7 @@ def test_saved_tensors_that_lost_their_strides(name: str) -> None:
 def test_outputs_are_tensors_of_their_own(name: str) -> None:
     block, x = made(name)
     for training in (True, False):
-        with dispatch.use_backend("triton"):
+        with select.use_backend("triton"):
             y = block.train(training)(x.requires_grad_(training))
         assert not y._is_view()
         F.relu(y, inplace=True).sum().backward()
@@ -126,7 +127,7 @@ def test_outputs_are_tensors_of_their_own(name: str) -> None:
 def test_batches_of_gradients(name: str) -> None:
     block, x = made(name)
     inputs = [x.requires_grad_(), *block.parameters()]
-    with dispatch.use_backend("triton"):
+    with select.use_backend("triton"):
         y = block(x)
     grads = torch.linspace(-1, 1, 2 * y.numel(), device=y.device).reshape(2, *y.shape)
     one_by_one = [torch.autograd.grad(y, inputs, g, retain_graph=True) for g in grads]
@@ -139,7 +140,7 @@ def test_batches_of_gradients(name: str) -> None:
 def test_derivatives_at_kinks_and_at_nan(act: str) -> None:
     values = [-4.0, -3.0, 0.0, 1.5, 3.0, 6.0, 7.0, float("nan")]
     x = torch.tensor(values, device="cuda").view(1, 8, 1, 1).requires_grad_()
-    with dispatch.use_backend("triton"):
+    with select.use_backend("triton"):
         ops.merge(x, Prologue(act=act)).backward(torch.ones(1, 8, 1, 1, device="cuda"))
     for value, slope in zip(values, x.grad.flatten(), strict=True):
         z = torch.tensor([value], requires_grad=True)
@@ -154,9 +155,9 @@ def test_running_statistics_at_any_momentum(momentum: float) -> None:
     block[1].running_mean.fill_(1e4)
     block[1].running_var.fill_(1e6)
     exact = copy.deepcopy(block).double()
-    with dispatch.use_backend("triton"):
+    with select.use_backend("triton"):
         block(x)
-    with dispatch.use_backend("torch"):
+    with select.use_backend("torch"):
         exact(x.double())
     for ours, right in zip(block.buffers(), exact.buffers(), strict=True):
         assert torch.allclose(ours.double(), right.double(), rtol=3e-5, atol=1e-5)

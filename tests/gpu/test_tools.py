@@ -9,14 +9,15 @@ import pytest
 import torch
 from conftest import randomize
 
-from effnet_kernels import EfficientNet, dispatch, warmup
-from effnet_kernels.launch_config import tuned_configs
+from effnet_kernels import EfficientNet, warmup
+from effnet_kernels.backends import select
+from effnet_kernels.backends.triton.configs import tuned_configs
+from effnet_kernels.backends.triton.launch import simulated
 from effnet_kernels.modules import MBConvConfig
 from effnet_kernels.tools.cli import main
 from effnet_kernels.tools.selftest import selftest
 from effnet_kernels.tools.tune import CHOICES, tune
 from effnet_kernels.tools.warmup import gpu_autocast
-from effnet_kernels.triton.launch import simulated
 from gpu.compare import assert_accurate, channels_last
 
 
@@ -51,7 +52,7 @@ def test_selftest_passes_and_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_selftest_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from effnet_kernels.triton import primitives
+    from effnet_kernels.backends.triton import primitives
 
     right = primitives.mean_of_sums
     monkeypatch.setattr(primitives, "mean_of_sums", lambda sums, count: right(sums, count + 1))
@@ -75,9 +76,9 @@ def test_rules_follow_what_tuning_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tuned_configs.write(path, {key: {"num_warps": 2} for key in winners})
     try:
         model.eval()
-        with torch.no_grad(), dispatch.use_backend("triton"):
+        with torch.no_grad(), select.use_backend("triton"):
             y = model(x)
-        with torch.no_grad(), dispatch.use_backend("torch"):
+        with torch.no_grad(), select.use_backend("torch"):
             assert_accurate(y, model.double()(x.double()))
     finally:
         monkeypatch.undo()

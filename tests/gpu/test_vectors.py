@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels.deferred import ACTIVATIONS, OutputGradient, Prologue, RunningStatistics
-from effnet_kernels.reference import primitives as reference
-from effnet_kernels.triton import batch_norm, squeeze_excite
-from effnet_kernels.triton.merge import merge
+from effnet_kernels.backends.reference import primitives as reference
+from effnet_kernels.backends.triton import batch_norm, squeeze_excite
+from effnet_kernels.backends.triton.merge import merge
+from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue, RunningStatistics
 from gpu.compare import assert_accurate, channels_last, compare, fold_and_move, moments
 
 # Samples, channels, height, width, dtype.

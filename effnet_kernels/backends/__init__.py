@@ -1,0 +1,1 @@
+"""What computes: the primitives of each backend, and which backend runs."""

@@ -1,0 +1,174 @@
+"""Tensors for the native kernels to write, the addresses that they take, and how they run.
+
+Large maps come from a pool that keeps the memory of those that went: see ``csrc/pool.h``.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.backends.batch_norm import scale_and_shift
+from effnet_kernels.backends.cpu.extension import extension
+from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue
+
+ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
+# The system's allocator keeps what is smaller than this itself.
+_POOLED_BYTES = 128 * 1024
+_FLOAT, _CHANNELS_LAST = torch.float32, torch.channels_last
+
+_isa: ContextVar[str | None] = ContextVar("effnet_kernels_isa", default=None)
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """The kernels of one instruction set for the calls inside the ``with`` block, those that only tests reach included.
+
+    Calls raise ValueError for a name that is not in the table of kernels or that this machine does not support.
+    """
+    token = _isa.set(name)
+    try:
+        yield
+    finally:
+        _isa.reset(token)
+
+
+def execution() -> tuple[int, str | None]:
+    """How many threads a call may use, and the instruction set where one is forced."""
+    return torch.get_num_threads(), _isa.get()
+
+
+def empty(*shape: int) -> Tensor:
+    """float32 on the CPU, contiguous, not initialised."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def empty_map(samples: int, channels: int, height: int, width: int) -> Tensor:
+    """[N, C, H, W] in channels-last strides, float32 on the CPU, not initialised."""
+    shape = samples, channels, height, width
+    strides = channels * height * width, 1, width * channels, channels
+    bytes_needed = 4 * samples * channels * height * width
+    if bytes_needed < _POOLED_BYTES:
+        return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
+    pooled = torch.frombuffer(extension().PooledBytes(bytes_needed), dtype=torch.float32)
+    # A tensor of its own: autograd forbids in-place operations on a view that a custom Function returns.
+    return torch.empty(0, dtype=torch.float32, device="cpu").set_(pooled.untyped_storage(), 0, shape, strides)
+
+
+def release_memory() -> None:
+    """Gives the memory that is kept for maps and for frozen engines' calls to come back to the system."""
+    extension().release_memory()
+
+
+def address(name: str, tensor: Tensor | None, *shape: int) -> int:
+    """The address of an operand of this shape, contiguous, for the extension; 0 for None.
+
+    The kernels read and write raw memory: every operand's address comes from here, from :func:`map_address` or from
+    :func:`strided_address`, and the address of what a call is to write from :func:`written`.
+
+    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides. Whether it
+    is negated lazily is asked of maps alone: who calls a primitive brings parameters and vectors to memory.
+    """
+    if tensor is None:
+        return 0
+    memory = tensor.data_ptr()
+    if tensor.shape == shape and tensor.dtype is _FLOAT and tensor.is_cpu and memory and tensor.is_contiguous():
+        return memory
+    return _refused(name, tensor, shape, tensor.is_contiguous(), "contiguous")
+
+
+def map_address(name: str, x: Tensor | None, samples: int, channels: int, height: int, width: int) -> int:
+    """The address of a map [N, C, H, W] in channels-last strides, 0 for None; see :func:`address`."""
+    if x is None:
+        return 0
+    memory, shape = x.data_ptr(), (samples, channels, height, width)
+    fits = x.shape == shape and x.dtype is _FLOAT and x.is_cpu and memory and not x.is_neg()
+    if fits and x.is_contiguous(memory_format=_CHANNELS_LAST):
+        return memory
+    dense = x.dim() == 4 and x.is_contiguous(memory_format=_CHANNELS_LAST)
+    return _refused(name, x, shape, dense, "in channels-last strides")
+
+
+def strided_address(name: str, tensor: Tensor, *shape: int) -> tuple[int, ...]:
+    """The address of an operand in any strides, and the strides, in elements; see :func:`address`."""
+    memory = tensor.data_ptr()
+    if tensor.shape != shape or tensor.dtype is not _FLOAT or not tensor.is_cpu or not memory or tensor.is_neg():
+        _refused(name, tensor, shape, True, "in any strides")
+    return memory, *tensor.stride()
+
+
+def written(tensor: Tensor | None) -> int:
+    """The address of a tensor that :func:`empty` or :func:`empty_map` has made for the call, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _refused(name: str, tensor: Tensor, shape: tuple[int, ...], is_dense: bool, layout: str) -> int:
+    """Raises ValueError with what is wrong with an operand; the address of one without elements is 0."""
+    if tensor.shape != shape or not is_dense:
+        raise ValueError(
+            f"{name}: expected shape {shape}, {layout}, got {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    if tensor.dtype is not _FLOAT or not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
+    if tensor.numel() > 0:
+        raise ValueError(f"{name}: expected a tensor whose values are in memory, got one that is lazy or was freed")
+    return 0
+
+
+def prologue_addresses(prologue: Prologue, samples: int, channels: int) -> tuple[int, int, int, int]:
+    scale, shift, act, gate, statistics = prologue
+    if statistics is not None or (scale is None) != (shift is None):
+        raise ValueError("prologue: expected scale and shift together and no statistics")
+    return (
+        address("scale", scale, channels),
+        address("shift", shift, channels),
+        address("gate", gate, samples, channels),
+        ACTIVATION_INDEX[act],
+    )
+
+
+def gradient_addresses(
+    gradient: OutputGradient, samples: int, channels: int, height: int, width: int
+) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """Of the gradient of a map of this shape."""
+    grad, y, coefficients, gate, keep, offset, scale, shift, act = gradient
+    if (scale is None) != (shift is None):
+        raise ValueError("gradient: expected scale and shift together")
+    if y is None and (act != "none" or coefficients is not None):
+        raise ValueError("gradient: expected y beside an activation or coefficients")
+    return (
+        map_address("grad", grad, samples, channels, height, width),
+        map_address("y", y, samples, channels, height, width),
+        address("coefficients", coefficients, 3, channels),
+        address("gate", gate, samples, channels),
+        address("keep", keep, samples),
+        address("offset", offset, samples, channels),
+        address("scale", scale, channels),
+        address("shift", shift, channels),
+        ACTIVATION_INDEX[act],
+    )
+
+
+Affine = TypeVar("Affine", Prologue, OutputGradient)
+
+
+def with_both(affine: Affine) -> Affine:
+    """Scale and shift both, where there is one of them."""
+    scale, shift = affine.scale, affine.shift
+    if scale is not None and shift is None:
+        return affine._replace(shift=torch.zeros_like(scale))
+    if shift is not None and scale is None:
+        return affine._replace(scale=torch.ones_like(shift))
+    return affine
+
+
+def folded(prologue: Prologue) -> Prologue:
+    """The prologue with running statistics, if any, as a scale and a shift, and both of them or neither."""
+    if prologue.statistics is None:
+        return with_both(prologue)
+    mean, var, eps = prologue.statistics
+    scale, shift = scale_and_shift(mean, torch.rsqrt(var + eps), prologue.scale, prologue.shift)
+    return with_both(Prologue(scale, shift, prologue.act, prologue.gate))

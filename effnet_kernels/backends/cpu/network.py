@@ -1,0 +1,125 @@
+"""A frozen network on the CPU: its layers as data, and one native call that runs them all."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.backends.cpu.extension import extension
+from effnet_kernels.backends.cpu.memory import ACTIVATION_INDEX, address, strided_address
+from effnet_kernels.backends.operands import as_contiguous, in_memory
+from effnet_kernels.fusion.spec import GATES, Chain, Layer
+
+
+class StepProfile(NamedTuple):
+    """What one step of a network took."""
+
+    name: str
+    multiply_adds: int
+    seconds: float
+
+
+class Network:
+    """Chains that run in one native call. Weights are packed here.
+
+    Any number of threads may call one network.
+
+    Args:
+        chains: each reads what the one before it makes; none of their layers has a norm, and a fully connected layer is
+            a 1x1 convolution of one pixel.
+        outputs: the numbers of the chains whose outputs are returned, ascending.
+
+    Raises ValueError where the layers do not fit together.
+    """
+
+    def __init__(self, chains: Sequence[Chain], outputs: Sequence[int]) -> None:
+        self._channels = chains[0].layers[0].in_channels
+        # Held by name until they are packed.
+        held = [_canonical(chain) for chain in chains]
+        described: list[dict[str, object]] = []
+        ends: list[int] = []
+        for chain in held:
+            # The extension numbers tensors: 0 is the image, and layer i makes tensor i + 1 out of tensor i.
+            begin = len(described)
+            described += [_describe(layer) for layer in chain.layers]
+            described[-1] |= {"residual": begin if chain.residual else -1, "pool": chain.pool}
+            ends.append(len(described))
+        self._native = extension().Network(described, [ends[index] for index in outputs])
+
+    def output_sizes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of every output for images of this size."""
+        return self._native.output_sizes(height, width)
+
+    def run(
+        self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format, isa: str | None = None
+    ) -> list[Tensor]:
+        """The outputs [N, K, H', W'] for images x [N, C, H, W], float32, on the CPU, in any strides."""
+        outputs, _ = self._call(x, memory_format, False, isa)
+        return outputs
+
+    def profile(self, x: Tensor) -> list[StepProfile]:
+        """What each step takes for images x."""
+        _, steps = self._call(x, torch.contiguous_format, True)
+        return [StepProfile(*step) for step in steps or ()]
+
+    def _call(
+        self, x: Tensor, memory_format: torch.memory_format, profiled: bool, isa: str | None = None
+    ) -> tuple[list[Tensor], list[tuple[str, int, float]] | None]:
+        if x.dim() != 4 or x.shape[1] != self._channels:
+            raise ValueError(f"expected images [N, {self._channels}, H, W], got shape {tuple(x.shape)}")
+        batch, _, height, width = x.shape
+        sizes = self._native.output_sizes(height, width)
+        outputs = [
+            torch.empty((batch, *size), dtype=torch.float32, device="cpu", memory_format=memory_format)
+            for size in sizes
+        ]
+        if batch == 0:
+            return outputs, None
+        views = [strided_address("output", y, *y.shape) for y in outputs]
+        x = in_memory(x)
+        image = strided_address("x", x, *x.shape)
+        steps = self._native.run(image, batch, height, width, views, torch.get_num_threads(), profiled, isa)
+        return outputs, steps
+
+
+def _canonical(chain: Chain) -> Chain:
+    """The chain with its parameters as the extension reads them."""
+    tensors = [None if t is None else as_contiguous(t.detach().to("cpu", torch.float32)) for t in chain.parameters()]
+    return chain.with_parameters(tensors)
+
+
+def _describe(layer: Layer) -> dict[str, object]:
+    """The layer as the extension takes it."""
+    outputs, kernel = layer.out_channels, layer.kernel_size
+    assert layer.bias is not None
+    per_output = 1 if layer.kind == "depthwise" else layer.in_channels
+    description: dict[str, object] = {
+        "depthwise": layer.kind == "depthwise",
+        "in_channels": layer.in_channels,
+        "out_channels": outputs,
+        "kernel": kernel,
+        "stride": layer.stride,
+        "padding": None if layer.padding == "same" else tuple(layer.padding),
+        "act": ACTIVATION_INDEX[layer.act],
+        "residual": -1,
+        "pool": False,
+        "weight": address("weight", layer.weight, outputs, per_output, kernel, kernel),
+        "bias": address("bias", layer.bias, outputs),
+        "squeeze": 0,
+    }
+    if layer.excitation is not None:
+        w1, b1, w2, b2, act, gate = layer.excitation
+        assert b1 is not None
+        assert b2 is not None
+        squeezed = w1.shape[0]
+        description |= {
+            "squeeze": squeezed,
+            "squeeze_act": ACTIVATION_INDEX[act],
+            "gate": GATES.index(gate),
+            "w1": address("w1", w1, squeezed, outputs, 1, 1),
+            "b1": address("b1", b1, squeezed),
+            "w2": address("w2", w2, outputs, squeezed, 1, 1),
+            "b2": address("b2", b2, outputs),
+        }
+    return description

@@ -1,0 +1,112 @@
+"""Pointwise (1x1) convolution of a deferred activation on the CPU, forward and backward."""
+
+from torch import Tensor
+
+from effnet_kernels.backends.cpu.extension import extension
+from effnet_kernels.backends.cpu.memory import (
+    ACTIVATION_INDEX,
+    address,
+    empty,
+    empty_map,
+    execution,
+    folded,
+    gradient_addresses,
+    map_address,
+    prologue_addresses,
+    with_both,
+    written,
+)
+from effnet_kernels.fusion.spec import REDUCTIONS, Epilogue, OutputGradient, Prologue, Reduction
+
+
+def pointwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue, epilogue: Epilogue, reduction: Reduction
+) -> tuple[Tensor | None, Tensor | None]:
+    """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
+
+    With "statistics" the second is partial (count, mean, M2) of the stored values, [P, 3, K]; with "pool" the map is
+    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K]. Neither goes with a
+    residual.
+    """
+    samples, channels, height, width = x.shape
+    outputs = weight.shape[0]
+    pools = reduction == "pool"
+    if reduction != "none" and epilogue.residual is not None:
+        raise ValueError(f"reduction: expected 'none' beside a residual, got {reduction!r}")
+    scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
+    # Held by name until the call returns, as all that is made here: its memory would be free again otherwise.
+    prologue = folded(prologue)
+    cut = extension().cut_pixels(samples, height * width, pools or prologue.gate is not None)
+    parts = cut[2] * cut[3]
+    y = None if pools else empty_map(samples, outputs, height, width)
+    partials = None
+    if reduction == "statistics":
+        partials = empty(parts, 3, outputs)
+    elif pools:
+        partials = empty(samples, cut[3], outputs)
+    extension().pointwise_forward(
+        cut,
+        channels,
+        outputs,
+        map_address("x", x, samples, channels, height, width),
+        address("weight", weight, outputs, channels, 1, 1),
+        address("bias", bias, outputs),
+        prologue_addresses(prologue, samples, channels),
+        (
+            address("scale", scale, outputs),
+            address("shift", shift, outputs),
+            map_address("residual", epilogue.residual, samples, outputs, height, width),
+            ACTIVATION_INDEX[act],
+        ),
+        REDUCTIONS.index(reduction),
+        written(y),
+        written(partials),
+        *execution(),
+    )
+    return y, partials
+
+
+def pointwise_conv_backward(
+    gradient: OutputGradient,
+    weight: Tensor,
+    x: Tensor,
+    prologue: Prologue,
+    mean: Tensor | None,
+    residual: Tensor | None,
+    through: bool,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of what the convolution read, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
+
+    With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, s its
+    derivative, dq the gradient of the gated u), the second result is five partial sums over each image's pixels,
+    [N, T, 5, C]: of dq * u, dq * s, s, dq * s * (x - mean) and s * (x - mean). Stored is dq, or ``through`` the
+    activation gate * dq * s. The output's gradient is formed once for both products.
+    """
+    samples, channels, height, width = x.shape
+    outputs = weight.shape[0]
+    sums_needed = needs_input and mean is not None
+    by_image = sums_needed or prologue.gate is not None or gradient.by_sample()
+    cut = extension().cut_pixels(samples, height * width, by_image)
+    dx = empty_map(samples, channels, height, width) if needs_input else None
+    sums = empty(samples, cut[3], 5, channels) if sums_needed else None
+    dweight = empty(outputs, channels, 1, 1) if needs_weight else None
+    prologue, gradient = folded(prologue), with_both(gradient)
+    extension().pointwise_backward(
+        cut,
+        channels,
+        outputs,
+        gradient_addresses(gradient, samples, outputs, height, width),
+        address("weight", weight, outputs, channels, 1, 1),
+        map_address("x", x, samples, channels, height, width),
+        prologue_addresses(prologue, samples, channels),
+        address("mean", mean, channels),
+        map_address("residual", residual, samples, channels, height, width),
+        through,
+        written(dx),
+        written(sums),
+        written(dweight),
+        *execution(),
+    )
+    return dx, sums, dweight

@@ -1,0 +1,47 @@
+"""The primitives of :class:`effnet_kernels.backends.base.Primitives` in plain PyTorch."""
+
+from effnet_kernels.backends.reference.batch_norm import (
+    apply_gradient,
+    channel_statistics,
+    fold_batch_norm,
+    fold_batch_norm_backward,
+    gradient_sums,
+    merge_statistics,
+)
+from effnet_kernels.backends.reference.convolution import (
+    dense_conv,
+    dense_conv_backward,
+    depthwise_conv,
+    depthwise_conv_backward,
+    pointwise_conv,
+    pointwise_conv_backward,
+)
+from effnet_kernels.backends.reference.merge import merge
+from effnet_kernels.backends.reference.squeeze_excite import (
+    excite,
+    excite_backward,
+    excite_backward_weight,
+    mean_of_sums,
+    squeeze,
+)
+
+__all__ = [
+    "apply_gradient",
+    "channel_statistics",
+    "dense_conv",
+    "dense_conv_backward",
+    "depthwise_conv",
+    "depthwise_conv_backward",
+    "excite",
+    "excite_backward",
+    "excite_backward_weight",
+    "fold_batch_norm",
+    "fold_batch_norm_backward",
+    "gradient_sums",
+    "mean_of_sums",
+    "merge",
+    "merge_statistics",
+    "pointwise_conv",
+    "pointwise_conv_backward",
+    "squeeze",
+]

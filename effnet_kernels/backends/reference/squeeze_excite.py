@@ -1,0 +1,79 @@
+"""Squeeze-and-excitation (Hu et al. 2018, section 3), forward and backward, in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_kernels.backends.activation import activate, activation_backward, gate_of, gate_slope
+from effnet_kernels.backends.reference.operands import apply_prologue
+from effnet_kernels.fusion.spec import Activation, Gate, Prologue
+
+
+def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
+    """Sums over pixels of the activation of x, times ``factor`` [N, C, H, W]: [N, C, H, W] to [N, 1, C]."""
+    u = apply_prologue(x, prologue)
+    return (u if factor is None else u * factor).sum(dim=(2, 3))[:, None]
+
+
+def mean_of_sums(sums: Tensor, count: int) -> Tensor:
+    """Partial sums over ``count`` pixels to their mean (equation 2): [N, T, C] to [N, C]."""
+    return sums.sum(dim=1) / count
+
+
+def excite(
+    sums: Tensor,
+    count: int,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Activation,
+    kind: Gate,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From partial sums over ``count`` pixels [N, T, C] to the gate [N, C] (equation 3), and what backward needs:
+    pooled [N, C] and the hidden layer [N, S] before its activation.
+
+    w1 [S, C] or [S, C, 1, 1], w2 [C, S] or [C, S, 1, 1], b1 [S], b2 [C].
+    """
+    pooled = mean_of_sums(sums, count)
+    hidden = _linear(pooled, w1, b1)
+    return gate_of(_linear(activate(hidden, act), w2, b2), kind), pooled, hidden
+
+
+def excite_backward(
+    sums: Tensor,
+    count: int,
+    gate: Tensor,
+    hidden: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    act: Activation,
+    kind: Gate,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The squeeze-and-excitation path backwards, on vectors.
+
+    ``sums`` [N, T, 5, C] are those of ``pointwise_conv_backward``, T1 to T5, or [N, T, 1, C] the first alone, which is
+    the gate's gradient. Returns offset [N, C], what each pixel's activation gets by way of the mean over ``count``
+    pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums, those that
+    the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
+    """
+    total = sums.sum(dim=1).unbind(dim=1)
+    logits = total[0] * gate_slope(gate, kind)
+    dhidden = activation_backward(_linear(logits, w2.flatten(1).t()), hidden, act)
+    offset = _linear(dhidden, w1.flatten(1).t()) / count
+    norm_sums = None
+    if len(total) == 5:
+        _, t2, t3, t4, t5 = total
+        norm_sums = torch.stack([gate * t2 + offset * t3, gate * t4 + offset * t5], dim=1)
+    return offset, logits, dhidden, norm_sums
+
+
+def excite_backward_weight(
+    logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], from those of the logits and the hidden layer."""
+    return dhidden.t() @ pooled, dhidden.sum(dim=0), logits.t() @ activate(hidden, act), logits.sum(dim=0)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,260 @@
+"""Which backend computes what, and why.
+
+``torch`` is a module's eager path (conv2d, batch_norm, silu as torch has them), ``reference`` the primitives in plain
+PyTorch, ``cpu`` the native extension, ``triton`` the GPU kernels. ``EFFNET_KERNELS_BACKEND`` or :func:`use_backend`
+forces one. A module asks at each call what its input allows (:class:`Call`); a public operator asks
+:func:`operator_backend`.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
+
+from effnet_kernels.backends import cpu, triton
+from effnet_kernels.backends.base import Primitives, PrimitivesBackend
+
+Backend = Literal["torch", "reference", "cpu", "triton"]
+BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+_override: ContextVar[Backend | None] = ContextVar("effnet_kernels_backend", default=None)
+# The same for a tracer, which older versions of torch.compile want without context variables.
+_traced_override: Backend | None = None
+
+
+def constant_when_traced(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which would import torch's compiler already now."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot run here."""
+
+
+def available() -> dict[Backend, str | None]:
+    """For each backend None where it can run on this machine, else why not."""
+    return {
+        "torch": None,
+        "reference": None,
+        "cpu": cpu.unavailable_reason(),
+        "triton": _triton_unavailable(),
+    }
+
+
+def _triton_unavailable() -> str | None:
+    reason = triton.unavailable_reason()
+    if reason is None and not torch.cuda.is_available() and not triton.off_device():
+        return "torch finds no GPU"
+    return reason
+
+
+def forced() -> Backend | None:
+    """The backend that :func:`use_backend` or ``EFFNET_KERNELS_BACKEND`` forces, or None."""
+    override = _traced_override if torch.compiler.is_compiling() else _override.get()
+    name = override or os.environ.get("EFFNET_KERNELS_BACKEND")
+    return _checked(name) if name else None
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Forces a backend for the calls inside the ``with`` block; raises BackendError where it cannot run at all."""
+    global _traced_override
+    token, traced = _override.set(_checked(name)), _traced_override
+    _traced_override = name
+    try:
+        yield
+    finally:
+        _override.reset(token)
+        _traced_override = traced
+
+
+@constant_when_traced
+def _checked(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"expected a backend out of {', '.join(BACKENDS)}, got {name!r}")
+    backend: Backend = name
+    if backend not in ("torch", "reference") and (reason := available()[backend]) is not None:
+        raise BackendError(f"backend {name!r} was forced but cannot run: {reason}")
+    return backend
+
+
+class Call(NamedTuple):
+    """What a decision needs to know of a call's input."""
+
+    device: str
+    dtype: torch.dtype
+    unusual: str | None
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Call":
+        unusual = interception(x)
+        if unusual is None and x.dim() != 4:
+            unusual = f"the input has {x.dim()} dimensions, not 4"
+        if unusual is None and x.numel() == 0:
+            unusual = "the batch is empty"
+        return cls(x.device.type, x.dtype, unusual)
+
+    def on_gpu(self) -> bool:
+        """Whether the Triton kernels are what there is for this input's device."""
+        return self.device == "cuda" or (self.device == "meta" and triton.off_device())
+
+
+def interception(x: object) -> str | None:
+    """Who else is looking at the calls on ``x`` (a tracer, a transform, a mode), so that only ATen may be called."""
+    if torch.compiler.is_compiling():
+        if isinstance(x, Tensor) and registered(x):
+            return None
+        return "torch.compile or torch.export is tracing"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    # Modes are also how launches are counted and simulated.
+    modes = torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _is_watched())
+    if modes and not triton.off_device():
+        return "a torch dispatch or function mode is active"
+    return None
+
+
+def _is_watched() -> bool:
+    """Whether a function mode is active other than the one by which torch.set_default_device chooses a device."""
+    stack = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(index)) is not DeviceContext for index in stack)
+
+
+def registered(x: Tensor) -> bool:
+    """Whether what torch.compile traces for ``x`` are the registered operators; an export has torch's own alone."""
+    # torch 2.9 compiles this to True in any case, and so it compiles the textbook path, which its tracer can follow.
+    if torch.compiler.is_exporting():
+        return False
+    return forced() != "torch"
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether modules should get ``x`` in channels-last strides: some of them may run on operators."""
+    if interception(x) is not None or x.dim() != 4:
+        return False
+    force = forced()
+    if force is not None:
+        return force != "torch"
+    call = Call.of(x)
+    return fallback_reason(backend_for(call, None), call) is None
+
+
+def global_hook() -> str | None:
+    """Why no module may be left out of a call, or None: a global hook fires for each, which only its own call does."""
+    return "a global module hook is registered" if _has_any_global_hook() else None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of ``x`` before a convolution, or None where it is off."""
+    device = "cuda" if x.is_meta else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def operator_backend(x: Tensor) -> PrimitivesBackend:
+    """The backend that computes a public operator on the map or vector ``x``: the reference where no kernels may.
+
+    Traced, none may: the chains alone are registered.
+    """
+    backend = None if torch.compiler.is_compiling() else chain_backend(x)
+    return "reference" if backend is None else backend
+
+
+def chain_backend(x: Tensor) -> PrimitivesBackend | None:
+    """The backend that computes a chain of convolutions of ``x``, called or traced; None where torch's modules do."""
+    if interception(x) is not None or x.numel() == 0:
+        return None
+    call, force = Call(x.device.type, x.dtype, None), forced()
+    if force == "torch":
+        return None
+    backend = backend_for(call, force)
+    return backend if fallback_reason(backend, call) is None else None
+
+
+def primitives_of(backend: PrimitivesBackend) -> Primitives:
+    """The primitives of a backend, which is imported here, as Triton's kernels want Triton."""
+    if backend == "cpu":
+        from effnet_kernels.backends.cpu import primitives as native
+
+        return native
+    if backend == "triton":
+        from effnet_kernels.backends.triton import primitives as gpu
+
+        return gpu
+    from effnet_kernels.backends.reference import primitives as reference
+
+    return reference
+
+
+def backend_for(call: Call, force: Backend | None) -> PrimitivesBackend:
+    """The backend whose primitives a call would run on: the one that is forced, or that of the input's device."""
+    if force in ("reference", "cpu", "triton"):
+        return force
+    return "triton" if call.on_gpu() else "cpu"
+
+
+def fallback_reason(backend: PrimitivesBackend, call: Call) -> str | None:
+    """Why a backend's primitives cannot compute a call, or None."""
+    return _FALLBACK_REASONS[backend](call)
+
+
+def _reference_fallback_reason(call: Call) -> str | None:
+    if call.unusual is None and not call.dtype.is_floating_point:
+        return f"the reference computes in floating point, not {str(call.dtype).removeprefix('torch.')}"
+    return call.unusual
+
+
+def _triton_fallback_reason(call: Call) -> str | None:
+    if call.unusual is not None:
+        return call.unusual
+    if not call.on_gpu():
+        return f"no Triton kernels for {call.device} tensors"
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast and call.dtype == torch.float32 else call.dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels compute in float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return _missing("triton")
+
+
+def _cpu_fallback_reason(call: Call) -> str | None:
+    if call.unusual is not None:
+        return call.unusual
+    if call.device != "cpu":
+        return f"no kernels for {call.device} tensors in this version"
+    if call.dtype != torch.float32:
+        return f"the native kernels compute in float32, not {str(call.dtype).removeprefix('torch.')}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is active"
+    reason = _missing("cpu")
+    return None if reason is None else f"the native extension is missing: {reason.splitlines()[0]}"
+
+
+_FALLBACK_REASONS: dict[PrimitivesBackend, Callable[[Call], str | None]] = {
+    "reference": _reference_fallback_reason,
+    "cpu": _cpu_fallback_reason,
+    "triton": _triton_fallback_reason,
+}
+
+
+# What is installed does not change between compiled calls, and a tracer cannot follow an import.
+@constant_when_traced
+def _missing(backend: Literal["cpu", "triton"]) -> str | None:
+    """Why a backend's kernels cannot run on this installation, or None; it warns of it once."""
+    kernels = cpu if backend == "cpu" else triton
+    kernels.warn_if_unavailable()
+    return kernels.unavailable_reason()

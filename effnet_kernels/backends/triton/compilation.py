@@ -1,0 +1,140 @@
+"""The binaries of a launch trace, compiled ahead of time, for the GPU of this machine or for any other."""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from effnet_kernels.backends.triton.launch import Launch
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+
+
+class Binary(NamedTuple):
+    """All that decides a compilation: launches that agree in it share a binary."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, int], ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kernel = self.kernel.fn
+        return _restored, (kernel.__module__, kernel.__name__, *self[1:])
+
+    def __str__(self) -> str:
+        given = " ".join(f"{name}={value}" for name, value in self.constants if value is not None)
+        absent = " ".join(name.removesuffix("_ptr") for name, value in self.constants if value is None)
+        dtypes = sorted({kind[1:] for _, kind in self.signature if kind.startswith("*")})
+        without = f" without {absent}" if absent else ""
+        options = " ".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.kernel.__name__} {'/'.join(dtypes)} {given}{without} {options}"
+
+
+def binary_of(launch: Launch) -> Binary:
+    """The binary of a launch whose tensors are aligned to 16 bytes, as torch's allocators make them."""
+    signature: list[tuple[str, str]] = []
+    constants: list[tuple[str, Any]] = []
+    for name, argument in launch.arguments.items():
+        if argument is None:
+            signature.append((name, "constexpr"))
+            constants.append((name, None))
+        elif isinstance(argument, Tensor):
+            signature.append((name, _TYPES[argument.dtype]))
+        elif isinstance(argument, int):
+            signature.append((name, "i32" if -(2**31) <= argument < 2**31 else "i64"))
+        else:
+            signature.append((name, "fp32"))
+    signature += [(name, "constexpr") for name in launch.constants]
+    constants += launch.constants.items()
+    order = {name: index for index, name in enumerate(launch.kernel.arg_names)}
+    return Binary(
+        launch.kernel,
+        tuple(sorted(signature, key=lambda entry: order[entry[0]])),
+        tuple(sorted(constants, key=lambda entry: order[entry[0]])),
+        launch.options,
+    )
+
+
+def distinct(launches: Iterable[Launch]) -> list[Binary]:
+    """The binaries that the launches need, in order of first use."""
+    return list(dict.fromkeys(binary_of(launch) for launch in launches))
+
+
+def gpu_target(architecture: int | str) -> GPUTarget:
+    """Triton's target of a compute capability (90) or an AMD architecture ("gfx942")."""
+    if isinstance(architecture, int):
+        return GPUTarget("cuda", architecture, 32)
+    return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+
+
+class _TargetDriver:
+    """The part of a driver that Triton uses when it compiles: the target GPU, which need not be in this machine."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # Triton keeps compiled kernels by device, for which any value will do.
+        return str(self.target)
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+def compile_for(binary: Binary, target: GPUTarget) -> Any:
+    """Triton's compiled kernel for a target, from its cache if it is there, compiled as a launch compiles it."""
+    constants = dict(binary.constants)
+    examples: dict[str, Any] = {"i32": 2, "i64": 2**40, "fp32": 0.5, **{name: dtype for dtype, name in _TYPES.items()}}
+    arguments = [constants[name] if kind == "constexpr" else examples[kind] for name, kind in binary.signature]
+    config = triton.runtime.driver
+    active, config._active = config._active, _TargetDriver(target)
+    try:
+        return binary.kernel.warmup(*arguments, grid=(1,), **dict(binary.options))
+    finally:
+        config._active = active
+
+
+def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: int | None = None) -> None:
+    """Fills Triton's cache with the binaries, where later launches find them."""
+    count = min(len(binaries), processes or os.cpu_count() or 1)
+    # Separate interpreters, because multiprocessing would import the caller's script again.
+    command = [sys.executable, "-c", "from effnet_kernels.backends.triton.compilation import work; work()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(count)]
+    for index, worker in enumerate(workers):
+        assert worker.stdin is not None
+        pickle.dump((binaries[index::count], tuple(target.__dict__.values())), worker.stdin)
+        worker.stdin.close()
+    failed = [worker.returncode for worker in workers if worker.wait() != 0]
+    if failed:
+        raise RuntimeError(f"expected the kernels to compile, but {len(failed)} of {count} compiling processes failed")
+
+
+def work() -> None:
+    """The work of one process of :func:`compile_in_parallel`: compiles the binaries that it receives."""
+    binaries, target = pickle.load(sys.stdin.buffer)
+    for binary in binaries:
+        compile_for(binary, GPUTarget(*target))
+
+
+def _restored(module: str, name: str, *fields: Any) -> Binary:
+    """A binary that has been pickled, with its kernel found by name."""
+    return Binary(getattr(importlib.import_module(module), name), *fields)

@@ -1,0 +1,98 @@
+"""Strips and grids of the depthwise convolution."""
+
+from typing import NamedTuple
+
+import torch
+
+from effnet_kernels.backends.triton.configs import Target
+from effnet_kernels.backends.triton.configs.tuned_configs import Tile, apply_tuned, cached_rule
+
+# The most partial statistics of a channel that a launch may leave.
+MAX_STATISTICS = 256
+
+
+class StripConfig(NamedTuple):
+    """Strips of ``width`` columns and ``height`` rows; ``num_programs`` programs share those of a block of channels.
+
+    A program computes ``strips`` of them at a time, in ``block_c`` channels.
+    """
+
+    width: int
+    height: int
+    strips: int
+    block_c: int
+    num_programs: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@cached_rule
+def forward(
+    samples: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    partials: int | None,
+    dtype: torch.dtype,
+    target: Target,
+) -> StripConfig:
+    """The configuration for an output of ``height`` by ``width``.
+
+    A lane has two channels and seven columns, because the width of every map of an image of 224 is a multiple of seven.
+    Strips are high, because the first rows of each are computed from input that its neighbour reads, too. At most
+    ``partials`` programs share a block of channels, where each of them leaves a partial result.
+    """
+    tile = {"width": 7 if stride == 1 and kernel <= 5 else 4, "strips": 8, "block_c": 32, "num_warps": 4}
+    sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
+    tile = apply_tuned("depthwise", dtype, target, sizes, tile)
+    rows, programs = _strip_rows(samples, channels, height, width, 1, tile, target)
+    return StripConfig(height=rows, num_programs=programs if partials is None else min(programs, partials), **tile)
+
+
+@cached_rule
+def backward(
+    samples: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    target: Target,
+) -> StripConfig:
+    """The configuration for an input of ``height`` by ``width``, counted from the padding's corner.
+
+    Registers hold two windows of ``kernel`` rows and the taps' gradients, so that a lane has a single channel where
+    kernels or elements are large. Programs walk over several strips, because each leaves a partial weight gradient.
+    """
+    narrow = kernel == 7 or (stride == 2 and dtype == torch.float32)
+    tile = {
+        "width": 2 if narrow else (7 if stride == 1 else 4),
+        "strips": 8 if kernel == 3 and dtype != torch.float32 else 4,
+        "block_c": 32,
+        "num_warps": 4,
+    }
+    sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
+    tile = apply_tuned("depthwise_backward", dtype, target, sizes, tile)
+    rows, programs = _strip_rows(samples, channels, height, width, stride, tile, target)
+    blocks = -(-channels // tile["block_c"])
+    programs = min(programs, max(1, 2 * target.multiprocessors // blocks))
+    return StripConfig(height=rows, num_programs=programs, **tile)
+
+
+def _strip_rows(
+    samples: int, channels: int, height: int, width: int, multiple: int, tile: Tile, target: Target
+) -> tuple[int, int]:
+    """The rows of a strip, as many as leave two programs a multiprocessor, and the programs for a block of channels."""
+    blocks = -(-channels // tile["block_c"])
+    columns = -(-width // tile["width"])
+
+    def programs(rows: int) -> int:
+        return -(-samples * columns * -(-height // rows) // tile["strips"])
+
+    rows = -(-height // multiple) * multiple
+    while rows > 14 and programs(rows) * blocks < 2 * target.multiprocessors:
+        rows = -(-rows // (2 * multiple)) * multiple
+    return rows, programs(rows)

@@ -1,0 +1,53 @@
+"""Tiles and grids of the kernels that stream over maps, and of squeeze-and-excitation's layers."""
+
+from typing import NamedTuple
+
+from effnet_kernels.backends.triton.configs import Target
+from effnet_kernels.backends.triton.configs.tuned_configs import cached_rule
+
+
+class StreamConfig(NamedTuple):
+    """Tiles of ``block_m`` rows (pixels) by ``block_c`` channels; ``num_programs`` programs share a group."""
+
+    block_m: int
+    block_c: int
+    num_programs: int
+    max_registers: int | None
+    num_warps: int = 4
+
+
+@cached_rule
+def stream(groups: int, rows: int, channels: int, target: Target, partials: int | None = None) -> StreamConfig:
+    """For ``groups`` (samples, or 1) of ``rows`` pixels: about eight programs a multiprocessor.
+
+    ``partials`` bounds the programs of a group, where each of them writes a partial result.
+    """
+    block_c = 64 if channels > 32 else 32
+    block_m = 4096 // block_c
+    blocks = -(-channels // block_c)
+    tiles = -(-rows // block_m)
+    wanted = max(1, 8 * target.multiprocessors // (groups * blocks))
+    num_programs = min(tiles, wanted if partials is None else min(wanted, partials))
+    return StreamConfig(block_m, block_c, num_programs, target.max_registers())
+
+
+# The most squeezed channels that a program holds; the networks of the family have 4 to 288.
+MAX_SQUEEZED = 1024
+
+
+class ExcitationConfig(NamedTuple):
+    """Tiles of the fully connected layers; ``num_programs`` programs share a sample's channels."""
+
+    block_s: int
+    block_c: int
+    num_programs: int
+    num_warps: int = 8
+
+
+@cached_rule
+def excitation(samples: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
+    """The hidden layer in one block of 16, 64, 256 or 1024; a program a multiprocessor if there are channels enough."""
+    block_s = next(size for size in (16, 64, 256, MAX_SQUEEZED) if squeezed <= size)
+    block_c = {16: 256, 64: 128, 256: 32, 1024: 16}[block_s]
+    num_programs = min(-(-channels // block_c), max(1, target.multiprocessors // samples))
+    return ExcitationConfig(block_s, block_c, num_programs)

@@ -1,0 +1,140 @@
+"""Tiles and grids of the pointwise convolution's GEMMs."""
+
+from typing import NamedTuple
+
+import torch
+
+from effnet_kernels.backends.triton.configs import Target
+from effnet_kernels.backends.triton.configs.tuned_configs import apply_tuned, cached_rule
+
+# The most partial statistics of a channel that a launch may leave, and the most partial sums of an image.
+MAX_STATISTICS = 256
+MAX_SUMS = 8
+# The most programs of a grid's second dimension.
+MAX_GRID_Y = 65535
+
+
+class GemmConfig(NamedTuple):
+    """Tiles of ``block_m`` rows (pixels) by ``block_n`` columns (channels of the result).
+
+    The inner dimension is summed ``block_k`` at a time. ``num_programs`` programs share the row tiles of an owner and a
+    block of columns; :func:`gemm` says what an owner is.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_programs: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+@cached_rule
+def gemm(
+    owners: int,
+    groups: int,
+    rows: int,
+    columns: int,
+    inner: int,
+    partials: int | None,
+    computes_on_load: bool,
+    sums_on_store: bool,
+    dtype: torch.dtype,
+    target: Target,
+) -> GemmConfig:
+    """The configuration for ``owners`` times ``groups`` groups of ``rows`` rows.
+
+    A tile never crosses a group, and partial results never cross an owner: one sample where a result is by sample, else
+    the whole batch. An activation or a gradient that is computed on load (``computes_on_load``) is computed again for
+    each block of columns, so that these are wide. Sums of derivatives on store (``sums_on_store``) need so many
+    registers that tiles are small. Tiles lose rows until there are two programs a multiprocessor.
+
+    Without ``partials`` each program has one tile. With it, an owner gets at most ``partials`` partial results, and
+    about four programs a multiprocessor walk over the tiles.
+    """
+    # On Hopper one warp group computes 128 rows. Elsewhere, operands of matrix instructions need registers, too.
+    warps = 4 if target.architecture == 90 or target.backend == "hip" else 8
+    if dtype == torch.float32:
+        block_m, block_n = 64, 64
+        # There are no matrix units for float32, so that accumulators are spread over more threads.
+        warps = 8 if target.backend == "cuda" else 4
+    elif sums_on_store:
+        block_m, block_n = 64, 64
+    elif computes_on_load and columns > 64:
+        block_m, block_n = 64, 128
+    else:
+        block_m, block_n = 128, 64
+    if columns <= 32:
+        block_n = 32
+        warps = 4 if sums_on_store else warps
+    # Only small batches get small tiles, so that training needs fewer binaries.
+    smallest = 32 if owners * groups * rows <= 2048 else 64
+    blocks = -(-columns // block_n)
+    while block_m > smallest and (
+        block_m >= 2 * rows or owners * groups * blocks * -(-rows // block_m) < 2 * target.multiprocessors
+    ):
+        block_m //= 2
+    if block_m == 32 and dtype != torch.float32:
+        warps = 4 if target.backend == "cuda" else 2  # so that each thread still loads 16 bytes
+    tile = {
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": 16 if sums_on_store and block_m == 64 and block_n == 64 and target.architecture == 90 else 32,
+        "num_warps": warps,
+        # A loop of two trips gains nothing from prefetching, and beside many sums there are no registers for it.
+        "num_stages": 1 if inner <= 64 or sums_on_store else 2,
+    }
+    sizes = {"owners": owners, "rows": groups * rows, "columns": columns, "inner": inner}
+    sizes |= {"loads": computes_on_load, "stores": sums_on_store}
+    tile = apply_tuned("gemm", dtype, target, sizes, tile)
+    blocks = -(-columns // tile["block_n"])
+    tiles = groups * -(-rows // tile["block_m"])
+    # One tile a program, or as few tiles as a grid's second dimension allows.
+    num_programs = -(-tiles // -(-tiles // MAX_GRID_Y))
+    if partials is not None:
+        num_programs = min(tiles, partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
+    return GemmConfig(num_programs=num_programs, max_registers=target.max_registers(), **tile)
+
+
+class WeightConfig(NamedTuple):
+    """Tiles of ``block_m`` output by ``block_n`` input channels, summed over rows (pixels) ``block_k`` at a time.
+
+    ``split_k`` programs share the rows of a tile, and each of them leaves a partial weight gradient.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+# The most bytes of partial weight gradients that a launch may leave.
+_PARTIAL_BYTES = 5 << 20
+
+
+@cached_rule
+def weight_gradient(
+    groups: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype, target: Target
+) -> WeightConfig:
+    """About two programs a multiprocessor, or fewer where their partial results would take too many bytes."""
+    half = dtype != torch.float32
+    block_n = 128 if half and inputs > 64 and target.backend == "cuda" else 64
+    tile = {
+        "block_m": 64 if outputs > 32 else 32,
+        "block_n": block_n,
+        "block_k": 64 if half and block_n == 64 else 32,
+        "num_warps": 4 if half or target.backend == "hip" else 8,
+        "num_stages": 2,
+    }
+    tile = apply_tuned(
+        "weight_gradient", dtype, target, {"rows": groups * rows, "outputs": outputs, "inputs": inputs}, tile
+    )
+    tiles = -(-outputs // tile["block_m"]) * -(-inputs // tile["block_n"])
+    wanted = max(1, 2 * target.multiprocessors // tiles)
+    affordable = max(1, _PARTIAL_BYTES // (4 * outputs * inputs))
+    split_k = min(wanted, affordable, groups * -(-rows // tile["block_k"]))
+    return WeightConfig(split_k=split_k, max_registers=target.max_registers(), **tile)

@@ -1,0 +1,42 @@
+"""Loads of vectors that may be absent, and the gradient of BatchNorm's output on a tile."""
+
+import triton
+import triton.language as tl
+
+from effnet_kernels.backends.triton.kernels.activation import activate_and_differentiate
+
+
+@triton.jit
+def load_vector(ptr, channels, mask, DEFAULT: tl.constexpr):
+    """A vector [C] at ``channels`` [BLOCK_C], in fp32; the default everywhere if the vector is None."""
+    value = tl.full(channels.shape, DEFAULT, tl.float32)  # [BLOCK_C]
+    if ptr is not None:
+        value = tl.load(ptr + channels, mask=mask, other=DEFAULT).to(tl.float32)
+    return value
+
+
+@triton.jit
+def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
+    """Row ``sample`` of a matrix [N, C] at ``channels`` [BLOCK_C], as :func:`load_vector`."""
+    value = tl.full(channels.shape, DEFAULT, tl.float32)  # [BLOCK_C]
+    if ptr is not None:
+        value = tl.load(ptr + sample.to(tl.int64) * C + channels, mask=mask, other=DEFAULT).to(tl.float32)
+    return value
+
+
+@triton.jit
+def gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT: tl.constexpr):
+    """dz of :class:`~effnet_kernels.fusion.spec.OutputGradient` on a tile of rows by channels, [BLOCK_M, BLOCK_C].
+
+    grad: a map [R, C], read at ``offsets`` and ``mask`` [BLOCK_M, BLOCK_C], or None for zeros.
+    y: the raw output's values, [BLOCK_M, BLOCK_C].
+    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. keep: a scalar.
+    """
+    if grad_ptr is not None:
+        dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * (gate * keep)[None, :] + offset[None, :]
+    else:
+        dz = tl.zeros(y.shape, tl.float32) + offset[None, :]
+    if ACT != "none":
+        _, derivative = activate_and_differentiate(y * scale[None, :] + shift[None, :], ACT)
+        dz *= derivative
+    return dz

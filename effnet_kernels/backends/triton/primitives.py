@@ -1,0 +1,42 @@
+"""The primitives of :class:`effnet_kernels.backends.base.Primitives` on the Triton kernels."""
+
+from effnet_kernels.backends.triton.batch_norm import (
+    apply_gradient,
+    channel_statistics,
+    fold_batch_norm,
+    fold_batch_norm_backward,
+    gradient_sums,
+    merge_statistics,
+)
+from effnet_kernels.backends.triton.dense import dense_conv, dense_conv_backward
+from effnet_kernels.backends.triton.depthwise import depthwise_conv, depthwise_conv_backward
+from effnet_kernels.backends.triton.merge import merge
+from effnet_kernels.backends.triton.pointwise import pointwise_conv, pointwise_conv_backward
+from effnet_kernels.backends.triton.squeeze_excite import (
+    excite,
+    excite_backward,
+    excite_backward_weight,
+    mean_of_sums,
+    squeeze,
+)
+
+__all__ = [
+    "apply_gradient",
+    "channel_statistics",
+    "dense_conv",
+    "dense_conv_backward",
+    "depthwise_conv",
+    "depthwise_conv_backward",
+    "excite",
+    "excite_backward",
+    "excite_backward_weight",
+    "fold_batch_norm",
+    "fold_batch_norm_backward",
+    "gradient_sums",
+    "mean_of_sums",
+    "merge",
+    "merge_statistics",
+    "pointwise_conv",
+    "pointwise_conv_backward",
+    "squeeze",
+]

@@ -1,0 +1,90 @@
+"""Replaying a network's launches as CUDA graphs, one for each shape of input."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.backends import select
+
+# Calls before a capture, in which kernels are compiled and libraries allocate what they need.
+_WARMUP = 3
+# One capture at a time is what CUDA allows in a process.
+_capturing = threading.Lock()
+
+
+class _Captured(NamedTuple):
+    """A graph, the memory that it reads and writes, and the event behind its last use."""
+
+    graph: Any
+    x: Tensor
+    outputs: list[Tensor]
+    done: Any
+
+
+class GraphCache:
+    """Calls ``run`` on a GPU by replaying what it launched for an input of the same shape before.
+
+    The ``limit`` shapes used last keep their graphs; one more pushes the oldest out. Any thread and any stream may
+    call, and the outputs belong to the caller.
+
+    Args:
+        run: from images of one dtype on one device to maps, without synchronising or reading values on the host.
+        limit: how many graphs are kept.
+    """
+
+    def __init__(self, run: Callable[[Tensor], list[Tensor]], limit: int = 8) -> None:
+        self._run = run
+        self._limit = limit
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        # What is forced is captured, too.
+        key = tuple(x.shape), select.forced()
+        with self._lock, torch.cuda.device(x.device):
+            captured = self._captured.pop(key, None)
+            if captured is None:
+                with _capturing:
+                    captured = _capture(self._run, x)
+                while len(self._captured) >= self._limit:
+                    _, oldest = self._captured.popitem(last=False)
+                    oldest.done.synchronize()
+            self._captured[key] = captured
+            stream = torch.cuda.current_stream()
+            # Another stream may still be reading what the last replay wrote.
+            stream.wait_event(captured.done)
+            captured.x.copy_(x)
+            captured.graph.replay()
+            outputs = [y.clone() for y in captured.outputs]
+            captured.done.record(stream)
+        return outputs
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __del__(self) -> None:
+        # The memory of a graph may only be used again behind its last replay, on whichever stream that was.
+        for captured in self._captured.values():
+            captured.done.synchronize()
+
+
+# Tensors made under inference_mode could not be written outside of it.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _capture(run: Callable[[Tensor], list[Tensor]], x: Tensor) -> _Captured:
+    kept = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARMUP):
+            run(kept)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on allocating while this one captures.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        outputs = run(kept)
+    return _Captured(graph, kept, outputs, torch.cuda.Event())
