@@ -89,12 +89,12 @@ def test_pointwise_conv_backward(samples, inputs, outputs, size, kind):
     grad, y = channels_last(samples, outputs, *size), channels_last(samples, outputs, *size)
     x, weight = channels_last(samples, inputs, *size), vector(outputs, inputs, 1, 1) / outputs**0.5
     gradient, mean = gradients(grad, y)[kind], vector(inputs)
-    owed, residual = prologue_of(samples, inputs), channels_last(samples, inputs, *size)
+    prologue, residual = prologue_of(samples, inputs), channels_last(samples, inputs, *size)
     prologue, mean, residual, through = {
-        "project": (owed, mean, None, False),
+        "project": (prologue, mean, None, False),
         "expand": (Prologue(), None, residual, False),
         "head": (Prologue(), None, None, False),
-        "all": (owed, mean, residual, True),
+        "all": (prologue, mean, residual, True),
     }[kind]
     dx, sums, dweight = primitives.pointwise_conv_backward(
         gradient, weight, x, prologue, mean, residual, through, True, True
@@ -119,14 +119,14 @@ def test_prologues_of_one_part(part):
     """What stands for the missing part lives as long as the call."""
     statistics = RunningStatistics(vector(4096), vector(4096).abs() + 0.5, 1e-3)
     given = {"scale": vector(4096), "shift": vector(4096), "statistics": statistics}
-    owed = Prologue(**{part: given[part]}, act="relu")
+    prologue = Prologue(**{part: given[part]}, act="relu")
     x, weight, taps = channels_last(2, 4096, 3, 3), vector(16, 4096, 1, 1), vector(4096, 1, 3, 3)
-    arguments = (x, weight, None, owed, Epilogue(), "none")
+    arguments = (x, weight, None, prologue, Epilogue(), "none")
     compare(primitives.pointwise_conv(*arguments), reference.pointwise_conv, *arguments)
     gradient = OutputGradient(channels_last(2, 16, 3, 3))
-    arguments = (gradient, weight, x, owed, None, None, False, False, True)
+    arguments = (gradient, weight, x, prologue, None, None, False, False, True)
     compare(primitives.pointwise_conv_backward(*arguments), reference.pointwise_conv_backward, *arguments)
-    arguments = (x, taps, 1, (1, 1, 1, 1), owed, Epilogue(), "none")
+    arguments = (x, taps, 1, (1, 1, 1, 1), prologue, Epilogue(), "none")
     compare(primitives.depthwise_conv(*arguments), reference.depthwise_conv, *arguments)
 
 
@@ -202,8 +202,14 @@ def test_passes_over_maps(channels, samples, size):
     x, other, residual = (channels_last(samples, channels, *size) for _ in range(3))
     prologue, keep = prologue_of(samples, channels), vector(samples)
     assert_accurate(primitives.merge_statistics(primitives.channel_statistics(x * 0.1 + 3)), moments(x * 0.1 + 3))
-    for owed, factor in ((prologue, None), (Prologue(), other)):
-        compare(primitives.squeeze(x, owed, factor).sum(dim=1, keepdim=True), reference.squeeze, x, owed, factor)
+    for applied, factor in ((prologue, None), (Prologue(), other)):
+        compare(
+            primitives.squeeze(x, applied, factor).sum(dim=1, keepdim=True),
+            reference.squeeze,
+            x,
+            applied,
+            factor,
+        )
     for arguments in (
         (x, prologue, other, keep),
         (x, prologue._replace(gate=None), None, None),
@@ -288,23 +294,23 @@ def everything(samples: int, channels: int, outputs: int, height: int, width: in
     """The results of every operator on one shape, from one seed."""
     torch.manual_seed(1)
     x, y = channels_last(samples, channels, height, width), channels_last(samples, outputs, height, width)
-    weight, owed = vector(outputs, channels, 1, 1), prologue_of(samples, channels)
+    weight, prologue = vector(outputs, channels, 1, 1), prologue_of(samples, channels)
     gradient = gradients(channels_last(*y.shape), y)["all"]
-    ungated, taps = owed._replace(gate=None), vector(channels, 1, 5, 5)
+    ungated, taps = prologue._replace(gate=None), vector(channels, 1, 5, 5)
     depthwise = primitives.depthwise_conv(x, taps, 2, (2, 2, 2, 2), ungated, Epilogue(), "statistics")
     of_depthwise = OutputGradient(channels_last(*depthwise[0].shape), depthwise[0])
-    sums = primitives.squeeze(x, owed)
+    sums = primitives.squeeze(x, prologue)
     w1, w2 = vector(12, channels, 1, 1), vector(channels, 12, 1, 1)
     gate, pooled, hidden = primitives.excite(sums, 5, w1, None, w2, None, "silu", "sigmoid")
     path = primitives.excite_backward(sums[:, :, None], 5, gate, hidden, w1, w2, "silu", "sigmoid")
     results = (
-        *primitives.pointwise_conv(x, weight, None, owed, Epilogue(), "statistics"),
+        *primitives.pointwise_conv(x, weight, None, prologue, Epilogue(), "statistics"),
         *primitives.pointwise_conv(x, weight, None, Prologue(), Epilogue(act="silu"), "pool"),
-        *primitives.pointwise_conv_backward(gradient, weight, x, owed, vector(channels), None, True, True, True),
+        *primitives.pointwise_conv_backward(gradient, weight, x, prologue, vector(channels), None, True, True, True),
         *depthwise,
         *primitives.depthwise_conv_backward(of_depthwise, x, taps, 2, (2, 2, 2, 2), ungated, vector(channels), None),
         primitives.channel_statistics(x),
-        primitives.merge(x, owed, x, torch.rand(samples)),
+        primitives.merge(x, prologue, x, torch.rand(samples)),
         primitives.gradient_sums(gradient, vector(outputs)),
         primitives.apply_gradient(gradient, None),
         *(sums, gate, pooled, hidden, *path),

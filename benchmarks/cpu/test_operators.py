@@ -63,24 +63,24 @@ def calls(layer):
     x, y = channels_last(channels, layer.size), channels_last(outputs, out_size)
     gradient = OutputGradient(channels_last(outputs, out_size), y, torch.randn(3, outputs))
     # An expansion reads an activated map, the others what a convolution left.
-    owed = Prologue() if expands else Prologue(torch.rand(channels), torch.randn(channels), "silu")
+    prologue = Prologue() if expands else Prologue(torch.rand(channels), torch.randn(channels), "silu")
     mean = None if expands else torch.zeros(channels)
     read, written = 4 * x.numel(), 4 * y.numel()
     if pointwise:
         weight = torch.randn(outputs, channels, 1, 1)
         if not expands:
-            owed = owed._replace(gate=torch.rand(BATCH, channels))
-        forward = functools.partial(primitives.pointwise_conv, x, weight, None, owed, Epilogue(), "statistics")
+            prologue = prologue._replace(gate=torch.rand(BATCH, channels))
+        forward = functools.partial(primitives.pointwise_conv, x, weight, None, prologue, Epilogue(), "statistics")
         backward = functools.partial(
-            primitives.pointwise_conv_backward, gradient, weight, x, owed, mean, None, False, True, True
+            primitives.pointwise_conv_backward, gradient, weight, x, prologue, mean, None, False, True, True
         )
     else:
         weight, pads = torch.randn(channels, 1, layer.kernel, layer.kernel), (layer.kernel // 2,) * 4
         forward = functools.partial(
-            primitives.depthwise_conv, x, weight, layer.stride, pads, owed, Epilogue(), "statistics"
+            primitives.depthwise_conv, x, weight, layer.stride, pads, prologue, Epilogue(), "statistics"
         )
         backward = functools.partial(
-            primitives.depthwise_conv_backward, gradient, x, weight, layer.stride, pads, owed, mean, None
+            primitives.depthwise_conv_backward, gradient, x, weight, layer.stride, pads, prologue, mean, None
         )
     work = 2 * BATCH * layer.macs()
     return {"forward": (forward, work, read + written), "backward": (backward, 2 * work, 2 * (read + written))}

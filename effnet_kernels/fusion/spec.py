@@ -1,12 +1,12 @@
-"""The debt that an activation carries between two convolutions.
+"""What is computed, as data: the operands of a convolution, and chains of convolutions with their tensors.
 
-A convolution of this package reads the raw output ``x`` of the convolution before it, and what is still owed to it::
+A convolution of this package reads the raw output ``x`` of the convolution before it. The norm, the activation and the
+gate between the two are its prologue, applied to ``x`` on load::
 
     a[n, c, h, w] = act(scale[c] * x[n, c, h, w] + shift[c]) * gate[n, c]
 
-``scale`` and ``shift`` are BatchNorm, ``gate`` is squeeze-and-excitation. The consumer pays the debt while it loads
-(:class:`Prologue`); at inference, where the statistics are known beforehand, the producer pays it before it stores
-(:class:`Epilogue`).
+``scale`` and ``shift`` are BatchNorm, ``gate`` is squeeze-and-excitation. At inference, where the statistics are known
+beforehand, norm and activation are the epilogue of the convolution before, applied before the store.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class RunningStatistics(NamedTuple):
 
 
 class Prologue(NamedTuple):
-    """What is owed to an input, paid on load: ``act(scale * x + shift) * gate``. Any part may be absent."""
+    """What is applied to an input on load: ``act(scale * x + shift) * gate``. Any part may be absent."""
 
     scale: Tensor | None = None  # [C], fp32
     shift: Tensor | None = None  # [C], fp32

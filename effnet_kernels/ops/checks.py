@@ -91,9 +91,9 @@ def fits_kernels(
 
     On the CPU all are float32; beside a GPU's maps of lower precision vectors and weights may be float32.
     """
-    owed = [*(prologue or ()), *((prologue and prologue.statistics) or ())]
-    owed += [*(epilogue or ()), *((epilogue and epilogue.statistics) or ())]
-    vectors = [t for t in (*owed, *parameters) if isinstance(t, Tensor)]
+    parts = [*(prologue or ()), *((prologue and prologue.statistics) or ())]
+    parts += [*(epilogue or ()), *((epilogue and epilogue.statistics) or ())]
+    vectors = [t for t in (*parts, *parameters) if isinstance(t, Tensor)]
     if any(t.dtype != torch.float32 if x.device.type == "cpu" else t.dtype == torch.float64 for t in vectors):
         return False
     if not any_requires_grad(x, *vectors):
@@ -108,17 +108,17 @@ def fits_reduction(reduction: Reduction, x: Tensor, residual: Tensor | None, *pa
     )
 
 
-Owed = TypeVar("Owed", Prologue, Epilogue)
+Parts = TypeVar("Parts", Prologue, Epilogue)
 
 
-def contiguous(owed: Owed) -> Owed:
-    """What is owed with its vectors contiguous, and a residual in channels-last strides."""
-    if owed.statistics is not None:
-        mean, var, eps = owed.statistics
-        owed = owed._replace(statistics=RunningStatistics(as_contiguous(mean), as_contiguous(var), eps))
+def contiguous(parts: Parts) -> Parts:
+    """A prologue or an epilogue with its vectors contiguous, and a residual in channels-last strides."""
+    if parts.statistics is not None:
+        mean, var, eps = parts.statistics
+        parts = parts._replace(statistics=RunningStatistics(as_contiguous(mean), as_contiguous(var), eps))
     replaced: dict[str, Any] = {
         name: as_map(t) if t.dim() == 4 else as_contiguous(t)
-        for name, t in zip(owed._fields, owed, strict=True)
+        for name, t in zip(parts._fields, parts, strict=True)
         if isinstance(t, Tensor)
     }
-    return owed._replace(**replaced)
+    return parts._replace(**replaced)

@@ -39,7 +39,7 @@ def depthwise_conv(
         weight: [C, 1, k, k], k odd.
         stride: at least 1, of rows and columns alike.
         padding: an integer, (left, right, top, bottom), or ``"same"`` (TensorFlow's); zeros after the prologue.
-        prologue: what is owed to ``x``, paid on load.
+        prologue: what is applied to ``x`` on load.
         epilogue: what is applied to the output before it is stored.
         reduction: ``"statistics"`` returns the [3, C] count, mean and M2 of the stored output beside it; ``"pool"``
             its spatial mean [N, C] (the squeeze, at no pass of its own).
@@ -66,19 +66,19 @@ def depthwise_conv(
     rows, columns = output_map(height, width, kernel, stride, pads)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
-    owed, finish = prologue or Prologue(), epilogue or Epilogue()
-    fits = owed.gate is None and finish.residual is None and fits_kernels(x, prologue, epilogue, weight)
-    fits = fits and fits_reduction(reduction, x, None, weight, *owed)
+    prologue, epilogue = prologue or Prologue(), epilogue or Epilogue()
+    fits = prologue.gate is None and epilogue.residual is None and fits_kernels(x, prologue, epilogue, weight)
+    fits = fits and fits_reduction(reduction, x, None, weight, *prologue)
     backend = select.operator_backend(x) if fits else "reference"
     if not has_depthwise(backend, kernel, stride):
         backend = "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, weight = as_map(x), as_contiguous(weight)
-        owed, finish = contiguous(owed), contiguous(finish)
-        if any_requires_grad(x, weight, *owed):
-            return DepthwiseConv.apply(primitives, x, weight, *owed[:3], stride, pads, reduction)
-    y, partials = primitives.depthwise_conv(x, weight, stride, pads, owed, finish, reduction)
+        prologue, epilogue = contiguous(prologue), contiguous(epilogue)
+        if any_requires_grad(x, weight, *prologue):
+            return DepthwiseConv.apply(primitives, x, weight, *prologue[:3], stride, pads, reduction)
+    y, partials = primitives.depthwise_conv(x, weight, stride, pads, prologue, epilogue, reduction)
     if partials is None:
         return y, None
     if reduction == "pool":

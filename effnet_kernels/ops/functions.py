@@ -45,14 +45,14 @@ class PointwiseConv(torch.autograd.Function):
         x, y = as_map(x), as_map(y)
         weight, scale, shift, gate = _contiguous(weight, scale, shift, gate)
         needs = ctx.needs_input_grad[1:]
-        owed = _with_statistics(grad, y, stats, grad_stats)
+        gradient = _with_statistics(grad, y, stats, grad_stats)
         grad_x = grad_scale = grad_shift = grad_gate = grad_bias = None
         prologue = Prologue(scale, shift, ctx.act, gate)
         plain = scale is None and shift is None and gate is None and ctx.act == "none"
         needs_input = needs[0] or any(needs[3:6])
         zero = _zeros(x) if needs_input and not plain else None
         dz, sums, grad_weight = ctx.primitives.pointwise_conv_backward(
-            owed, weight, x, prologue, zero, None, not plain, needs_input, needs[1]
+            gradient, weight, x, prologue, zero, None, not plain, needs_input, needs[1]
         )
         if sums is not None:
             of_gate, of_shift, _, of_scale, _ = sums.sum(dim=1).unbind(1)  # [N, C] each
@@ -96,11 +96,11 @@ class DepthwiseConv(torch.autograd.Function):
         x, y = as_map(x), as_map(y)
         weight, scale, shift = _contiguous(weight, scale, shift)
         needs = ctx.needs_input_grad[1:]
-        owed = _with_statistics(grad, y, stats, grad_stats)
+        gradient = _with_statistics(grad, y, stats, grad_stats)
         zero = _zeros(x) if any(needs[2:4]) else None
         prologue = Prologue(scale, shift, ctx.act)
         dz, sums, grad_weight = ctx.primitives.depthwise_conv_backward(
-            owed, x, weight, ctx.stride, ctx.padding, prologue, zero, None
+            gradient, x, weight, ctx.stride, ctx.padding, prologue, zero, None
         )
         grad_scale = grad_shift = None
         if sums is not None:
@@ -127,8 +127,8 @@ class Squeeze(torch.autograd.Function):
         x, scale, shift = ctx.saved_tensors
         x = as_map(x)
         offset, scale, shift = _contiguous(grad / (x.shape[2] * x.shape[3]), scale, shift)
-        owed = OutputGradient(None, x, None, None, None, offset, scale, shift, ctx.act)
-        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], owed, x)
+        gradient = OutputGradient(None, x, None, None, None, offset, scale, shift, ctx.act)
+        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], gradient, x)
         return None, *_cast(ctx.needs_input_grad[1:], gradients, (x, scale, shift)), None
 
 
@@ -155,8 +155,8 @@ class Merge(torch.autograd.Function):
         x, scale, shift, keep = ctx.saved_tensors
         x, grad = as_map(x), as_map(grad)
         scale, shift, keep = _contiguous(scale, shift, keep)
-        owed = OutputGradient(grad, x, None, None, keep, None, scale, shift, ctx.act)
-        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], owed, x)
+        gradient = OutputGradient(grad, x, None, None, keep, None, scale, shift, ctx.act)
+        gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], gradient, x)
         residual = grad if ctx.needs_input_grad[4] else None
         return None, *_cast(ctx.needs_input_grad[1:], gradients, (x, scale, shift)), residual, None, None
 
@@ -263,18 +263,19 @@ def _scaled(primitives: Primitives, dz: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _through_affine(
-    primitives: Primitives, needs: tuple[bool, ...], owed: OutputGradient, x: Tensor
+    primitives: Primitives, needs: tuple[bool, ...], gradient: OutputGradient, x: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, scale and shift, where act(scale * x + shift) got the gradient in ``owed``."""
+    """The gradients of x, scale and shift, where act(scale * x + shift) got this gradient."""
     grad_x = grad_scale = grad_shift = None
     if needs[1] or needs[2]:
         zero = _zeros(x)
-        grad_shift, grad_scale = primitives.gradient_sums(owed, zero).sum(dim=0)
+        grad_shift, grad_scale = primitives.gradient_sums(gradient, zero).sum(dim=0)
     if needs[0]:
-        if owed.scale is not None:
-            scale = owed.scale.float()
-            owed = owed._replace(coefficients=torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)]))
-        grad_x = primitives.apply_gradient(owed, None)
+        if gradient.scale is not None:
+            scale = gradient.scale.float()
+            nothing = torch.zeros_like(scale)
+            gradient = gradient._replace(coefficients=torch.stack([scale, nothing, nothing]))
+        grad_x = primitives.apply_gradient(gradient, None)
     return grad_x, grad_scale, grad_shift
 
 

@@ -1,4 +1,4 @@
-"""The end of a block: the debt paid, the stochastic-depth factor, the residual."""
+"""The end of a block: its last norm, the stochastic-depth factor, the residual."""
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def merge(
 
     Args:
         x: [N, C, H, W], the raw output of the block's last convolution.
-        prologue: what is owed to it.
+        prologue: what is applied to it on load.
         residual: [N, C, H, W], the block's input.
         keep: [N], the stochastic-depth factor of each sample: 0, or 1 / survival probability.
 
@@ -35,17 +35,17 @@ def merge(
     check_prologue(prologue, x)
     check_shape(residual, tuple(x.shape), "residual", x)
     check_shape(keep, (x.shape[0],), "keep", x)
-    owed = prologue or Prologue()
-    recorded = any_requires_grad(x, residual, keep, *owed)
+    prologue = prologue or Prologue()
+    recorded = any_requires_grad(x, residual, keep, *prologue)
     fits = fits_kernels(x, prologue, None, residual, keep)
-    if recorded and (owed.gate is not None or any_requires_grad(keep)):
+    if recorded and (prologue.gate is not None or any_requires_grad(keep)):
         fits = False
     backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, residual = as_map(x), None if residual is None else as_map(residual)
-        keep, owed = None if keep is None else as_contiguous(keep), contiguous(owed)
+        keep, prologue = None if keep is None else as_contiguous(keep), contiguous(prologue)
         if recorded:
-            scale, shift, act, _, _ = owed
+            scale, shift, act, _, _ = prologue
             return Merge.apply(primitives, x, scale, shift, residual, keep, act)
-    return primitives.merge(x, owed, residual, keep)
+    return primitives.merge(x, prologue, residual, keep)

@@ -35,7 +35,7 @@ def pointwise_conv(
         x: [N, C, H, W], float32, float16, bfloat16 or float64; channels-last is fastest.
         weight: [K, C, 1, 1].
         bias: [K].
-        prologue: what is owed to ``x``, paid on load.
+        prologue: what is applied to ``x`` on load.
         epilogue: what is applied to the output before it is stored.
         reduction: ``"statistics"`` returns the [3, K] count, mean and M2 of the stored output beside it; ``"pool"``
             returns the spatial mean [N, K] instead of the output.
@@ -55,18 +55,18 @@ def pointwise_conv(
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
-    owed, finish = prologue or Prologue(), epilogue or Epilogue()
+    prologue, epilogue = prologue or Prologue(), epilogue or Epilogue()
     fits = fits_kernels(x, prologue, epilogue, weight, bias)
-    fits = fits and fits_reduction(reduction, x, finish.residual, weight, bias, *owed)
+    fits = fits and fits_reduction(reduction, x, epilogue.residual, weight, bias, *prologue)
     backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, weight, bias = as_map(x), as_contiguous(weight), None if bias is None else as_contiguous(bias)
-        owed, finish = contiguous(owed), contiguous(finish)
-        if any_requires_grad(x, weight, bias, *owed):
-            scale, shift, act, gate, _ = owed
+        prologue, epilogue = contiguous(prologue), contiguous(epilogue)
+        if any_requires_grad(x, weight, bias, *prologue):
+            scale, shift, act, gate, _ = prologue
             return PointwiseConv.apply(primitives, x, weight, bias, scale, shift, gate, act, reduction)
-    y, partials = primitives.pointwise_conv(x, weight, bias, owed, finish, reduction)
+    y, partials = primitives.pointwise_conv(x, weight, bias, prologue, epilogue, reduction)
     if reduction == "pool":
         assert partials is not None
         return primitives.mean_of_sums(partials, x.shape[2] * x.shape[3]), None

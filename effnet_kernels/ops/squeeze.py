@@ -18,13 +18,13 @@ def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
     """
     check_map(x)
     check_prologue(prologue, x)
-    owed = prologue or Prologue()
-    recorded = any_requires_grad(x, *owed)
-    fits = fits_kernels(x, prologue) and not (recorded and owed.gate is not None)
+    prologue = prologue or Prologue()
+    recorded = any_requires_grad(x, *prologue)
+    fits = fits_kernels(x, prologue) and not (recorded and prologue.gate is not None)
     backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
-        x, owed = as_map(x), contiguous(owed)
+        x, prologue = as_map(x), contiguous(prologue)
         if recorded:
-            return Squeeze.apply(primitives, x, *owed[:3])
-    return primitives.mean_of_sums(primitives.squeeze(x, owed), x.shape[2] * x.shape[3])
+            return Squeeze.apply(primitives, x, *prologue[:3])
+    return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3])

@@ -103,9 +103,9 @@ def test_squeeze_and_merge(shape) -> None:
     gate, keep = torch.rand(samples, channels, device="cuda"), vector(samples)
     prologue = Prologue(vector(channels), vector(channels), "silu", gate)
     statistics = RunningStatistics(vector(channels), vector(channels).abs() + 0.5, 1e-3)
-    for owed, factor in ((prologue, None), (Prologue(), other)):
-        sums = squeeze_excite.squeeze(x, owed, factor)
-        compare(sums.sum(dim=1, keepdim=True), reference.squeeze, x, owed, factor, dtype=dtype)
+    for applied, factor in ((prologue, None), (Prologue(), other)):
+        sums = squeeze_excite.squeeze(x, applied, factor)
+        compare(sums.sum(dim=1, keepdim=True), reference.squeeze, x, applied, factor, dtype=dtype)
         mean = squeeze_excite.mean_of_sums(sums, 5)
         assert_accurate(mean, sums.double().sum(dim=1) / 5)
     for arguments in (

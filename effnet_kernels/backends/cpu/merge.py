@@ -1,4 +1,4 @@
-"""The end of a chain on the CPU: the debt paid, the stochastic-depth factor, the residual."""
+"""The end of a chain on the CPU: its last norm, the stochastic-depth factor, the residual."""
 
 from torch import Tensor
 
