@@ -37,7 +37,7 @@ def engines(case: str) -> tuple[str, ...]:
     if choice == "serve":
         return bench.OURS, "onnxruntime", "openvino"
     known = bench.engines_of(name, trains(case))
-    return known if choice == "all" else tuple(engine for engine in known if engine not in bench.PEERS)
+    return known if choice == "all" else tuple(engine for engine in known if engine not in bench.BASELINES)
 
 
 def trains(case: str) -> bool:

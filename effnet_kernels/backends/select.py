@@ -138,7 +138,7 @@ def _is_watched() -> bool:
 
 def registered(x: Tensor) -> bool:
     """Whether what torch.compile traces for ``x`` are the registered operators; an export has torch's own alone."""
-    # torch 2.9 compiles this to True in any case, and so it compiles the textbook path, which its tracer can follow.
+    # torch 2.9 compiles this to True in any case, and so it compiles the eager path, which its tracer can follow.
     if torch.compiler.is_exporting():
         return False
     return forced() != "torch"

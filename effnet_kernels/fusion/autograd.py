@@ -32,7 +32,7 @@ def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Te
 
 
 def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
-    """:func:`run` without its checks, where nobody traces."""
+    """:func:`run` without its checks, called and not traced."""
     autocast = select.autocast_dtype(x)
     if autocast is not None and backend == "reference":
         # The reference is made of torch's own functions, which autocast would cast again.

@@ -1,9 +1,8 @@
 """What was found out about a module's inside, kept for as long as the inside stays as it was.
 
-Whether operators can stand for a module's children, and with which tensors, takes a hundred microseconds of questions;
-to see that nothing has changed since takes a few. Anything counts as a change that shows in the attributes, children,
-parameters, buffers, hooks or classes of the module or of those inside it, or in the methods that are the forward of
-these classes.
+Whether kernels can compute a module, and with which tensors, takes a hundred microseconds to find out; to see that
+nothing has changed since takes a few. A change is anything that shows in the attributes, children, parameters, buffers,
+hooks or classes of the module or of those inside it, or in the methods that are the forward of these classes.
 """
 
 import operator

@@ -1,4 +1,4 @@
-"""accelerate(): other packages' networks on this package's operators, in place."""
+"""accelerate(): other packages' networks on this package's kernels, in place."""
 
 import functools
 import importlib
@@ -23,13 +23,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model) -> Model:
-    """Switches every block that the operators know to them, in place, and returns the model.
+    """Switches every block that the kernels can compute to them, in place, and returns the model.
 
     Blocks are known by their class: those of torchvision's EfficientNets and MobileNets, of timm's ``efficientnet``,
     ``tf_efficientnet``, ``efficientnetv2``, ``mobilenetv2``, ``mobilenetv3`` and ``mnasnet``, of
     ``efficientnet_pytorch`` and its copy in ``segmentation_models_pytorch``, and of classes that inherit their
     ``forward``. A block becomes an instance of a subclass of its own class; parameters, buffers, names, hooks and the
-    class's other methods stay. A block with a part that the operators do not know is left alone, and one that changes
+    class's other methods stay. A block with a part that no kernel computes is left alone, and one that changes
     later (a hook inside, a parametrization, another norm) computes as it did for as long as that is so.
     ``print(explain(model))`` lists what was switched, and why the rest was not. :func:`restore` undoes it.
 
@@ -65,7 +65,7 @@ def restore(model: Model) -> Model:
 
 
 def why_left_alone(block: nn.Module) -> str | None:
-    """Why a block of a known class cannot run on the operators as it is now, or None; None for other modules too."""
+    """Why a block of a known class cannot run on the kernels as it is now, or None; None for other modules too."""
     adapter = adapter_of(type(block))
     if adapter is None:
         return None
@@ -106,7 +106,7 @@ def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class Accelerated(FusedModule):
-    """Mixed into a block's own class: its forward on the operators wherever they can stand for it."""
+    """Mixed into a block's own class: its forward as one fused chain wherever kernels compute it."""
 
     original: ClassVar[type[nn.Module]]
     adapter: ClassVar[Adapter]
@@ -142,7 +142,7 @@ class AcceleratedNetwork:
     pairs: ClassVar[Pairs]
 
     def pair(self, index: int) -> nn.Module:
-        """The stem (0) or the head (1) as a block on the operators."""
+        """The stem (0) or the head (1) as a block on the kernels."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         conv, norm, act = (None if name is None else modules[name] for name in self.pairs[index])
         kept = _pairs.setdefault(self, {})  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _by_pairs(name: str) -> Callable[..., Any]:
-    """The original's method of this name, on the operators where nobody looks on."""
+    """The original's method of this name, with fused pairs where no tracer or hook observes the call."""
 
     @_outliving(name)
     def method(self: Any, x: Tensor, *arguments: Any, **named: Any) -> Any:

@@ -42,13 +42,13 @@ def settings_of(model: nn.Module) -> Settings:
         raise ValueError(f"expected one eps and momentum in all BatchNorms, got {dict(found) or 'no BatchNorm'}")
     (eps, momentum), _ = found.popitem()
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    # Peers name their convolution with TensorFlow's padding Conv2d...Same..., or have torch's "same" where it is that.
+    # Other packages name their convolution with TensorFlow's padding Conv2d...Same..., or have torch's "same".
     same = any("Same" in type(conv).__name__ or isinstance(conv.padding, str) for conv in convs)
     return Settings(eps, momentum, "same" if same else "symmetric")
 
 
 def from_peer(peer: nn.Module, verify: bool | Tensor = True) -> EfficientNet:
-    """Our network with a peer's weights and settings, in its training or evaluation mode, on its device and dtype.
+    """Our network with the weights and settings of another package's, in its mode, on its device and in its dtype.
 
     Dropout and stochastic depth are the released network's.
 
@@ -106,7 +106,7 @@ def _block_names(model: nn.Module) -> list[str]:
 
 
 def transfer(source: nn.Module, target: nn.Module) -> None:
-    """Copies one model's weights and BatchNorm settings into another, each ours or a peer's.
+    """Copies one model's weights and BatchNorm settings into another, each ours or another package's.
 
     Raises ValueError, with ``target`` untouched, where the weights do not fit or the padding differs.
     """

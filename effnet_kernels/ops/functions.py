@@ -282,7 +282,7 @@ def _through_affine(
 def _cast(
     needs: tuple[bool, ...], gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """Gradients in the shape and dtype of their inputs, and none that nobody needs."""
+    """Gradients in the shape and dtype of their inputs, and only those that are needed."""
     return [
         g.to(t.dtype).reshape(t.shape) if needed and g is not None and t is not None else None
         for needed, g, t in zip(needs, gradients, inputs, strict=False)

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from effnet_kernels.tools import bench_engines
 from effnet_kernels.tools.bench_engines import (
     ACCELERATED,
+    BASELINES,
     EAGER,
     FROM_ONNX,
     OURS,
-    PEERS,
     STEPS,
     eager_network,
     is_own,
@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
     rows: list[Row]
     training: bool = False
 
-    def fastest_peer(self) -> Row | None:
+    def fastest_baseline(self) -> Row | None:
         timed = [row for row in self.rows if row.milliseconds is not None and not is_own(row.engine)]
         return min(timed, key=lambda row: row.milliseconds or 0.0, default=None)
 
@@ -92,7 +92,7 @@ class Comparison(NamedTuple):
 def engines_of(name: str, training: bool = False) -> tuple[str, ...]:
     """The engines that a network can be compared under, ours first."""
     eager = (OURS, *(package_of(name) + state for state in (ACCELERATED, *EAGER)))
-    return (*eager, "torch.compile") if training else (*eager, *PEERS)
+    return (*eager, "torch.compile") if training else (*eager, *BASELINES)
 
 
 def compare(
@@ -107,7 +107,7 @@ def compare(
     """Times a network's inference, or a training step, under several engines on this CPU, in float32.
 
     Args:
-        name: a name of :data:`effnet_kernels.VARIANTS`; the peer is torchvision's network of that name, or timm's.
+        name: a name of :data:`effnet_kernels.VARIANTS`; the baseline is torchvision's network of that name, or timm's.
         batch: images of a call.
         resolution: rows and columns of the images; None for the network's own.
         threads: of each engine; None for torch's number.

@@ -13,7 +13,7 @@ from typing import Any
 
 OURS = "effnet_kernels"
 # Engines and the module that each needs; those of the network's own package are added.
-PEERS = {"torch.compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+BASELINES = {"torch.compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 # Those that read an exported network.
 FROM_ONNX = ("onnxruntime", "openvino")
 EAGER = (" channels-last", " contiguous")
@@ -28,7 +28,7 @@ def is_own(engine: str) -> bool:
 
 
 def modules_of(engine: str) -> list[str]:
-    return [PEERS.get(engine, "torch"), *(["onnx"] if engine in FROM_ONNX else [])]
+    return [BASELINES.get(engine, "torch"), *(["onnx"] if engine in FROM_ONNX else [])]
 
 
 def package_of(name: str) -> str:

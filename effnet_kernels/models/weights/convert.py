@@ -61,7 +61,7 @@ def convert_state_dict(
 def load_checkpoint(
     model: nn.Module, checkpoint: Mapping[str, Any], *, skip_classifier: bool = False, skip_stem: bool = False
 ) -> None:
-    """Loads a state dict of any format, wrapped and prefixed or not, into a model of ours or of a peer.
+    """Loads a state dict of any format, wrapped and prefixed or not, into a model of ours or of another package.
 
     A model without classifier or without head takes what it has a place for. BatchNorm counters that old checkpoints
     lack stay as they are.
