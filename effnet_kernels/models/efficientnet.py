@@ -134,7 +134,7 @@ class EfficientNet(LukemelasInterface):
 
     @torch.jit.unused
     def _pools_in_head(self, x: Tensor) -> bool:
-        """Whether the head may pool its output before storing it: no hook or replaced method observes the calls left out."""
+        """Whether the head may pool its output before storing it: nothing observes the calls that are left out."""
         if select.chain_backend(x) is None or _has_any_global_hook():
             return False
         if type(self).extract_features is not EfficientNet.extract_features or "extract_features" in self.__dict__:
