@@ -4,12 +4,12 @@
 
 #include <tuple>
 
-#include "dispatch.h"
-#include "network.h"
-#include "operators.h"
-#include "parallel.h"
-#include "peak.h"
-#include "pool.h"
+#include "engine/network.h"
+#include "kernels/dispatch.h"
+#include "kernels/peak.h"
+#include "operators/operators.h"
+#include "platform/parallel.h"
+#include "platform/pool.h"
 
 namespace py = pybind11;
 

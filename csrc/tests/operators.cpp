@@ -6,9 +6,9 @@
 #include <random>
 #include <vector>
 
-#include "../dispatch.h"
-#include "../network.h"
-#include "../operators.h"
+#include "engine/network.h"
+#include "kernels/dispatch.h"
+#include "operators/operators.h"
 
 namespace {
 

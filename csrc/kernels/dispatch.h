@@ -1,0 +1,27 @@
+// Which kernels run on this machine.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace effnet {
+
+// The kernels of every instruction set of this build, the preferred one last. Dispatch, tests and benchmarks read this
+// table and nothing else.
+const std::vector<const Kernels*>& kernel_table();
+
+// Whether this processor and operating system can run it.
+bool isa_supported(const std::string& isa);
+
+// The instruction sets of this build that this machine supports, the preferred one last.
+std::vector<std::string> supported_isas();
+
+// The one in use: EFFNET_KERNELS_ISA, or the preferred one. Throws std::invalid_argument if the variable names another.
+const std::string& selected_isa();
+
+// The kernels of an instruction set. Throws std::invalid_argument if there are none, or this machine cannot run them.
+const Kernels& kernels_of(const std::string& isa);
+
+}  // namespace effnet
