@@ -118,15 +118,18 @@ void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::i
 using ShapeTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                               std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
+std::int64_t images_of(const ShapeTuple& given) { return std::get<0>(given); }
+
 effnet::ConvShape shape_of(const ShapeTuple& given) {
   const auto [images, channels, height, width, out_height, out_width, kernel, stride, left, top] = given;
-  return {images, channels, height, width, out_height, out_width, kernel, stride, left, top};
+  return {channels, height, width, out_height, out_width, kernel, stride, left, top};
 }
 
 void depthwise_forward(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t weight, const PrologueTuple& prologue,
                        const EpilogueTuple& epilogue, int reduction, std::uintptr_t y, std::uintptr_t partials,
                        int threads, const char* isa) {
-  const effnet::DepthwiseForward call{shape_of(shape),
+  const effnet::DepthwiseForward call{images_of(shape),
+                                      shape_of(shape),
                                       pointer<const float>(x),
                                       pointer<const float>(weight),
                                       prologue_of(prologue),
@@ -140,7 +143,8 @@ void depthwise_forward(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t
 void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, std::uintptr_t x, std::uintptr_t weight,
                         const PrologueTuple& prologue, std::uintptr_t mean, std::uintptr_t residual, std::uintptr_t dz,
                         std::uintptr_t sums, std::uintptr_t dweight, int threads, const char* isa) {
-  const effnet::DepthwiseBackward call{shape_of(shape),
+  const effnet::DepthwiseBackward call{images_of(shape),
+                                       shape_of(shape),
                                        gradient_of(gradient),
                                        pointer<const float>(x),
                                        pointer<const float>(weight),
@@ -154,7 +158,8 @@ void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, 
 }
 
 void patches(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t to, int threads, const char* isa) {
-  unlocked(threads, isa, effnet::patches, shape_of(shape), pointer<const float>(x), pointer<float>(to));
+  unlocked(threads, isa, effnet::patches, images_of(shape), shape_of(shape), pointer<const float>(x),
+           pointer<float>(to));
 }
 
 void merge(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,

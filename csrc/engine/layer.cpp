@@ -1,5 +1,7 @@
 #include "engine/layer.h"
 
+#include <algorithm>
+
 namespace effnet {
 namespace {
 
@@ -51,6 +53,24 @@ LayerSpec without_weights(LayerSpec spec) {
 }
 
 }  // namespace
+
+ConvShape conv_shape(const LayerSpec& layer, std::int64_t height, std::int64_t width) {
+  ConvShape shape{layer.in_channels, height, width, 0, 0, layer.kernel, layer.stride, layer.padding.left, layer.padding.top};
+  std::int64_t right = layer.padding.right, bottom = layer.padding.bottom;
+  if (layer.padding.same) {
+    const auto total = [&](std::int64_t size) {
+      return std::max<std::int64_t>(0, (ceil_div(size, layer.stride) - 1) * layer.stride + layer.kernel - size);
+    };
+    shape.left = total(width) / 2;
+    shape.top = total(height) / 2;
+    right = total(width) - shape.left;
+    bottom = total(height) - shape.top;
+  }
+  const auto out = [&](std::int64_t size) { return size < layer.kernel ? 0 : (size - layer.kernel) / layer.stride + 1; };
+  shape.out_height = out(height + shape.top + bottom);
+  shape.out_width = out(width + shape.left + right);
+  return shape;
+}
 
 Layer pack(const LayerSpec& spec) {
   Layer layer(without_weights(spec));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/conv_shape.h"
 #include "kernels/kernels.h"
 #include "platform/buffer.h"
 
@@ -45,6 +46,9 @@ struct LayerSpec {
   // Whether each pixel of the output is a product with one pixel of the input, at the same place.
   bool pointwise() const { return kind == LayerKind::conv && kernel == 1 && stride == 1 && !padding.any(); }
 };
+
+// The sizes of a layer's convolution of a map of this size.
+ConvShape conv_shape(const LayerSpec& layer, std::int64_t height, std::int64_t width);
 
 // A matrix [out, segments * length] in panels: [panels, segments * length, 16]; and its bias [panels * 16].
 struct PackedMatrix {

@@ -8,22 +8,11 @@
 #include <vector>
 
 #include "engine/layer.h"
-#include "engine/padded_rows.h"
+#include "engine/view.h"
 
 namespace effnet {
 
 class Plan;
-
-// A tensor of the caller's, with strides in floats.
-struct View {
-  float* data;
-  std::int64_t image, channel, row, pixel;
-};
-
-// Sizes of one image's map.
-struct MapSize {
-  std::int64_t channels, height, width;
-};
 
 // What a step of the network took.
 struct StepProfile {

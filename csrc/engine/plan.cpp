@@ -13,8 +13,8 @@ namespace {
 
 MapSize output_of(const LayerSpec& layer, const MapSize& input) {
   if (layer.pool) return {layer.out_channels, 1, 1};
-  const Geometry geometry = geometry_of(layer, input.height, input.width);
-  return {layer.out_channels, geometry.out_height, geometry.out_width};
+  const ConvShape shape = conv_shape(layer, input.height, input.width);
+  return {layer.out_channels, shape.out_height, shape.out_width};
 }
 
 std::string describe(const MapSize& size) {
@@ -210,8 +210,7 @@ void Plan::return_arena(Buffer arena) const {
 void Plan::run(const View& image, std::int64_t images, const std::vector<View>& outputs,
                std::vector<StepProfile>* profile) const {
   Buffer arena = take_arena();
-  const Run run{{image.data, image.image, image.channel, image.row, image.pixel}, arena.get(), images, threads_,
-                kernels_};
+  const Run run{image, arena.get(), images, threads_, kernels_};
   // Threads take units in turn, so that one which is held up delays nobody by more than a unit.
   const auto taken = std::make_unique<std::atomic<std::int64_t>[]>(steps_.size());
   for (std::size_t i = 0; i < steps_.size(); ++i) taken[i] = 0;

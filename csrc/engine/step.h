@@ -8,7 +8,7 @@
 #include <string>
 
 #include "engine/layer.h"
-#include "engine/padded_rows.h"
+#include "engine/view.h"
 
 namespace effnet {
 
@@ -25,7 +25,7 @@ struct Place {
 
 // One pass over the steps.
 struct Run {
-  Map image;  // the network's input
+  View image;  // the network's input
   float* arena;
   std::int64_t images;
   int threads;
@@ -33,7 +33,7 @@ struct Run {
 
   float* at(std::int64_t offset) const { return arena + offset; }
   float* at(const Place& place) const { return arena + place.offset; }
-  Map map(const Place& place) const {
+  View map(const Place& place) const {
     if (place.is_image) return image;
     return {at(place), place.floats(), 1, place.width * place.pitch(), place.pitch()};
   }

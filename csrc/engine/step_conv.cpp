@@ -1,6 +1,7 @@
 // Convolutions that are matrix products: 1 x 1, dense, and what squeeze-and-excitation needs.
 #include <algorithm>
 
+#include "engine/padded_rows.h"
 #include "engine/step.h"
 
 namespace effnet {
@@ -130,15 +131,15 @@ class DenseStep final : public Step {
         x_(x),
         y_(y),
         residual_(residual),
-        geometry_(geometry_of(layer.spec, x.height, x.width)),
-        pitch_(geometry_.padded_width() * layer.spec.in_channels) {
-    const std::int64_t rows = std::max<std::int64_t>(1, block_floats / pitch_ - geometry_.kernel);
-    band_ = std::min(y.height, std::max<std::int64_t>(1, rows / geometry_.stride));
+        shape_(conv_shape(layer.spec, x.height, x.width)),
+        pitch_(shape_.padded_width() * layer.spec.in_channels) {
+    const std::int64_t rows = std::max<std::int64_t>(1, block_floats / pitch_ - shape_.kernel);
+    band_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
   }
 
   std::int64_t units(const Run& run) const override { return run.images * ceil_div(y_.height, band(run)); }
 
-  std::int64_t scratch_floats() const override { return ((band_ - 1) * geometry_.stride + geometry_.kernel) * pitch_; }
+  std::int64_t scratch_floats() const override { return ((band_ - 1) * shape_.stride + shape_.kernel) * pitch_; }
 
   std::int64_t multiply_adds() const override { return y_.pixels() * layer_.matrix.inner * layer_.spec.out_channels; }
 
@@ -146,13 +147,13 @@ class DenseStep final : public Step {
     const std::int64_t bands = ceil_div(y_.height, band(run));
     const std::int64_t image = unit / bands, begin = unit % bands * band(run);
     const std::int64_t end = std::min(y_.height, begin + band(run));
-    const std::int64_t rows = (end - begin - 1) * geometry_.stride + geometry_.kernel;
-    copy_padded_rows(run.map(x_), image, geometry_, geometry_.in_row(begin), rows, layer_.spec.in_channels, scratch);
+    const std::int64_t rows = (end - begin - 1) * shape_.stride + shape_.kernel;
+    copy_padded_rows(run.map(x_), image, shape_, shape_.in_row(begin), rows, scratch);
     Gemm gemm{};
-    gemm.a_row = geometry_.stride * layer_.spec.in_channels;
+    gemm.a_row = shape_.stride * layer_.spec.in_channels;
     gemm.a_segment = pitch_;
-    gemm.segments = geometry_.kernel;
-    gemm.segment_length = geometry_.kernel * layer_.spec.in_channels;
+    gemm.segments = shape_.kernel;
+    gemm.segment_length = shape_.kernel * layer_.spec.in_channels;
     gemm.y_row = y_.pitch();
     gemm.rows = y_.width;
     gemm.act = layer_.spec.act;
@@ -162,7 +163,7 @@ class DenseStep final : public Step {
       gemm.columns = layer_.matrix.columns(panel);
       for (std::int64_t row = begin; row < end; ++row) {
         const std::int64_t at = (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
-        gemm.a = scratch + (row - begin) * geometry_.stride * pitch_;
+        gemm.a = scratch + (row - begin) * shape_.stride * pitch_;
         gemm.y = run.at(y_) + at;
         gemm.residual = residual_ != absent ? run.at(residual_) + at : nullptr;
         run.kernels.gemm_f32_bias_act_residual_sum(gemm);
@@ -179,7 +180,7 @@ class DenseStep final : public Step {
   const Layer& layer_;
   const Place x_, y_;
   const std::int64_t residual_;
-  const Geometry geometry_;
+  const ConvShape shape_;
   const std::int64_t pitch_;
   std::int64_t band_;
 };

@@ -1,6 +1,7 @@
 // Depthwise convolutions: rows of the input, or of the layer that makes it, go through a ring that stays in cache.
 #include <algorithm>
 
+#include "engine/padded_rows.h"
 #include "engine/step.h"
 
 namespace effnet {
@@ -16,21 +17,21 @@ class DepthwiseStep final : public Step {
       : Step(name_of(layer, producer, x)), layer_(layer), producer_(producer), x_(x), y_(y), sums_(sums) {
     std::int64_t height = x.height, width = x.width;
     if (producer != nullptr) {
-      source_ = geometry_of(producer->spec, height, width);
+      source_ = conv_shape(producer->spec, height, width);
       height = source_.out_height;
       width = source_.out_width;
       dense_ = !producer->spec.pointwise() || x.is_image;
     }
-    geometry_ = geometry_of(layer.spec, height, width);
-    pitch_ = geometry_.padded_width() * panel_columns;
+    shape_ = conv_shape(layer.spec, height, width);
+    pitch_ = shape_.padded_width() * panel_columns;
     group_ = dense_ ? layer.panel_count() : 1;
     const std::int64_t rows = ring_floats / pitch_;
-    chunk_ = std::max<std::int64_t>(1, (rows - geometry_.kernel) / geometry_.stride + 1);
-    chunk_ = std::min(chunk_, geometry_.out_height);
-    ring_rows_ = (chunk_ - 1) * geometry_.stride + geometry_.kernel;
+    chunk_ = std::max<std::int64_t>(1, (rows - shape_.kernel) / shape_.stride + 1);
+    chunk_ = std::min(chunk_, shape_.out_height);
+    ring_rows_ = (chunk_ - 1) * shape_.stride + shape_.kernel;
     if (dense_) source_pitch_ = source_.padded_width() * producer->spec.in_channels;
     // Each band reads the rows at its borders again.
-    bands_ = geometry_.out_height < sum_bands * geometry_.kernel ? 1 : sum_bands;
+    bands_ = shape_.out_height < sum_bands * shape_.kernel ? 1 : sum_bands;
   }
 
   // Whole maps of a group of panels, dealt to the threads; those that are left over are cut in bands of rows.
@@ -44,9 +45,9 @@ class DepthwiseStep final : public Step {
   }
 
   std::int64_t multiply_adds() const override {
-    const std::int64_t own = y_.pixels() * layer_.spec.out_channels * geometry_.kernel * geometry_.kernel;
+    const std::int64_t own = y_.pixels() * layer_.spec.out_channels * shape_.kernel * shape_.kernel;
     if (producer_ == nullptr) return own;
-    return own + geometry_.height * geometry_.width * producer_->matrix.inner * producer_->matrix.out;
+    return own + shape_.height * shape_.width * producer_->matrix.inner * producer_->matrix.out;
   }
 
   void run_unit(const Run& run, std::int64_t unit, float* scratch) const override {
@@ -86,10 +87,10 @@ class DepthwiseStep final : public Step {
   void run_rows(const Run& run, std::int64_t image, std::int64_t first_panel, std::int64_t begin, std::int64_t end,
                 float* scratch) const {
     clear_margins(scratch);
-    std::int64_t next = begin < end ? geometry_.first_row(begin) : 0;
+    std::int64_t next = begin < end ? shape_.first_row(begin) : 0;
     for (std::int64_t chunk = begin; chunk < end; chunk += chunk_) {
       const std::int64_t chunk_end = std::min(end, chunk + chunk_);
-      const std::int64_t needed = geometry_.end_row(chunk_end);
+      const std::int64_t needed = shape_.end_row(chunk_end);
       while (next < needed) {
         const std::int64_t rows = std::min(needed - next, ring_rows_ - next % ring_rows_);
         produce(run, image, first_panel, next, rows, scratch);
@@ -103,8 +104,8 @@ class DepthwiseStep final : public Step {
 
   // The zeros left and right of the ring's rows, which nothing else writes.
   void clear_margins(float* ring) const {
-    const std::int64_t left = geometry_.left * panel_columns;
-    const std::int64_t inside_end = left + geometry_.width * panel_columns;
+    const std::int64_t left = shape_.left * panel_columns;
+    const std::int64_t inside_end = left + shape_.width * panel_columns;
     for (std::int64_t row = 0; row < group_ * ring_rows_; ++row) {
       float* to = ring + row * pitch_;
       std::fill(to, to + left, 0.0f);
@@ -115,33 +116,33 @@ class DepthwiseStep final : public Step {
   // Rows [row, row + rows) of the depthwise layer's input into the ring, where they do not wrap.
   void produce(const Run& run, std::int64_t image, std::int64_t first_panel, std::int64_t row, std::int64_t rows,
                float* ring) const {
-    float* to = ring + row % ring_rows_ * pitch_ + geometry_.left * panel_columns;
+    float* to = ring + row % ring_rows_ * pitch_ + shape_.left * panel_columns;
     if (producer_ == nullptr) {
       copy(run, image, first_panel, row, rows, to);
       return;
     }
     Gemm gemm{};
     gemm.y_row = panel_columns;
-    gemm.width = geometry_.width;
-    gemm.gap = pitch_ - geometry_.width * panel_columns;
+    gemm.width = shape_.width;
+    gemm.gap = pitch_ - shape_.width * panel_columns;
     gemm.act = producer_->spec.act;
     if (!dense_) {
       gemm.a = run.at(x_) + (image * x_.pixels() + row * x_.width) * x_.pitch();
       gemm.a_row = x_.pitch();
       gemm.segments = 1;
       gemm.segment_length = producer_->matrix.inner;
-      gemm.rows = rows * geometry_.width;
+      gemm.rows = rows * shape_.width;
       multiply(run, gemm, first_panel, to);
       return;
     }
     float* padded = ring + group_ * ring_rows_ * pitch_;
     copy_padded_rows(run.map(x_), image, source_, source_.in_row(row), (rows - 1) * source_.stride + source_.kernel,
-                     producer_->spec.in_channels, padded);
+                     padded);
     gemm.a_row = source_.stride * producer_->spec.in_channels;
     gemm.a_segment = source_pitch_;
     gemm.segments = source_.kernel;
     gemm.segment_length = source_.kernel * producer_->spec.in_channels;
-    gemm.rows = geometry_.width;
+    gemm.rows = shape_.width;
     for (std::int64_t index = 0; index < group_; ++index) {
       for (std::int64_t i = 0; i < rows; ++i) {
         gemm.a = padded + i * source_.stride * source_pitch_;
@@ -178,14 +179,14 @@ class DepthwiseStep final : public Step {
     call.packed = layer_.panel_taps(panel);
     call.width = y_.width;
     call.channels = columns(panel);
-    call.stride = geometry_.stride;
-    call.kernel = static_cast<std::int32_t>(geometry_.kernel);
+    call.stride = shape_.stride;
+    call.kernel = static_cast<std::int32_t>(shape_.kernel);
     call.act = layer_.spec.act;
     call.y_pixel = y_.pitch();
     for (std::int64_t row = begin; row < end; ++row) {
-      const std::int64_t first = geometry_.in_row(row);
-      call.tap_begin = std::min(geometry_.kernel, std::max<std::int64_t>(0, -first));
-      call.tap_end = std::max(call.tap_begin, std::min(geometry_.kernel, geometry_.height - first));
+      const std::int64_t first = shape_.in_row(row);
+      call.tap_begin = std::min(shape_.kernel, std::max<std::int64_t>(0, -first));
+      call.tap_end = std::max(call.tap_begin, std::min(shape_.kernel, shape_.height - first));
       for (std::int64_t tap = call.tap_begin; tap < call.tap_end; ++tap) {
         rows[tap] = ring + (first + tap) % ring_rows_ * pitch_;
       }
@@ -218,7 +219,7 @@ class DepthwiseStep final : public Step {
   const Place x_, y_;
   const std::int64_t sums_;
   std::int64_t bands_ = 1;  // that a map may be cut in
-  Geometry source_{}, geometry_{};
+  ConvShape source_{}, shape_{};
   bool dense_ = false;
   std::int64_t pitch_ = 0, source_pitch_ = 0;
   std::int64_t group_ = 1;  // panels a unit

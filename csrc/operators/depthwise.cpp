@@ -34,15 +34,15 @@ struct Ring {
 
 // Of the rows that the kernel reads for one output row.
 Ring input_ring(const ConvShape& s) {
-  return {s.kernel, s.left, s.width, std::max(s.left + s.width, (s.out_width - 1) * s.stride + s.kernel)};
+  return {s.kernel, s.left, s.width, s.padded_width()};
 }
 
 // Channels in groups of panels, images in slots; a unit is a group of a slot's images.
 struct Cut {
   std::int64_t slots, panels, groups;
 
-  Cut(const ConvShape& shape, std::int64_t floats_a_panel) {
-    slots = depthwise_slots(shape.images);
+  Cut(std::int64_t images, const ConvShape& shape, std::int64_t floats_a_panel) {
+    slots = depthwise_slots(images);
     panels = ceil_div(shape.channels, panel_columns);
     const std::int64_t in_cache = std::max<std::int64_t>(1, ring_floats / floats_a_panel);
     groups = std::min(panels, std::max(ceil_div(panels, in_cache), ceil_div(least_units, slots)));
@@ -54,11 +54,11 @@ struct Cut {
 struct Unit {
   std::int64_t slot, first_image, end_image, first_panel, panels, channel, channels;
 
-  Unit(const ConvShape& shape, const Cut& cut, std::int64_t index) {
+  Unit(std::int64_t images, const ConvShape& shape, const Cut& cut, std::int64_t index) {
     slot = index / cut.groups;
     const std::int64_t group = index % cut.groups;
-    first_image = shape.images * slot / cut.slots;
-    end_image = shape.images * (slot + 1) / cut.slots;
+    first_image = images * slot / cut.slots;
+    end_image = images * (slot + 1) / cut.slots;
     first_panel = cut.panels * group / cut.groups;
     panels = cut.panels * (group + 1) / cut.groups - first_panel;
     channel = first_panel * panel_columns;
@@ -73,7 +73,7 @@ class Forward {
         s_(call.shape),
         kernels_(kernels),
         ring_(input_ring(s_)),
-        cut_(s_, ring_.panel_floats() + s_.out_width * panel_columns),
+        cut_(call.images, s_, ring_.panel_floats() + s_.out_width * panel_columns),
         taps_(cut_.panels * tap_floats()) {}
 
   const Cut& cut() const { return cut_; }
@@ -94,7 +94,7 @@ class Forward {
   }
 
   void run(std::int64_t index, float* scratch) const {
-    const Unit unit(s_, cut_, index);
+    const Unit unit(call_.images, s_, cut_, index);
     float* statistics = scratch + cut_.most_panels() * (ring_.panel_floats() + s_.out_width * panel_columns);
     ring_.clear_margins(scratch, unit.panels);
     const bool pools = call_.reduction == Reduction::pool;
@@ -142,7 +142,7 @@ class Forward {
     row.x = taps;
     std::int64_t next = 0;
     for (std::int64_t y = 0; y < s_.out_height; ++y) {
-      const std::int64_t top = y * s_.stride - s_.top;
+      const std::int64_t top = s_.in_row(y);
       const std::int64_t end = std::min(s_.height, top + s_.kernel);
       for (next = std::max(next, top); next < end; ++next) {
         pay.x = map_rows(call_.x, (image * s_.height + next) * s_.width, s_.channels, unit.channel);
@@ -198,7 +198,7 @@ class Backward {
         // A phase's convolution reads from size - 1 outputs before the newest one on.
         g_ring_{size_, size_ - 1, s_.out_width,
                 size_ - 1 + std::max(s_.out_width, (s_.width - 1 + s_.left) / s_.stride + 1)},
-        cut_(s_, x_ring_.panel_floats() + g_ring_.panel_floats() + s_.width * panel_columns),
+        cut_(call.images, s_, x_ring_.panel_floats() + g_ring_.panel_floats() + s_.width * panel_columns),
         taps_(cut_.panels * s_.stride * s_.stride * tap_floats()),
         gradients_(cut_.slots * cut_.panels * gradient_floats()) {}
 
@@ -230,7 +230,7 @@ class Backward {
   }
 
   void run(std::int64_t index, float* scratch) const {
-    const Unit unit(s_, cut_, index);
+    const Unit unit(call_.images, s_, cut_, index);
     const std::int64_t rings = cut_.most_panels() * (x_ring_.panel_floats() + g_ring_.panel_floats());
     float* sums = scratch + rings;
     x_ring_.clear_margins(scratch, unit.panels);
@@ -297,7 +297,7 @@ class Backward {
     load.fill = true;
     std::int64_t next_x = 0, next_row = 0;
     for (std::int64_t y = 0; y < s_.out_height; ++y) {
-      const std::int64_t top = y * s_.stride - s_.top;
+      const std::int64_t top = s_.in_row(y);
       const std::int64_t end = std::min(s_.height, top + s_.kernel);
       for (next_x = std::max(next_x, top); next_x < end; ++next_x) {
         pay.x = map_rows(call_.x, (image * s_.height + next_x) * s_.width, s_.channels, unit.channel);
@@ -311,7 +311,7 @@ class Backward {
       kernels_.gradient_rows_f32(load);
       add_weight_gradient(unit, top, end, y, x_ring, g_ring);
       // Input rows that no later output row reaches.
-      const std::int64_t done = y + 1 < s_.out_height ? (y + 1) * s_.stride - s_.top : s_.height;
+      const std::int64_t done = y + 1 < s_.out_height ? s_.in_row(y + 1) : s_.height;
       for (; next_row < std::min(done, s_.height); ++next_row) go_back(unit, image, next_row, g_ring, sums, dx);
     }
   }
@@ -394,7 +394,7 @@ std::int64_t depthwise_slots(std::int64_t images) { return std::min(images, most
 void depthwise_forward(const DepthwiseForward& call, const Execution& execution) {
   const ConvShape& s = call.shape;
   Forward forward(call, execution.kernels);
-  const int threads = threads_for(s.images * s.channels * (s.height * s.width + s.out_height * s.out_width), execution.threads);
+  const int threads = threads_for(call.images * s.channels * (s.height * s.width + s.out_height * s.out_width), execution.threads);
   parallel_phases(threads, forward.scratch_floats(),
                   Phase{forward.cut().panels, [&](std::int64_t unit, float*) { forward.pack(unit); }},
                   Phase{forward.cut().units(), [&](std::int64_t unit, float* scratch) { forward.run(unit, scratch); }});
@@ -403,7 +403,7 @@ void depthwise_forward(const DepthwiseForward& call, const Execution& execution)
 void depthwise_backward(const DepthwiseBackward& call, const Execution& execution) {
   const ConvShape& s = call.shape;
   Backward backward(call, execution.kernels);
-  const int threads = threads_for(s.images * s.channels * (s.height * s.width + s.out_height * s.out_width), execution.threads);
+  const int threads = threads_for(call.images * s.channels * (s.height * s.width + s.out_height * s.out_width), execution.threads);
   parallel_phases(threads, backward.scratch_floats(),
                   Phase{backward.cut().panels, [&](std::int64_t unit, float*) { backward.pack(unit); }},
                   Phase{backward.cut().units(), [&](std::int64_t unit, float* scratch) { backward.run(unit, scratch); }},

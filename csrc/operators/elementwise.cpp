@@ -58,13 +58,13 @@ Pixels cut_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
   return cut;
 }
 
-void patches(const ConvShape& shape, const float* x, float* to, const Execution& execution) {
+void patches(std::int64_t images, const ConvShape& shape, const float* x, float* to, const Execution& execution) {
   const std::int64_t segment = shape.kernel * shape.channels, patch = shape.kernel * segment;
   const auto run = [&](std::int64_t index, float*) {
     const std::int64_t image = index / shape.out_height, y = index % shape.out_height;
     float* own = to + index * shape.out_width * patch;
     for (std::int64_t i = 0; i < shape.kernel; ++i) {
-      const std::int64_t row = y * shape.stride - shape.top + i;
+      const std::int64_t row = shape.in_row(y) + i;
       const bool inside = row >= 0 && row < shape.height;
       const float* from = x + (image * shape.height + (inside ? row : 0)) * shape.width * shape.channels;
       for (std::int64_t column = 0; column < shape.out_width; ++column) {
@@ -80,7 +80,7 @@ void patches(const ConvShape& shape, const float* x, float* to, const Execution&
       }
     }
   };
-  const std::int64_t rows = shape.images * shape.out_height;
+  const std::int64_t rows = images * shape.out_height;
   const int threads = threads_for(rows * shape.out_width * patch, execution.threads);
   parallel_phases(threads, 0, Phase<decltype(run)>{rows, run});
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/conv_shape.h"
 #include "kernels/kernels.h"
 
 namespace effnet {
@@ -91,13 +92,8 @@ void pointwise_backward(const PointwiseBackward& call, const Execution& executio
 // Images in slots, whose partial results are apart.
 std::int64_t depthwise_slots(std::int64_t images);
 
-// The sizes of a convolution: of its input's channels and map, its output's map, its kernel and the zeros before the map.
-struct ConvShape {
-  std::int64_t images, channels, height, width, out_height, out_width;
-  std::int64_t kernel, stride, left, top;
-};
-
 struct DepthwiseForward {
+  std::int64_t images;
   ConvShape shape;
   const float *x, *weight;  // weight [C, k, k]
   Prologue prologue;        // without a gate
@@ -110,6 +106,7 @@ struct DepthwiseForward {
 void depthwise_forward(const DepthwiseForward& call, const Execution& execution);
 
 struct DepthwiseBackward {
+  std::int64_t images;
   ConvShape shape;
   OutputGradient gradient;
   const float *x, *weight;
@@ -125,7 +122,7 @@ void depthwise_backward(const DepthwiseBackward& call, const Execution& executio
 
 // The pixels that a convolution reads for each of its outputs, in the order of rows, columns and channels, with zeros
 // outside of the map: [N, out_height, out_width, kernel * kernel * C].
-void patches(const ConvShape& shape, const float* x, float* to, const Execution& execution);
+void patches(std::int64_t images, const ConvShape& shape, const float* x, float* to, const Execution& execution);
 
 // to = keep * act(scale * x + shift) * gate + residual
 void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* keep,

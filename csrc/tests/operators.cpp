@@ -120,7 +120,7 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
   const char* isa = execution.kernels.isa;
   const std::int64_t pad = kernel / 2;
   const auto out = [&](std::int64_t size) { return (size + 2 * pad - kernel) / stride + 1; };
-  const effnet::ConvShape shape{c.images, c.channels, c.height, c.width, out(c.height), out(c.width), kernel, stride, pad, pad};
+  const effnet::ConvShape shape{c.channels, c.height, c.width, out(c.height), out(c.width), kernel, stride, pad, pad};
   const std::int64_t taps = kernel * kernel;
   const Vector x = random(c.images * c.height * c.width * c.channels), weight = random(c.channels * taps);
   const Vector scale = random(c.channels), shift = random(c.channels);
@@ -128,14 +128,14 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
   Vector y = empty(c.images * shape.out_height * shape.out_width * c.channels);
   Vector statistics = empty(effnet::depthwise_slots(c.images) * 3 * c.channels);
   effnet::depthwise_forward(
-      {shape, x.data(), weight.data(), owed, {}, effnet::Reduction::statistics, y.data(), statistics.data()}, execution);
+      {c.images, shape, x.data(), weight.data(), owed, {}, effnet::Reduction::statistics, y.data(), statistics.data()}, execution);
   const Vector grad = random(static_cast<std::int64_t>(y.size())), mean = random(c.channels);
   effnet::OutputGradient gradient{};
   gradient.grad = grad.data();
   Vector dz = empty(static_cast<std::int64_t>(x.size())), dweight = empty(c.channels * taps);
   Vector sums = empty(effnet::depthwise_slots(c.images) * 2 * c.channels);
   effnet::depthwise_backward(
-      {shape, gradient, x.data(), weight.data(), owed, mean.data(), x.data(), dz.data(), sums.data(), dweight.data()},
+      {c.images, shape, gradient, x.data(), weight.data(), owed, mean.data(), x.data(), dz.data(), sums.data(), dweight.data()},
       execution);
   std::vector<double> expected(y.size()), of_weight(dweight.size());
   std::size_t output = 0;
@@ -159,7 +159,7 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
   expect_close(isa, "depthwise weight gradient", dweight, of_weight);
   for (const Vector* values : {&statistics, &dz, &sums}) expect_finite(isa, "depthwise", *values);
   Vector patches = empty(c.images * shape.out_height * shape.out_width * taps * c.channels);
-  effnet::patches(shape, x.data(), patches.data(), execution);
+  effnet::patches(c.images, shape, x.data(), patches.data(), execution);
   expect_finite(isa, "patches", patches);
 }
 
