@@ -1,5 +1,6 @@
 // Passes over maps: what BatchNorm and squeeze-and-excitation need where no convolution can give it.
 #include "operators/partition.h"
+#include "operators/rows.h"
 
 namespace effnet {
 namespace {

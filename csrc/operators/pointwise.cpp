@@ -3,6 +3,7 @@
 // What is owed to a block is paid as it goes to panels; backward forms the output's gradient the same way, once, for the
 // product with the weights and the one with the activations.
 #include "operators/partition.h"
+#include "operators/rows.h"
 
 namespace effnet {
 namespace {
