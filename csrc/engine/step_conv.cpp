@@ -66,7 +66,7 @@ class PointwiseStep final : public Step {
     gemm.segment_length = layer_.matrix.inner;
     gemm.y_row = y_.pitch();
     gemm.rows = rows;
-    gemm.rows_apart = x_.pixels() == 1;
+    gemm.row_by_row = x_.pixels() == 1;
     gemm.act = layer_.spec.act;
     const std::int64_t end = std::min(layer_.matrix.panel_count(), (panel_group + 1) * blocks.panels);
     for (std::int64_t panel = panel_group * blocks.panels; panel < end; ++panel) {
@@ -219,7 +219,7 @@ class SqueezeStep final : public Step {
     gemm.y_row = round_up(layer_.reduce.out, panel_columns);
     gemm.y = run.at(hidden_) + unit * panel_columns;
     gemm.rows = run.images;
-    gemm.rows_apart = true;
+    gemm.row_by_row = true;
     gemm.act = layer_.spec.excitation.act;
     run.kernels.gemm_f32_bias_act_residual_sum(gemm);
   }
@@ -251,7 +251,7 @@ class ExciteStep final : public Step {
     gemm.segment_length = layer_.expand.inner;
     gemm.y_row = pitch;
     gemm.rows = run.images;
-    gemm.rows_apart = true;
+    gemm.row_by_row = true;
     for (std::int64_t panel = unit * panels_per_unit; panel < end; ++panel) {
       const std::int64_t column = panel * panel_columns;
       gemm.b = layer_.expand.panel(panel);

@@ -5,8 +5,8 @@
 
 namespace effnet {
 
-// For one image: the channels and the map of the input, the map of the output, the kernel, and the zeros left of the map and
-// above it.
+// For one image: the channels and the map of the input, the map of the output, the kernel, and the zeros left of the
+// map and above it.
 struct ConvShape {
   std::int64_t channels, height, width, out_height, out_width;
   std::int64_t kernel, stride, left, top;

@@ -20,8 +20,7 @@ const std::vector<const Kernels*>& kernel_table() {
   static const std::vector<const Kernels*> table = {
       &scalar_kernels,
 #if defined(EFFNET_HAVE_EMULATED)
-      &emulated4_kernels,
-      &emulated16_kernels,
+      &emulated4_kernels, &emulated16_kernels,
 #endif
 #if defined(EFFNET_HAVE_NEON)
       &neon_kernels,

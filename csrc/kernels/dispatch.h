@@ -22,7 +22,8 @@ std::vector<std::string> supported_isas();
 // std::invalid_argument if the variable names none of the supported ones.
 const std::string& selected_isa();
 
-// The kernels of an instruction set. Throws std::invalid_argument if the build has none, or this machine cannot run them.
+// The kernels of an instruction set. Throws std::invalid_argument if the build has none, or this machine cannot run
+// them.
 const Kernels& kernels_of(const std::string& isa);
 
 }  // namespace effnet

@@ -1,11 +1,12 @@
-// Measures what the machine can do at best.
+// Measures the machine's peak.
 #pragma once
 
 #include <string>
 
 namespace effnet {
 
-// Floating-point operations a second of so many threads that only multiply and add, two operations each, in registers.
+// Floating-point operations per second of `threads` threads that do nothing but multiply-adds in registers, each
+// counted as two operations.
 double fma_peak(const std::string& isa, int threads);
 
 }  // namespace effnet

@@ -187,7 +187,7 @@ class Backward {
         row.y = dx + column * panel_columns;
         kernels_.depthwise_row_f32_bias_act_sum(row);
       }
-      ThroughPanel through{};
+      ActGradPanel through{};
       through.dq = dx;
       through.x = map_rows(call_.x, pixel, s_.channels, channel);
       through.residual = map_rows(call_.residual, pixel, s_.channels, channel);
@@ -197,11 +197,11 @@ class Backward {
       through.mean = offset(call_.mean, channel);
       through.rows = s_.width;
       through.columns = row.channels;
-      through.through = true;
+      through.apply_act_grad = true;
       through.sums = call_.sums != nullptr ? sums + 2 * panel * panel_columns : nullptr;
-      through.sums_kept = 2;
+      through.sum_kinds = 2;
       through.act = call_.prologue.act;
-      kernels_.through_panel_f32(through);
+      kernels_.act_grad_panel_f32(through);
     }
   }
 

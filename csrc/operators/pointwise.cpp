@@ -51,7 +51,7 @@ void read_panels(Gemm& gemm, const float* panels, std::int64_t rows, std::int64_
   gemm.a_segment = rows * panel_columns;
   gemm.segments = panels_of(channels);
   gemm.segment_length = panel_columns;
-  gemm.lacking = gemm.segments * panel_columns - channels;
+  gemm.k_tail_padding = gemm.segments * panel_columns - channels;
 }
 
 // A panel of a product to the map, where the product could not write there itself.
@@ -156,8 +156,8 @@ class Forward {
       gemm.y = whole ? to.data : panel_scratch;
       gemm.y_row = whole ? to.row : panel_columns;
       gemm.residual = whole ? residual.data : nullptr;
-      gemm.soon = to.data;
-      gemm.soon_row = to.row;
+      gemm.prefetch_dst = to.data;
+      gemm.prefetch_dst_row = to.row;
       kernels_.gemm_f32_bias_act_residual_sum(gemm);
       if (call_.reduction == Reduction::statistics) {
         add_statistics(part, begin - part.begin, rows, panel, gemm.y, gemm.y_row);
@@ -308,15 +308,15 @@ class Backward {
       gemm.y = whole ? to.data : product;
       gemm.y_row = whole ? to.row : panel_columns;
       gemm.residual = whole ? residual.data : nullptr;
-      gemm.soon = to.data;
-      gemm.soon_row = to.row;
+      gemm.prefetch_dst = to.data;
+      gemm.prefetch_dst_row = to.row;
       kernels_.gemm_f32_bias_act_residual_sum(gemm);
       if (whole) continue;
       if (call_.sums == nullptr) {
         store_panel(kernels_, product, rows, gemm.columns, residual, to);
         continue;
       }
-      ThroughPanel through{};
+      ActGradPanel through{};
       through.dq = product;
       through.x = map_rows(call_.x, pixel, call_.channels, column);
       through.residual = residual;
@@ -327,11 +327,11 @@ class Backward {
       through.gate = offset(call_.prologue.gate, part.group * call_.channels + column);
       through.rows = rows;
       through.columns = gemm.columns;
-      through.through = call_.through;
+      through.apply_act_grad = call_.through;
       through.sums = sums + 5 * column;
-      through.sums_kept = 5;
+      through.sum_kinds = 5;
       through.act = call_.prologue.act;
-      kernels_.through_panel_f32(through);
+      kernels_.act_grad_panel_f32(through);
     }
   }
 

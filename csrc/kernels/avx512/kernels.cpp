@@ -6,7 +6,7 @@ void gemm_f32_14x1(const effnet::Gemm& gemm) {
   if (gemm.columns > 8) {
     gemm_columns<16, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>(gemm, 0);
   } else {
-    // A vector of half the width is half the work on a processor that issues two of them at once.
+    // On a processor that issues two vectors of half the width at once, these cost half as much.
     gemm_columns<8, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>(gemm, 0);
   }
 }

@@ -1,4 +1,5 @@
-// The 4- and 16-lane loops lowered to whatever the baseline has, so that their logic is tested on every machine.
+// The loops with 4 and 16 lanes, compiled to the instructions of the architecture's baseline, so that their logic is
+// tested on every machine.
 #include "kernels/generic/table.inl.h"
 
 namespace {

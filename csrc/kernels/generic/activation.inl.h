@@ -1,4 +1,5 @@
-// Activations of T vectors at a time, so that T independent chains hide the latency of one, and their parts.
+// Activations, of T vectors at a time, so that T independent chains hide the latency of each; and the functions that
+// they consist of.
 #pragma once
 
 #include "kernels/generic/lanes.inl.h"
@@ -40,15 +41,15 @@ EFFNET_INLINE F<L> one_plus_exp_minus(F<L> x) {
 
 #if defined(__AVX512F__)
 // 2^(i / 16).
-alignas(64) constexpr float sixteenths[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
-                                              1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
-                                              1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+alignas(64) constexpr float sixteenths[16] = {
+    1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+    1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
 
-// The same from a table, with an instruction that takes any power of two: no bounds, infinities come out right by
-// themselves and a NaN stays. The relative error is under 1.5e-6 for |x| < 20.
+// The same from a table, with an instruction that scales by any power of two: it needs no bounds, infinities come out
+// right and a NaN stays one. The relative error is under 1.5e-6 for |x| < 20.
 //
 // exp(-x) = 2^z = 2^n * 2^(i / 16) * 2^f with n the integer below z and f within 1/16. A sum with 1.5 * 2^19 rounded
-// downwards has i as its low bits; the instructions that look up and that scale take i and n out by themselves.
+// downwards has i as its low bits; the lookup and the scaling instruction extract i and n themselves.
 EFFNET_INLINE __m512 one_plus_exp_minus_any(__m512 x) {
   const __m512 z = x * -1.44269504f;
   const __m512 shifted = _mm512_add_round_ps(z, _mm512_set1_ps(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -59,7 +60,7 @@ EFFNET_INLINE __m512 one_plus_exp_minus_any(__m512 x) {
 }
 #endif
 
-// A NaN gets lost in the bounds above and comes back with x itself.
+// The division of x keeps a NaN, whatever the bounds above make of it.
 template <int L>
 EFFNET_INLINE F<L> silu(F<L> x) {
 #if defined(__AVX512F__)
@@ -73,7 +74,7 @@ EFFNET_INLINE F<L> sigmoid(F<L> x) {
 #if defined(__AVX512F__)
   if constexpr (L == 16) return 1.0f / (F<L>)one_plus_exp_minus_any((__m512)x);
 #endif
-  // x - x is zero but for NaN and the infinities, whose bounds are at hand.
+  // Keeps a NaN, whatever the bounds above make of it. x - x in its place would make NaN of the infinities too.
   const F<L> nan = x != x ? x : F<L>{};
   return (1.0f + nan) / one_plus_exp_minus<L>(x);
 }
@@ -91,9 +92,8 @@ EFFNET_INLINE void activate(F<L> (&values)[T], effnet::Activation act) {
       unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA { values[t.value] = at_least<L>(values[t.value], 0.0f); });
       break;
     case Activation::relu6:
-      unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA {
-        values[t.value] = at_most<L>(at_least<L>(values[t.value], 0.0f), 6.0f);
-      });
+      unrolled<0, T>(
+          [&](auto t) EFFNET_INLINE_LAMBDA { values[t.value] = at_most<L>(at_least<L>(values[t.value], 0.0f), 6.0f); });
       break;
     case Activation::hardswish:
       unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA {

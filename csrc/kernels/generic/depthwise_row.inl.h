@@ -1,7 +1,7 @@
-// Depthwise convolution of one row and one panel of channels: a register tile is T output columns, L channels wide.
+// Depthwise convolution of one row and one panel of channels. A register tile is T output columns by L channels.
 //
-// For one row of the kernel the tile holds K taps and T accumulators in registers and loads each input pixel once, so
-// it is bound by multiplies, not by loads.
+// For one row of the kernel a tile keeps K taps and T accumulators in registers and loads each input pixel once, so
+// that multiplies limit its speed, not loads.
 #pragma once
 
 #include "kernels/generic/activation.inl.h"
@@ -23,14 +23,13 @@ EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow& row, std::int64_
     unrolled<0, K>([&](auto k) EFFNET_INLINE_LAMBDA { tap[k.value] = load<L>(taps + k.value * pixel); });
     unrolled<0, (T - 1) * S + K>([&](auto i) EFFNET_INLINE_LAMBDA {
       constexpr int offset = decltype(i)::value;
-      // The columns whose kernel covers this pixel; with a stride above K some pixels have none.
+      // The columns whose kernel covers this pixel: none for some pixels where the stride is larger than K.
       constexpr int begin = offset < K ? 0 : (offset - K) / S + 1;
       constexpr int end = offset / S + 1 < T ? offset / S + 1 : T;
       if constexpr (begin < end) {
         const F<L> value = load_once<L>(x + offset * pixel);
-        unrolled<begin, end>([&](auto t) EFFNET_INLINE_LAMBDA {
-          sums[t.value] += value * tap[offset - decltype(t)::value * S];
-        });
+        unrolled<begin, end>(
+            [&](auto t) EFFNET_INLINE_LAMBDA { sums[t.value] += value * tap[offset - decltype(t)::value * S]; });
       }
     });
   }
@@ -51,8 +50,8 @@ struct DepthwiseTiles {
   static constexpr DepthwiseTile of[] = {depthwise_tile<L, K, S, T>...};
 };
 
-// Cuts the row in tiles of nearly equal width: 14 columns are 7 + 7, not 8 + 6. A tile of one column reads the stride at
-// run time, so any stride is correct at width 1.
+// Divides the row into tiles of nearly equal width: 14 columns are 7 + 7, not 8 + 6. Strides other than S are computed
+// with tiles of one column, which read the stride at run time.
 template <int L, int K, int S, int... T>
 void depthwise_columns(const effnet::DepthwiseRow& row) {
   const std::int64_t most = row.stride == S ? sizeof...(T) : 1;
@@ -79,10 +78,13 @@ void depthwise_strides(const effnet::DepthwiseRow& row) {
 template <int L>
 void depthwise_row(const effnet::DepthwiseRow& row) {
   switch (row.kernel) {
-    case 3: return depthwise_strides<L, 3, 1, 2, 3, 4, 5, 6, 7, 8>(row);
-    case 5: return depthwise_strides<L, 5, 1, 2, 3, 4, 5, 6, 7, 8>(row);
+    case 3:
+      return depthwise_strides<L, 3, 1, 2, 3, 4, 5, 6, 7, 8>(row);
+    case 5:
+      return depthwise_strides<L, 5, 1, 2, 3, 4, 5, 6, 7, 8>(row);
     // Seven taps, a pixel and eight accumulators would leave no register of sixteen for anything else.
-    case 7: return depthwise_strides<L, 7, 1, 2, 3, 4, 5, 6>(row);
+    case 7:
+      return depthwise_strides<L, 7, 1, 2, 3, 4, 5, 6>(row);
   }
 }
 

@@ -1,20 +1,20 @@
-// Matrix product of pixels and a packed panel of 16 columns: a register tile is Rows rows by V vectors of L columns.
+// Matrix product of pixels and a packed panel of 16 columns. A register tile is Rows rows by V vectors of L columns.
 //
 // Each step of the inner dimension loads V vectors of the panel once and broadcasts one number of each row, so that a
-// tile does Rows * V multiply-adds for Rows + V loads. The accumulators and a few vectors of the panel have to fit in the
-// registers: 6 x 2 in sixteen, 14 x 1 in thirty-two (where a broadcast is part of the multiply-add).
+// tile does Rows * V multiply-adds for Rows + V loads. The accumulators and a few vectors of the panel have to fit in
+// the registers: 6 x 2 in sixteen, 14 x 1 in thirty-two (where a broadcast is part of the multiply-add).
 #pragma once
 
 #include "kernels/generic/activation.inl.h"
 
 namespace {
 
-// Where a tile's rows go.
+// Where a tile's operands and results are; each tile moves it on to the next.
 struct GemmPlace {
   const float* a;
   std::int64_t offset;  // of the first row, in y and the residual
-  std::int64_t x;       // its pixel within the line
-  const float* soon;
+  std::int64_t x;       // the first row's pixel within its line
+  const float* prefetch_dst;
 };
 
 template <int L, int Rows, int V, int Chains = 1>
@@ -24,31 +24,32 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
     const F<L> bias = load<L>(gemm.bias + column + v.value * L);
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { sums[r.value * V + v.value] = bias; });
   });
-  if (gemm.soon != nullptr) {
-    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { prefetch_to_write(place.soon + r.value * gemm.soon_row); });
-    place.soon += Rows * gemm.soon_row;
+  if (gemm.prefetch_dst != nullptr) {
+    unrolled<0, Rows>(
+        [&](auto r) EFFNET_INLINE_LAMBDA { prefetch_to_write(place.prefetch_dst + r.value * gemm.prefetch_dst_row); });
+    place.prefetch_dst += Rows * gemm.prefetch_dst_row;
   }
-  // Inner steps take turns with this many sums. Before it can add, a small tile would wait for the addition before.
+  // The steps of the inner dimension alternate between this many sets of sums. With a single one, each addition of a
+  // small tile would wait for the result of the last.
   F<L> more[Chains][Rows * V] = {};
-  // Three rows share a pointer: with the stride times 0, 1 and 2 that is all an address can express, and a pointer a row
-  // would not fit in the general registers.
+  // Three rows share a pointer: with the stride times 0, 1 and 2 that is all an address can express, and a pointer a
+  // row would not fit in the general registers.
   constexpr int Pointers = (Rows + 2) / 3;
   const std::int64_t stride = gemm.a_row;
   const float* b = gemm.b + column;
-  // A line of the next panel comes while this one's is used: weights are read once for a few rows, from far away.
+  // The next panel is prefetched line by line while this one is used, because weights are read once for a few rows and
+  // are often not in cache.
   const std::intptr_t next_panel =
-      gemm.next_b != nullptr
-          ? reinterpret_cast<std::intptr_t>(gemm.next_b) - reinterpret_cast<std::intptr_t>(gemm.b)
-          : static_cast<std::intptr_t>(sizeof(float)) * (gemm.segments * gemm.segment_length - gemm.lacking) *
-                effnet::panel_columns;
-  // As do the next tile's rows, where they follow each other.
+      gemm.next_b != nullptr ? reinterpret_cast<std::intptr_t>(gemm.next_b) - reinterpret_cast<std::intptr_t>(gemm.b)
+                             : static_cast<std::intptr_t>(sizeof(float)) *
+                                   (gemm.segments * gemm.segment_length - gemm.k_tail_padding) * effnet::panel_columns;
+  // So are the next tile's rows, if they follow in memory.
   const float* next_rows = place.a + Rows * stride;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
     const float* a[Pointers];
-    unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA {
-      a[p.value] = place.a + segment * gemm.a_segment + 3 * p.value * stride;
-    });
-    const auto multiply = [&](F<L>(&to)[Rows * V]) EFFNET_INLINE_LAMBDA {
+    unrolled<0, Pointers>(
+        [&](auto p) EFFNET_INLINE_LAMBDA { a[p.value] = place.a + segment * gemm.a_segment + 3 * p.value * stride; });
+    const auto multiply = [&](F<L>(&to)[Rows* V]) EFFNET_INLINE_LAMBDA {
       prefetch(reinterpret_cast<const float*>(reinterpret_cast<std::intptr_t>(b) + next_panel));
       prefetch(next_rows);
       next_rows += Rows;
@@ -61,7 +62,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
       b += effnet::panel_columns;
       unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA { ++a[p.value]; });
     };
-    std::int64_t k = segment + 1 < gemm.segments ? gemm.segment_length : gemm.segment_length - gemm.lacking;
+    std::int64_t k = segment + 1 < gemm.segments ? gemm.segment_length : gemm.segment_length - gemm.k_tail_padding;
     for (; k >= Chains; k -= Chains) {
       multiply(sums);
       unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA { multiply(more[chain.value]); });
@@ -78,7 +79,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   const float* residual = gemm.residual + place.offset + column;
   std::int64_t step = 0, x = place.x;
   if (gemm.residual == nullptr && gemm.y != nullptr && (gemm.gap == 0 || x + Rows <= gemm.width)) {
-    // All rows in one line and nothing to add, as most are.
+    // The common case: all rows are in one line, and there is no residual.
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + v.value * L, sums[r.value * V + v.value]); });
       y += gemm.y_row;
@@ -123,13 +124,13 @@ struct GemmTiles {
   static constexpr GemmTile of[] = {gemm_tile<L, Rows, V>...};
 };
 
-// Columns [column, column + V * L) of the panel. Rows are cut in tiles of nearly equal height: 49 are 7 x 7, not
-// 6 x 8 + 1.
+// Columns [column, column + V * L) of the panel. Rows are divided into tiles of nearly equal height: 49 rows are seven
+// tiles of 7, not six of 8 and one of 1.
 template <int L, int V, int... Rows>
 void gemm_columns(const effnet::Gemm& gemm, std::int64_t column) {
   constexpr std::int64_t Most = sizeof...(Rows);
-  GemmPlace place{gemm.a, 0, 0, gemm.soon};
-  if (gemm.rows_apart) {
+  GemmPlace place{gemm.a, 0, 0, gemm.prefetch_dst};
+  if (gemm.row_by_row) {
     for (std::int64_t row = 0; row < gemm.rows; ++row) gemm_tile<L, 1, V, 8 / V>(gemm, column, place);
     return;
   }

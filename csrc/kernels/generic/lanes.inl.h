@@ -55,8 +55,8 @@ EFFNET_INLINE void store(float* to, F<L> value) {
   memcpy(to, &value, sizeof value);
 }
 
-// The same into a register, for what several multiply-adds take. The compiler would make several loads of it, and of
-// vectors this wide processors load hardly more than they multiply.
+// The same, into a register, for an operand of several multiply-adds. The compiler would load it for each of them, and
+// a processor loads hardly more vectors of this width in a cycle than it multiplies.
 template <int L>
 EFFNET_INLINE F<L> load_once(const float* from) {
   F<L> value = load<L>(from);
@@ -66,7 +66,7 @@ EFFNET_INLINE F<L> load_once(const float* from) {
   return value;
 }
 
-// Asks for the cache line to come to the second-level cache; any address will do.
+// Prefetches a cache line to the second-level cache. The address may be any, also one outside of all memory.
 EFFNET_INLINE void prefetch(const float* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 0, 2);
@@ -75,7 +75,7 @@ EFFNET_INLINE void prefetch(const float* address) {
 #endif
 }
 
-// The same, and to be written.
+// The same, for a line that will be written.
 EFFNET_INLINE void prefetch_to_write(const float* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 1, 2);
@@ -84,7 +84,8 @@ EFFNET_INLINE void prefetch_to_write(const float* address) {
 #endif
 }
 
-// The same number in every lane. x - 0 is x whatever x is, where 0 + x is not for -0: only this costs no addition.
+// The same number in every lane. The compiler drops the subtraction, because x - 0 is x for every x; it would keep an
+// addition, because 0 + -0 is not -0.
 template <int L>
 EFFNET_INLINE F<L> broadcast(float value) {
   return value - F<L>{};

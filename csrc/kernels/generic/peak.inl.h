@@ -1,4 +1,4 @@
-// What the arithmetic units can do at best, to compare kernels with.
+// Multiply-adds at the peak of the arithmetic units, to compare kernels with.
 #pragma once
 
 #include "kernels/generic/lanes.inl.h"

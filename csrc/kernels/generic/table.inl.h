@@ -1,7 +1,8 @@
-// A row of the table of kernels: every loop for L lanes, but for those whose register tiles an instruction set chooses.
+// Makes a row of the table of kernels: all loops with L lanes, and those loops whose register tiles an instruction set
+// chooses as they are given.
 #pragma once
 
-#include "kernels/generic/deferred.inl.h"
+#include "kernels/generic/prologue.inl.h"
 #include "kernels/generic/depthwise_row.inl.h"
 #include "kernels/generic/elementwise.inl.h"
 #include "kernels/generic/gemm.inl.h"
@@ -29,7 +30,7 @@ constexpr effnet::Kernels kernels_of_lanes(const char* isa, bool emulated, const
       scale_panel<L>,
       activate_rows<L>,
       gradient_rows<L>,
-      through_panel<L>,
+      act_grad_panel<L>,
       panel_statistics<L>,
       panel_sums<L>,
       tiles.weight_gradient,

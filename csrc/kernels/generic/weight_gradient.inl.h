@@ -5,14 +5,14 @@
 
 namespace {
 
-// Outputs [first, first + K) of the panel by V vectors of L inputs stay in registers over all the rows.
+// Computes outputs [first, first + K) of the panel by V vectors of L inputs, which stay in registers over all the rows.
 template <int L, int K, int V>
 EFFNET_NOINLINE void weight_gradient_tile(const effnet::WeightGradient& call, std::int64_t first, std::int64_t column) {
   constexpr int pixel = effnet::panel_columns;
   F<L> sums[K * V];
   float* to = call.to + first * pixel + column;
   unrolled<0, K * V>([&](auto i) EFFNET_INLINE_LAMBDA {
-    sums[i.value] = call.adds ? load<L>(to + i.value / V * pixel + i.value % V * L) : F<L>{};
+    sums[i.value] = call.accumulate ? load<L>(to + i.value / V * pixel + i.value % V * L) : F<L>{};
   });
   const float* g = call.g + first;
   const float* a = call.a + column;
@@ -24,18 +24,22 @@ EFFNET_NOINLINE void weight_gradient_tile(const effnet::WeightGradient& call, st
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { sums[k.value * V + v.value] += output * inputs[v.value]; });
     });
   }
-  unrolled<0, K * V>([&](auto i) EFFNET_INLINE_LAMBDA { store<L>(to + i.value / V * pixel + i.value % V * L, sums[i.value]); });
+  unrolled<0, K * V>([&](auto i)
+                         EFFNET_INLINE_LAMBDA { store<L>(to + i.value / V * pixel + i.value % V * L, sums[i.value]); });
 }
 
 // K outputs at a time, as many as the panel has; K divides 16.
 template <int L, int K, int V>
 void weight_gradient(const effnet::WeightGradient& call) {
   for (std::int64_t first = 0; first < call.outputs; first += K) {
-    for (std::int64_t column = 0; column < call.inputs; column += L * V) weight_gradient_tile<L, K, V>(call, first, column);
+    for (std::int64_t column = 0; column < call.inputs; column += L * V) {
+      weight_gradient_tile<L, K, V>(call, first, column);
+    }
   }
 }
 
-// T output columns at a time, whose products take turns with two sums a tap: one sum would wait for itself.
+// T output columns at a time, whose products alternate between two sums of each tap, because an addition to one sum
+// would wait for the last.
 template <int L, int K, int S, int T>
 EFFNET_INLINE void depthwise_weight_columns(const float* x, const float* g, F<L> (&sums)[2][K]) {
   constexpr int pixel = effnet::panel_columns;
@@ -92,9 +96,12 @@ void depthwise_weight_strides(const effnet::DepthwiseWeightGradient& call) {
 template <int L>
 void depthwise_weight_gradient(const effnet::DepthwiseWeightGradient& call) {
   switch (call.kernel) {
-    case 3: return depthwise_weight_strides<L, 3>(call);
-    case 5: return depthwise_weight_strides<L, 5>(call);
-    case 7: return depthwise_weight_strides<L, 7>(call);
+    case 3:
+      return depthwise_weight_strides<L, 3>(call);
+    case 5:
+      return depthwise_weight_strides<L, 5>(call);
+    case 7:
+      return depthwise_weight_strides<L, 7>(call);
   }
 }
 

@@ -1,4 +1,4 @@
-// Deferred activations: what is owed to a map is paid as its rows go to panels, and the gradients of that.
+// Prologues, applied to rows on their way to panels; their gradients; and reductions of panels.
 #pragma once
 
 #include "kernels/generic/activation.inl.h"
@@ -10,8 +10,8 @@ using effnet::Activation;
 template <int I>
 using Width = Index<I>;
 
-// Calls body(Width<n>, column) for vectors of n columns that cover exactly this many: L of them while they fit, then
-// eight, then single ones, so that nothing past the last column is touched.
+// Calls body(Width<n>, column) for vectors that together cover exactly `columns` columns, so that nothing past the last
+// one is read or written: of L columns while they fit, then of eight, then of one.
 template <int L, class Body>
 EFFNET_INLINE void for_columns(std::int64_t columns, const Body& body) {
   std::int64_t c = 0;
@@ -29,7 +29,7 @@ EFFNET_INLINE float* at(const effnet::Rows& rows, std::int64_t row, std::int64_t
   return rows.data + row * rows.row + channel / panel * rows.panel + channel % panel;
 }
 
-// How many rows ahead to ask for a map's cache lines: about four kilobytes, which hides the way from memory.
+// How many rows ahead to prefetch: about four kilobytes, which hides the latency of memory.
 EFFNET_INLINE std::int64_t rows_ahead(std::int64_t channels) { return 1 + 1024 / channels; }
 
 template <int L>
@@ -76,15 +76,20 @@ struct Tag {
 template <class Function>
 EFFNET_INLINE void with_activation(Activation act, const Function& f) {
   switch (act) {
-    case Activation::none: return f(Tag<Activation::none>{});
-    case Activation::silu: return f(Tag<Activation::silu>{});
-    case Activation::relu: return f(Tag<Activation::relu>{});
-    case Activation::relu6: return f(Tag<Activation::relu6>{});
-    case Activation::hardswish: return f(Tag<Activation::hardswish>{});
+    case Activation::none:
+      return f(Tag<Activation::none>{});
+    case Activation::silu:
+      return f(Tag<Activation::silu>{});
+    case Activation::relu:
+      return f(Tag<Activation::relu>{});
+    case Activation::relu6:
+      return f(Tag<Activation::relu6>{});
+    case Activation::hardswish:
+      return f(Tag<Activation::hardswish>{});
   }
 }
 
-// What lies between the last channel and the end of its panel, in every row.
+// Writes zeros from the last channel to the end of its panel, in every row.
 EFFNET_INLINE void fill_panel(const effnet::Rows& to, std::int64_t rows, std::int64_t channels) {
   const std::int64_t end = (channels + effnet::panel_columns - 1) / effnet::panel_columns * effnet::panel_columns;
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -145,7 +150,7 @@ void gradient_rows(const effnet::GradientRows& call) {
 }
 
 template <int L>
-void through_panel(const effnet::ThroughPanel& call) {
+void act_grad_panel(const effnet::ActGradPanel& call) {
   constexpr int pixel = effnet::panel_columns;
   with_activation(call.act, [&](auto tag) EFFNET_INLINE_LAMBDA {
     constexpr Activation A = decltype(tag)::value;
@@ -162,12 +167,12 @@ void through_panel(const effnet::ThroughPanel& call) {
         const F<W> dz = dq * s, deviation = x - mean;
         of_shift += dz;
         of_scale += dz * deviation;
-        if (call.sums_kept == 5) {
+        if (call.sum_kinds == 5) {
           of_gate += dq * u;
           slopes += s;
           deviations += s * deviation;
         }
-        F<W> value = call.through ? gate * dz : dq;
+        F<W> value = call.apply_act_grad ? gate * dz : dq;
         if (call.residual.data != nullptr) value = value + load<W>(call.residual.data + row * call.residual.row + c);
         store<W>(call.to.data + row * call.to.row + c, value);
       }
@@ -176,7 +181,7 @@ void through_panel(const effnet::ThroughPanel& call) {
         float* to = call.sums + index * pixel + c;
         store<W>(to, load<W>(to) + value);
       };
-      if (call.sums_kept == 5) {
+      if (call.sum_kinds == 5) {
         add(0, of_gate);
         add(1, of_shift);
         add(2, slopes);
@@ -202,7 +207,8 @@ void panel_statistics(const effnet::PanelStatistics& call) {
     const auto each = [&](F<W>(&sums)[4], const auto& f) EFFNET_INLINE_LAMBDA {
       std::int64_t row = 0;
       for (; row + 4 <= call.rows; row += 4) {
-        unrolled<0, 4>([&](auto i) EFFNET_INLINE_LAMBDA { f(sums[i.value], load<W>(values + (row + i.value) * call.row)); });
+        unrolled<0, 4>([&](auto i)
+                           EFFNET_INLINE_LAMBDA { f(sums[i.value], load<W>(values + (row + i.value) * call.row)); });
       }
       for (; row < call.rows; ++row) f(sums[0], load<W>(values + row * call.row));
     };
