@@ -33,7 +33,7 @@ template <class... Functions>
 void parallel_phases(int threads, std::int64_t scratch_floats, const Phase<Functions>&... phases) {
   const std::int64_t pitch = round_up(scratch_floats, panel_columns) + panel_columns;
   const Scratch scratch(threads * pitch);
-  for (int i = 0; i < threads; ++i) forbid(scratch.get() + i * pitch + scratch_floats, pitch - scratch_floats);
+  for (int i = 0; i < threads; ++i) poison(scratch.get() + i * pitch + scratch_floats, pitch - scratch_floats);
   std::atomic<std::int64_t> taken[sizeof...(phases)] = {};
   parallel_team(threads, [&](Team& team) {
     std::size_t index = 0;

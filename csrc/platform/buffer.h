@@ -1,4 +1,4 @@
-// Memory for numbers, at the start of a cache line.
+// Memory for floats, aligned to cache lines.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,12 @@ namespace effnet {
 constexpr std::size_t cache_line = 64;
 constexpr std::size_t huge_page = std::size_t(1) << 21;
 
-// Whether AddressSanitizer watches memory: what is asked for is then allocated as it is and freed after use, where it would
-// otherwise be rounded up and kept.
+// Whether the build has AddressSanitizer. Memory is then allocated with its exact size and freed after use, where it
+// would otherwise be rounded up and kept, so that the sanitizer sees every access to memory that is not in use.
 #if defined(EFFNET_SANITIZE)
-constexpr bool watched = true;
+constexpr bool address_sanitizer = true;
 #else
-constexpr bool watched = false;
+constexpr bool address_sanitizer = false;
 #endif
 
 struct FreeBuffer {
@@ -33,7 +33,8 @@ struct FreeBuffer {
 
 using Buffer = std::unique_ptr<float[], FreeBuffer>;
 
-// Not initialised. Large ones in huge pages where the system has them: a panel of a map touches a line in every page.
+// Uninitialised memory. Large buffers are in huge pages where the system has them, because a panel of a map touches a
+// cache line in every page.
 inline Buffer allocate(std::int64_t count) {
   const std::size_t bytes = static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(float);
   const std::size_t alignment = bytes < huge_page ? cache_line : huge_page;
@@ -50,8 +51,8 @@ inline Buffer allocate_zeros(std::int64_t count) {
   return buffer;
 }
 
-// What lies between parts of one allocation: where memory is watched, a touch of it is a fault until the whole is freed.
-inline void forbid([[maybe_unused]] const float* begin, [[maybe_unused]] std::int64_t count) {
+// Marks a range between two parts of an allocation: AddressSanitizer reports an access to it, until the whole is freed.
+inline void poison([[maybe_unused]] const float* begin, [[maybe_unused]] std::int64_t count) {
 #if defined(EFFNET_SANITIZE)
   ASAN_POISON_MEMORY_REGION(begin, static_cast<std::size_t>(count) * sizeof(float));
 #endif

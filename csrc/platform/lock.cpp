@@ -9,7 +9,7 @@
 namespace effnet {
 namespace {
 
-// Never destroyed: tensors give their memory back after every static object has gone.
+// Never destroyed, because tensors return their memory after every static object is destroyed.
 std::mutex& mutex() {
   static std::mutex& mutex = *new std::mutex;
   return mutex;

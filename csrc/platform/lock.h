@@ -1,7 +1,7 @@
-// The lock of all that threads share: the pool of memory, and the plans and arenas of networks.
+// The one lock, which protects everything that threads share: the pool of memory, and the plans and arenas of networks.
 //
-// There is one, which is held for moments, so that a fork can wait for it: in the child only the forking thread goes on,
-// and a lock that another thread held would never be released.
+// It is only held for moments, so that a fork can wait for it. Only the forking thread goes on in the child, where a
+// lock that another thread held would never be released.
 #pragma once
 
 namespace effnet {

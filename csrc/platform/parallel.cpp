@@ -22,7 +22,7 @@ namespace {
 #if defined(__linux__)
 
 struct OpenMP {
-  // What gcc emits for `#pragma omp parallel`; LLVM's and Intel's runtimes export it too.
+  // The function that gcc calls for `#pragma omp parallel`; LLVM's and Intel's runtimes export it too.
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread_num)() = nullptr;
   int (*num_threads)() = nullptr;
@@ -61,7 +61,7 @@ int visit_library(dl_phdr_info* info, std::size_t, void* data) {
   const char* file = slash == nullptr ? info->dlpi_name : slash + 1;
   for (const char* const* name = search.names; *name != nullptr; ++name) {
     if (std::strncmp(file, *name, std::strlen(*name)) != 0) continue;
-    // NOLOAD: only what is already mapped; the handle is kept, so the library stays.
+    // RTLD_NOLOAD finds a library only if it is already loaded. The handle is never closed, so that the library stays.
     void* handle = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_NOW);
     if (handle != nullptr && resolve_all(handle, *search.openmp)) {
       search.found = true;
@@ -72,8 +72,8 @@ int visit_library(dl_phdr_info* info, std::size_t, void* data) {
 }
 
 bool find_openmp(OpenMP& openmp) {
-  // The order in which the loader bound torch itself: the global scope, where LD_PRELOAD puts things, then torch's own
-  // dependencies, which a lookup through torch's handle searches.
+  // Searches in the order in which the loader bound torch itself: first the global scope, where LD_PRELOAD puts
+  // libraries, then torch's own dependencies, which a lookup through torch's handle searches.
   if (resolve_all(RTLD_DEFAULT, openmp)) return true;
   static const char* const torch_names[] = {"libtorch_cpu.so", nullptr};
   static const char* const runtime_names[] = {"libgomp", "libomp", "libiomp5", nullptr};
@@ -96,8 +96,8 @@ const OpenMP* openmp_runtime() {
   return runtime;
 }
 
-// Registered when the library is loaded, so that a fork before the first call counts too: torch may own threads by
-// then.
+// Registered when the library is loaded, so that a fork before the first call is noticed too: torch may have started
+// threads by then.
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 
 struct TeamRegion {
@@ -113,8 +113,9 @@ void run_member(void* data) {
   region.function(region.context, team);
 }
 
-// The runtime to start threads with, or null where the calling thread has to do it alone: no runtime, a forked child, or
-// a nested region, which would start threads beside the ones that already fill the cores.
+// The runtime to start threads with, or null if the calling thread has to do the work alone: because there is no
+// runtime, in a forked child, or in a nested region, whose threads would compete with those that already occupy the
+// cores.
 const OpenMP* usable_openmp() {
   if (forked_child) return nullptr;
   const OpenMP* openmp = openmp_runtime();

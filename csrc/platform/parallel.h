@@ -1,4 +1,4 @@
-// The only place that knows about threads.
+// Threads. Nothing else in the extension starts any.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace effnet {
 
-// Threads that go through a sequence of steps together.
+// One of a number of threads that go through a sequence of steps together, as it sees the others.
 class Team {
  public:
   Team(int index, int count, std::atomic<std::int64_t>* arrivals) : index_(index), count_(count), arrivals_(arrivals) {}
@@ -15,8 +15,9 @@ class Team {
   int index() const { return index_; }
   int count() const { return count_; }
 
-  // Returns once every thread has called it as often; what they wrote before is then visible. Waits in a loop, because
-  // the steps between two barriers take microseconds; yields the core where others need it to arrive.
+  // Returns once every thread of the team has called it the same number of times; what they wrote before is then
+  // visible. It waits in a loop, because the steps between two barriers take microseconds, and after a while yields the
+  // core, which another thread may need to arrive.
   void barrier();
 
  private:
@@ -27,8 +28,8 @@ class Team {
 
 using TeamFunction = void (*)(void* context, Team& team);
 
-// Calls function once in each of up to so many threads at the same time: in fewer, or in the calling one alone, where no
-// more can be had.
+// Calls function once in each of `threads` threads at the same time; in fewer threads, or in the calling one alone, if
+// it cannot have so many.
 void run_team(int threads, TeamFunction function, void* context);
 
 template <class Function>
@@ -38,7 +39,7 @@ void parallel_team(int threads, const Function& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// The library whose threads are used, or "serial: " and the reason.
+// The path of the library whose threads are used, or "serial: " and the reason why there are none.
 std::string thread_runtime();
 
 }  // namespace effnet

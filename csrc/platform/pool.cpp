@@ -9,9 +9,9 @@
 namespace effnet {
 namespace {
 
-// A block serves requests of down to this share of it.
-constexpr double least_share = 0.875;
-// Blocks that so many requests had no use for are given back to the system.
+// A block is used for requests of at least this fraction of its size.
+constexpr double least_fraction = 0.875;
+// A block that was free during so many requests is returned to the system.
 constexpr std::int64_t patience = 4096;
 
 Buffer allocate_bytes(std::size_t bytes) {
@@ -29,7 +29,7 @@ class Pool {
       std::size_t best = free_.size();
       for (std::size_t i = 0; i < free_.size(); ++i) {
         const std::size_t size = free_[i].bytes;
-        if (size < bytes || static_cast<double>(bytes) < least_share * static_cast<double>(size)) continue;
+        if (size < bytes || static_cast<double>(bytes) < least_fraction * static_cast<double>(size)) continue;
         if (best == free_.size() || size < free_[best].bytes) best = i;
       }
       if (best < free_.size()) taken = take(best);
@@ -53,7 +53,7 @@ class Pool {
   struct Free {
     Buffer memory;
     std::size_t bytes;
-    std::int64_t since;  // the request before which it came back
+    std::int64_t since;  // the number of requests before it was put back
   };
 
   struct Owner {
@@ -89,7 +89,7 @@ Pool& pool() {
 }  // namespace
 
 Block acquire(std::size_t bytes) {
-  if constexpr (watched) return allocate_bytes(bytes);
+  if constexpr (address_sanitizer) return allocate_bytes(bytes);
   return pool().acquire(bytes);
 }
 

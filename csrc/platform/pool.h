@@ -1,7 +1,7 @@
-// Memory of large tensors, kept for the next one of its size.
+// Keeps the memory of large tensors for the next tensors of the same size.
 //
-// A training step makes the same maps again and again. The system's allocator returns memory of this size at once and
-// clears every page of the next request, which costs a third of a step.
+// Training steps allocate the same maps again and again. The C library returns memory of this size to the system at
+// once, and the system clears every page of the next request, which costs a third of a step.
 #pragma once
 
 #include <cstddef>
@@ -12,19 +12,19 @@
 
 namespace effnet {
 
-// Goes back to the pool when the last copy of it goes.
+// Memory that returns to the pool with the last copy of the pointer.
 using Block = std::shared_ptr<void>;
 
-// At least so many bytes, at the start of a cache line, not initialised; in huge pages where the system has them.
+// At least so many bytes of uninitialised memory, aligned to a cache line; in huge pages where the system has them.
 Block acquire(std::size_t bytes);
 
-// Memory for the length of a call. Sizes are rounded up to powers of two, so that calls of other shapes find it again.
+// Memory for the duration of a call. Sizes are rounded up to powers of two, so that calls of other shapes can reuse it.
 class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(std::int64_t floats) {
     const std::size_t needed = static_cast<std::size_t>(floats) * sizeof(float);
-    std::size_t bytes = watched ? needed : 4096;
+    std::size_t bytes = address_sanitizer ? needed : 4096;
     while (bytes < needed) bytes *= 2;
     block_ = acquire(bytes);
   }
@@ -34,7 +34,7 @@ class Scratch {
   Block block_;
 };
 
-// Frees what is in the pool and not in use.
+// Frees the memory in the pool that is not in use.
 void release_memory();
 
 }  // namespace effnet
