@@ -6,12 +6,12 @@
 
 namespace effnet {
 
-// Chan, Golub and LeVeque 1983, the formula for two sets, in the order of the partials.
+// Merges one partial after another by the formula for two sets of Chan, Golub and LeVeque 1983.
 void merge_statistics(const float* partials, std::int64_t count, std::int64_t channels, float* stats) {
   float *total = stats, *mean = stats + channels, *m2 = stats + 2 * channels;
   for (std::int64_t c = 0; c < 3 * channels; ++c) stats[c] = partials[c];
-  for (std::int64_t part = 1; part < count; ++part) {
-    const float* own = partials + part * 3 * channels;
+  for (std::int64_t index = 1; index < count; ++index) {
+    const float* own = partials + index * 3 * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
       const float sum = total[c] + own[c];
       const float share = sum > 0.0f ? own[c] / sum : 0.0f;
@@ -23,7 +23,7 @@ void merge_statistics(const float* partials, std::int64_t count, std::int64_t ch
   }
 }
 
-void fold_batch_norm(const FoldBatchNorm& call) {
+void finalize_batch_norm(const FinalizeBatchNorm& call) {
   const std::int64_t channels = call.channels;
   std::vector<float> stats(static_cast<std::size_t>(3 * channels));
   merge_statistics(call.partials, call.count, channels, stats.data());
@@ -32,25 +32,26 @@ void fold_batch_norm(const FoldBatchNorm& call) {
     const float var = m2[c] / count[c];
     const float rstd = 1.0f / std::sqrt(var + call.eps);
     const float scale = call.weight != nullptr ? call.weight[c] * rstd : rstd;
-    call.folded[c] = scale;
-    call.folded[channels + c] = (call.bias != nullptr ? call.bias[c] : 0.0f) - mean[c] * scale;
-    call.folded[2 * channels + c] = mean[c];
-    call.folded[3 * channels + c] = rstd;
-    // As torch has it, an empty batch moves nothing.
+    call.result[c] = scale;
+    call.result[channels + c] = (call.bias != nullptr ? call.bias[c] : 0.0f) - mean[c] * scale;
+    call.result[2 * channels + c] = mean[c];
+    call.result[3 * channels + c] = rstd;
+    // An empty batch leaves the running statistics alone, as in torch.
     if (call.running_mean == nullptr || count[c] == 0.0f) continue;
     if (call.skip_nonfinite && !(std::isfinite(mean[c]) && std::isfinite(var))) continue;
-    // Not running + momentum * (batch - running), which at a momentum of 1 keeps the rounding errors of what it forgets.
-    const float kept = 1.0f - call.momentum;
-    call.running_mean[c] = kept * call.running_mean[c] + call.momentum * mean[c];
-    call.running_var[c] = kept * call.running_var[c] + call.momentum * (m2[c] / (count[c] - 1.0f));
+    // Not running + momentum * (batch - running), which at a momentum of 1 would keep rounding errors of the old
+    // statistics.
+    const float decay = 1.0f - call.momentum;
+    call.running_mean[c] = decay * call.running_mean[c] + call.momentum * mean[c];
+    call.running_var[c] = decay * call.running_var[c] + call.momentum * (m2[c] / (count[c] - 1.0f));
   }
 }
 
-void fold_batch_norm_backward(const FoldBatchNormBackward& call) {
+void finalize_batch_norm_backward(const FinalizeBatchNormBackward& call) {
   for (std::int64_t c = 0; c < call.channels; ++c) {
     float of_bias = 0.0f, of_scale = 0.0f;
-    for (std::int64_t part = 0; part < call.count; ++part) {
-      const float* own = call.sums + part * call.partial_stride + c;
+    for (std::int64_t index = 0; index < call.count; ++index) {
+      const float* own = call.sums + index * call.partial_stride + c;
       of_bias += own[0];
       of_scale += own[call.kind_stride];
     }

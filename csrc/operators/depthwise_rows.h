@@ -1,4 +1,5 @@
-// What the forward and the backward pass of a depthwise convolution share: rings of padded rows, and how the work is divided.
+// What the forward and the backward pass of a depthwise convolution share: rings of padded rows, and how the work is
+// divided.
 #pragma once
 
 #include "operators/partition.h"
@@ -6,12 +7,15 @@
 
 namespace effnet {
 
-constexpr std::int64_t most_slots = 16;
-// Rings of the panels that are done together, and units of a call at least.
+// Shards of the images, at most.
+constexpr std::int64_t most_shards = 16;
+// The size that the rings of panels which are computed together may have, so that they stay in cache.
 constexpr std::int64_t ring_floats = 128 * 1024;
-constexpr std::int64_t least_units = 16;
+// Work items of a call, at least, as far as there are panels.
+constexpr std::int64_t least_items = 16;
 
-// Padded rows of several panels: row r of panel p is at [p][r % rows], zero outside of [left, left + width).
+// A ring buffer of padded rows for each of several panels: row r of panel p is at [p][r % rows], with zeros outside of
+// [left, left + width).
 struct Ring {
   std::int64_t rows, left, width, padded;
 
@@ -20,11 +24,11 @@ struct Ring {
   float* row(float* ring, std::int64_t panel, std::int64_t index) const {
     return ring + panel * panel_floats() + index % rows * row_floats();
   }
-  // Where a load of row `index` of all the panels goes.
+  // Row `index` of all the panels, without its margins, for a kernel to write.
   Rows to(float* ring, std::int64_t index) const {
     return {row(ring, 0, index) + left * panel_columns, panel_columns, panel_floats()};
   }
-  // The zeros left and right of the rows, which nothing else writes.
+  // Writes the zeros left and right of the rows; they stay, because rows are written between them.
   void clear_margins(float* ring, std::int64_t panels) const {
     for (std::int64_t index = 0; index < panels * rows; ++index, ring += row_floats()) {
       std::fill_n(ring, left * panel_columns, 0.0f);
@@ -33,35 +37,34 @@ struct Ring {
   }
 };
 
-// Of the rows that the kernel reads for one output row.
-inline Ring input_ring(const ConvShape& s) {
-  return {s.kernel, s.left, s.width, s.padded_width()};
-}
+// Has room for the input rows that one output row reads.
+inline Ring input_ring(const ConvShape& shape) { return {shape.kernel, shape.left, shape.width, shape.padded_width()}; }
 
-// Channels in groups of panels, images in slots; a unit is a group of a slot's images.
-struct Cut {
-  std::int64_t slots, panels, groups;
+// Images are divided into shards and channels into groups of panels; a work item is one group of one shard's images.
+struct Partition {
+  std::int64_t shards, panels, groups;
 
-  Cut(std::int64_t images, const ConvShape& shape, std::int64_t floats_a_panel) {
-    slots = depthwise_slots(images);
+  Partition(std::int64_t images, const ConvShape& shape, std::int64_t floats_per_panel) {
+    shards = depthwise_shards(images);
     panels = ceil_div(shape.channels, panel_columns);
-    const std::int64_t in_cache = std::max<std::int64_t>(1, ring_floats / floats_a_panel);
-    groups = std::min(panels, std::max(ceil_div(panels, in_cache), ceil_div(least_units, slots)));
+    const std::int64_t in_cache = std::max<std::int64_t>(1, ring_floats / floats_per_panel);
+    groups = std::min(panels, std::max(ceil_div(panels, in_cache), ceil_div(least_items, shards)));
   }
-  std::int64_t units() const { return slots * groups; }
+  std::int64_t items() const { return shards * groups; }
   std::int64_t most_panels() const { return ceil_div(panels, groups); }
 };
 
-struct Unit {
-  std::int64_t slot, first_image, end_image, first_panel, panels, channel, channels;
+// The images and the channels of a work item.
+struct WorkItem {
+  std::int64_t shard, first_image, end_image, first_panel, panels, channel, channels;
 
-  Unit(std::int64_t images, const ConvShape& shape, const Cut& cut, std::int64_t index) {
-    slot = index / cut.groups;
-    const std::int64_t group = index % cut.groups;
-    first_image = images * slot / cut.slots;
-    end_image = images * (slot + 1) / cut.slots;
-    first_panel = cut.panels * group / cut.groups;
-    panels = cut.panels * (group + 1) / cut.groups - first_panel;
+  WorkItem(std::int64_t images, const ConvShape& shape, const Partition& partition, std::int64_t index) {
+    shard = index / partition.groups;
+    const std::int64_t group = index % partition.groups;
+    first_image = images * shard / partition.shards;
+    end_image = images * (shard + 1) / partition.shards;
+    first_panel = partition.panels * group / partition.groups;
+    panels = partition.panels * (group + 1) / partition.groups - first_panel;
     channel = first_panel * panel_columns;
     channels = std::min(shape.channels - channel, panels * panel_columns);
   }

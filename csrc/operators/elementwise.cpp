@@ -1,21 +1,25 @@
-// Passes over maps: what BatchNorm and squeeze-and-excitation need where no convolution can give it.
+// Passes over whole maps, for what no convolution can compute on the way: reductions for BatchNorm and
+// squeeze-and-excitation, and the block's output.
 #include "operators/partition.h"
 #include "operators/rows.h"
 
 namespace effnet {
 namespace {
 
-// Panels of the rows that a reduction has at a time.
+// The size of the panels that a reduction works on at a time, so that they stay in cache.
 constexpr std::int64_t block_floats = 16 * 1024;
 
 int threads_of(const Pixels& pixels, std::int64_t channels, const Execution& execution) {
   return threads_for(pixels.images * pixels.pixels * channels, execution.threads);
 }
 
-std::int64_t pixel_of(const Pixels& pixels, const Part& part) { return part.group * pixels.group_rows() + part.begin; }
+std::int64_t pixel_of(const Pixels& pixels, const Shard& shard) {
+  return shard.group * pixels.group_rows() + shard.begin;
+}
 
-// Blocks of each part's rows, which load() leaves in panels and reduce() takes panel by panel. load() also gets memory
-// for [channels], reduce() the rows of the part before this block and the panel's first channel.
+// Goes through the rows of all shards block by block: load() writes a block to panels, then reduce() is called for each
+// of these. load() is also given memory for [channels]; reduce() the number of the shard's rows before this block and
+// the panel's first channel.
 template <class Load, class Reduce>
 void for_blocks(const Pixels& pixels, std::int64_t channels, const Execution& execution, const Load& load,
                 const Reduce& reduce) {
@@ -23,22 +27,22 @@ void for_blocks(const Pixels& pixels, std::int64_t channels, const Execution& ex
   const std::int64_t wanted = std::max<std::int64_t>(8, block_floats / pitch);
   const std::int64_t scratch = most_rows(pixels, wanted) * pitch + channels;
   const auto run = [&](std::int64_t index, float* panels) {
-    const Part part = part_of(pixels, index);
-    const Blocks blocks(part.rows(), wanted);
-    for (std::int64_t begin = part.begin; begin < part.end; begin += blocks.rows) {
-      const std::int64_t rows = std::min(blocks.rows, part.end - begin);
-      const std::int64_t pixel = part.group * pixels.group_rows() + begin;
-      load(part, pixel, rows, panels, panels + most_rows(pixels, wanted) * pitch);
+    const Shard shard = shard_of(pixels, index);
+    const Blocks blocks(shard.rows(), wanted);
+    for (std::int64_t begin = shard.begin; begin < shard.end; begin += blocks.rows) {
+      const std::int64_t rows = std::min(blocks.rows, shard.end - begin);
+      const std::int64_t pixel = shard.group * pixels.group_rows() + begin;
+      load(shard, pixel, rows, panels, panels + most_rows(pixels, wanted) * pitch);
       for (std::int64_t panel = 0; panel * panel_columns < channels; ++panel) {
-        reduce(part, begin - part.begin, pixel, rows, panel * panel_columns,
-               columns_of(panel, channels), panels + panel * rows * panel_columns);
+        reduce(shard, begin - shard.begin, pixel, rows, panel * panel_columns, columns_of(panel, channels),
+               panels + panel * rows * panel_columns);
       }
     }
   };
-  parallel_phases(threads_of(pixels, channels, execution), scratch, Phase<decltype(run)>{pixels.count(), run});
+  parallel_phases(threads_of(pixels, channels, execution), scratch, Phase<decltype(run)>{pixels.total_shards(), run});
 }
 
-// Adds a panel's sums, or products, to those of its part, which the first block begins.
+// Adds a panel's sums, products or both to those of its shard; the first block of a shard overwrites them.
 void add_sums(PanelSums call, const Kernels& kernels, bool first, float* sums, float* products) {
   alignas(64) float of_block[2][panel_columns] = {};
   call.sums = of_block[0];
@@ -52,11 +56,12 @@ void add_sums(PanelSums call, const Kernels& kernels, bool first, float* sums, f
 
 }  // namespace
 
-Pixels cut_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
-  constexpr std::int64_t wanted_parts = 32, least_rows = 48;
-  Pixels cut{images, pixels, by_image ? images : 1, 1};
-  cut.parts = std::max<std::int64_t>(1, std::min(ceil_div(wanted_parts, cut.groups), cut.group_rows() / least_rows));
-  return cut;
+Pixels partition_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
+  constexpr std::int64_t wanted_shards = 32, least_rows = 48;
+  Pixels result{images, pixels, by_image ? images : 1, 1};
+  result.shards =
+      std::max<std::int64_t>(1, std::min(ceil_div(wanted_shards, result.groups), result.group_rows() / least_rows));
+  return result;
 }
 
 void patches(std::int64_t images, const ConvShape& shape, const float* x, float* to, const Execution& execution) {
@@ -86,43 +91,44 @@ void patches(std::int64_t images, const ConvShape& shape, const float* x, float*
   parallel_phases(threads, 0, Phase<decltype(run)>{rows, run});
 }
 
-void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* keep,
-           const float* residual, float* to, const Execution& execution) {
+void bn_act_add(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue,
+                const float* drop_path_scale, const float* residual, float* to, const Execution& execution) {
   const auto run = [&](std::int64_t index, float* factor) {
-    const Part part = part_of(pixels, index);
-    const std::int64_t pixel = pixel_of(pixels, part);
-    ActivateRows pay = activate_rows(prologue, part.group, channels);
-    pay.factor = kept_gate(prologue.gate, keep, part.group, channels, factor);
-    pay.x = map_rows(x, pixel, channels);
-    pay.residual = map_rows(residual, pixel, channels);
-    pay.to = map_rows(to, pixel, channels);
-    pay.rows = part.rows();
-    execution.kernels.activate_rows_f32(pay);
+    const Shard shard = shard_of(pixels, index);
+    const std::int64_t pixel = pixel_of(pixels, shard);
+    ActivateRows call = activate_rows(prologue, shard.group, channels);
+    call.factor = gate_times_drop_path(prologue.gate, drop_path_scale, shard.group, channels, factor);
+    call.x = map_rows(x, pixel, channels);
+    call.residual = map_rows(residual, pixel, channels);
+    call.to = map_rows(to, pixel, channels);
+    call.rows = shard.rows();
+    execution.kernels.activate_rows_f32(call);
   };
-  parallel_phases(threads_of(pixels, channels, execution), channels, Phase<decltype(run)>{pixels.count(), run});
+  parallel_phases(threads_of(pixels, channels, execution), channels, Phase<decltype(run)>{pixels.total_shards(), run});
 }
 
-void squeeze(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* factor,
-             float* sums, const Execution& execution) {
-  const auto load = [&](const Part& part, std::int64_t pixel, std::int64_t rows, float* panels, float*) {
-    ActivateRows pay = activate_rows(prologue, part.group, channels);
-    pay.x = map_rows(x, pixel, channels);
-    pay.to = panel_rows(panels, rows);
-    pay.rows = rows;
-    execution.kernels.activate_rows_f32(pay);
+void pooled_sums(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue,
+                 const float* factor, float* sums, const Execution& execution) {
+  const auto load = [&](const Shard& shard, std::int64_t pixel, std::int64_t rows, float* panels, float*) {
+    ActivateRows call = activate_rows(prologue, shard.group, channels);
+    call.x = map_rows(x, pixel, channels);
+    call.to = panel_rows(panels, rows);
+    call.rows = rows;
+    execution.kernels.activate_rows_f32(call);
   };
-  const auto reduce = [&](const Part& part, std::int64_t done, std::int64_t pixel, std::int64_t rows, std::int64_t channel,
-                          std::int64_t columns, const float* panel) {
-    float* to = sums + part.index * channels + channel;
+  const auto reduce = [&](const Shard& shard, std::int64_t rows_before, std::int64_t pixel, std::int64_t rows,
+                          std::int64_t channel, std::int64_t columns, const float* panel) {
+    float* to = sums + shard.index * channels + channel;
     PanelSums call{panel, map_rows(factor, pixel, channels, channel), nullptr, rows, columns, nullptr, nullptr};
-    add_sums(call, execution.kernels, done == 0, factor == nullptr ? to : nullptr, factor == nullptr ? nullptr : to);
+    add_sums(call, execution.kernels, rows_before == 0, factor == nullptr ? to : nullptr,
+             factor == nullptr ? nullptr : to);
   };
   for_blocks(pixels, channels, execution, load, reduce);
 }
 
 void channel_statistics(const Pixels& pixels, std::int64_t channels, const float* y, float* partials,
                         const Execution& execution) {
-  const auto load = [&](const Part&, std::int64_t pixel, std::int64_t rows, float* panels, float*) {
+  const auto load = [&](const Shard&, std::int64_t pixel, std::int64_t rows, float* panels, float*) {
     ActivateRows copy{};
     copy.x = map_rows(y, pixel, channels);
     copy.to = panel_rows(panels, rows);
@@ -131,16 +137,16 @@ void channel_statistics(const Pixels& pixels, std::int64_t channels, const float
     copy.fill = true;
     execution.kernels.activate_rows_f32(copy);
   };
-  const auto reduce = [&](const Part& part, std::int64_t done, std::int64_t, std::int64_t rows, std::int64_t channel,
-                          std::int64_t columns, const float* panel) {
-    float* to = partials + part.index * 3 * channels + channel;
+  const auto reduce = [&](const Shard& shard, std::int64_t rows_before, std::int64_t, std::int64_t rows,
+                          std::int64_t channel, std::int64_t columns, const float* panel) {
+    float* to = partials + shard.index * 3 * channels + channel;
     alignas(64) float mean[panel_columns] = {}, m2[panel_columns] = {};
-    if (done > 0) {
+    if (rows_before > 0) {
       std::copy_n(to + channels, columns, mean);
       std::copy_n(to + 2 * channels, columns, m2);
     }
-    execution.kernels.panel_statistics_f32({panel, panel_columns, rows, columns, done, mean, m2});
-    std::fill_n(to, columns, static_cast<float>(done + rows));
+    execution.kernels.panel_statistics_f32({panel, panel_columns, rows, columns, rows_before, mean, m2});
+    std::fill_n(to, columns, static_cast<float>(rows_before + rows));
     std::copy_n(mean, columns, to + channels);
     std::copy_n(m2, columns, to + 2 * channels);
   };
@@ -149,20 +155,21 @@ void channel_statistics(const Pixels& pixels, std::int64_t channels, const float
 
 void gradient_sums(const Pixels& pixels, std::int64_t channels, const OutputGradient& gradient, const float* mean,
                    float* sums, const Execution& execution) {
-  const auto load = [&](const Part& part, std::int64_t pixel, std::int64_t rows, float* panels, float* factor) {
-    GradientRows form = gradient_rows(gradient, part.group, channels, factor);
-    form.grad = map_rows(gradient.grad, pixel, channels);
-    form.y = map_rows(gradient.y, pixel, channels);
-    form.alpha = form.beta = form.gamma = nullptr;
-    form.to = panel_rows(panels, rows);
-    form.rows = rows;
-    execution.kernels.gradient_rows_f32(form);
+  const auto load = [&](const Shard& shard, std::int64_t pixel, std::int64_t rows, float* panels, float* factor) {
+    GradientRows call = gradient_rows(gradient, shard.group, channels, factor);
+    call.grad = map_rows(gradient.grad, pixel, channels);
+    call.y = map_rows(gradient.y, pixel, channels);
+    call.alpha = call.beta = call.gamma = nullptr;
+    call.to = panel_rows(panels, rows);
+    call.rows = rows;
+    execution.kernels.gradient_rows_f32(call);
   };
-  const auto reduce = [&](const Part& part, std::int64_t done, std::int64_t pixel, std::int64_t rows, std::int64_t channel,
-                          std::int64_t columns, const float* panel) {
-    float* to = sums + part.index * 2 * channels + channel;
-    PanelSums call{panel, map_rows(gradient.y, pixel, channels, channel), mean + channel, rows, columns, nullptr, nullptr};
-    add_sums(call, execution.kernels, done == 0, to, to + channels);
+  const auto reduce = [&](const Shard& shard, std::int64_t rows_before, std::int64_t pixel, std::int64_t rows,
+                          std::int64_t channel, std::int64_t columns, const float* panel) {
+    float* to = sums + shard.index * 2 * channels + channel;
+    PanelSums call{panel,  map_rows(gradient.y, pixel, channels, channel), mean + channel, rows, columns, nullptr,
+                   nullptr};
+    add_sums(call, execution.kernels, rows_before == 0, to, to + channels);
   };
   for_blocks(pixels, channels, execution, load, reduce);
 }
@@ -170,17 +177,17 @@ void gradient_sums(const Pixels& pixels, std::int64_t channels, const OutputGrad
 void apply_gradient(const Pixels& pixels, std::int64_t channels, const OutputGradient& gradient, const float* residual,
                     float* to, const Execution& execution) {
   const auto run = [&](std::int64_t index, float* factor) {
-    const Part part = part_of(pixels, index);
-    const std::int64_t pixel = pixel_of(pixels, part);
-    GradientRows form = gradient_rows(gradient, part.group, channels, factor);
-    form.grad = map_rows(gradient.grad, pixel, channels);
-    form.y = map_rows(gradient.y, pixel, channels);
-    form.residual = map_rows(residual, pixel, channels);
-    form.to = map_rows(to, pixel, channels);
-    form.rows = part.rows();
-    execution.kernels.gradient_rows_f32(form);
+    const Shard shard = shard_of(pixels, index);
+    const std::int64_t pixel = pixel_of(pixels, shard);
+    GradientRows call = gradient_rows(gradient, shard.group, channels, factor);
+    call.grad = map_rows(gradient.grad, pixel, channels);
+    call.y = map_rows(gradient.y, pixel, channels);
+    call.residual = map_rows(residual, pixel, channels);
+    call.to = map_rows(to, pixel, channels);
+    call.rows = shard.rows();
+    execution.kernels.gradient_rows_f32(call);
   };
-  parallel_phases(threads_of(pixels, channels, execution), channels, Phase<decltype(run)>{pixels.count(), run});
+  parallel_phases(threads_of(pixels, channels, execution), channels, Phase<decltype(run)>{pixels.total_shards(), run});
 }
 
 }  // namespace effnet

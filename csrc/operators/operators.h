@@ -1,7 +1,8 @@
-// The operators, forward and backward, on maps as torch has them: [N, H, W, C] with nothing between the pixels.
+// The operators of training, forward and backward, on contiguous channels-last maps: [N, H, W, C].
 //
-// Work is cut by shapes alone, never by the number of threads, and partial results are kept apart and merged in order,
-// so that every result is the same whoever computes which part.
+// Maps are divided into shards, each of which has partial results of its own. How many there are depends on the shapes
+// alone, never on the number of threads, and the partial results are merged in a fixed order, so that every result is
+// bitwise reproducible.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,13 @@
 
 namespace effnet {
 
+// What an operator runs on.
 struct Execution {
   const Kernels& kernels;
   int threads;
 };
 
-// What is owed to a map: act(scale * x + shift) * gate. Pointers may be null.
+// What is applied to a raw output x when it is read: act(scale * x + shift) * gate. Pointers may be null.
 struct Prologue {
   const float *scale, *shift;  // [C]
   const float* gate;           // [N, C]
@@ -31,33 +33,35 @@ struct Epilogue {
   Activation act;
 };
 
-// The gradient of a convolution's raw output y, formed on load: dz = (grad * gate * keep + offset) * act'(scale * y +
-// shift), dy = alpha * dz + beta * y + gamma. Pointers may be null.
+// The gradient dy of a convolution's raw output y, computed when it is read: with z = scale * y + shift,
+// dz = (grad * gate * drop_path_scale + offset) * act'(z) and dy = alpha * dz + beta * y + gamma. Pointers may be null.
+// drop_path_scale is stochastic depth's factor of each sample; offset is the gradient that comes through the squeeze.
 struct OutputGradient {
   const float *grad, *y;
-  const float* coefficients;  // [3, C]: alpha, beta, gamma
-  const float* gate;          // [N, C]
-  const float* keep;          // [N]
-  const float* offset;        // [N, C]
-  const float *scale, *shift;
+  const float* coefficients;     // [3, C]: alpha, beta, gamma
+  const float* gate;             // [N, C]
+  const float* drop_path_scale;  // [N]
+  const float* offset;           // [N, C]
+  const float *scale, *shift;    // [C]
   Activation act;
 
-  bool by_image() const { return gate != nullptr || keep != nullptr || offset != nullptr; }
+  bool by_image() const { return gate != nullptr || drop_path_scale != nullptr || offset != nullptr; }
 };
 
-// Pixels, in groups (images, where images differ in more than their pixels) that are cut in parts of nearly equal size.
+// The pixels of a batch, in groups that are divided into shards of nearly equal size. A group is an image where an
+// operand has a value for each image, such as a gate; otherwise the batch is one group.
 struct Pixels {
-  std::int64_t images, pixels;  // of an image
-  std::int64_t groups, parts;   // parts of a group
+  std::int64_t images, pixels;  // pixels of an image
+  std::int64_t groups, shards;  // shards of a group
 
   std::int64_t group_rows() const { return images * pixels / groups; }
-  std::int64_t count() const { return groups * parts; }
+  std::int64_t total_shards() const { return groups * shards; }
 };
 
-// The rule for both: by_image keeps images apart.
-Pixels cut_pixels(std::int64_t images, std::int64_t pixels, bool by_image);
+// Decides how many groups and shards there are. With by_image, each image is a group.
+Pixels partition_pixels(std::int64_t images, std::int64_t pixels, bool by_image);
 
-enum class Reduction : std::int32_t { none, statistics, pool };
+enum class Reduction : std::int32_t { none, statistics, pooled_sums };
 
 struct PointwiseForward {
   Pixels pixels;
@@ -66,8 +70,8 @@ struct PointwiseForward {
   Prologue prologue;
   Epilogue epilogue;
   Reduction reduction;
-  float* y;         // null with pool
-  float* partials;  // statistics [parts, 3, outputs]; pool: sums [images, parts, outputs]
+  float* y;         // null with pooled_sums
+  float* partials;  // statistics [total_shards, 3, outputs]; pooled sums [images, shards, outputs]
 };
 
 void pointwise_forward(const PointwiseForward& call, const Execution& execution);
@@ -77,20 +81,20 @@ struct PointwiseBackward {
   std::int64_t channels, outputs;
   OutputGradient gradient;
   const float* weight;
-  const float* x;  // null where neither dweight nor sums are wanted
+  const float* x;  // may be null where dweight and sums are
   Prologue prologue;
   const float* mean;      // [channels] or null
   const float* residual;  // added to dx; or null
-  bool through;
-  float* dx;       // [N, H, W, channels] or null
-  float* sums;     // [images, parts, 5, channels] or null: then dx is the plain product
+  bool apply_act_grad;    // whether dx is multiplied by the prologue's gate and the derivative of its activation
+  float* dx;              // [N, H, W, channels] or null
+  float* sums;     // [images, shards, 5, channels] (see ActGradPanel), or null, and dx is then the matrix product alone
   float* dweight;  // [outputs, channels] or null
 };
 
 void pointwise_backward(const PointwiseBackward& call, const Execution& execution);
 
-// Images in slots, whose partial results are apart.
-std::int64_t depthwise_slots(std::int64_t images);
+// The number of shards that the images of a depthwise convolution are divided into.
+std::int64_t depthwise_shards(std::int64_t images);
 
 struct DepthwiseForward {
   std::int64_t images;
@@ -100,7 +104,7 @@ struct DepthwiseForward {
   Epilogue epilogue;        // without a residual
   Reduction reduction;
   float* y;
-  float* partials;  // statistics [slots, 3, C]; pool: sums [images, 1, C]
+  float* partials;  // statistics [shards, 3, C]; pooled sums [images, 1, C]
 };
 
 void depthwise_forward(const DepthwiseForward& call, const Execution& execution);
@@ -113,61 +117,64 @@ struct DepthwiseBackward {
   Prologue prologue;      // without a gate
   const float* mean;      // [C] or null
   const float* residual;  // added to dz; or null
-  float* dz;              // [N, H, W, C]: with respect to scale * x + shift
-  float* sums;            // [slots, 2, C] or null
+  float* dz;              // [N, H, W, C], the gradient of scale * x + shift
+  float* sums;            // [shards, 2, C] or null
   float* dweight;         // [C, k, k]
 };
 
 void depthwise_backward(const DepthwiseBackward& call, const Execution& execution);
 
-// The pixels that a convolution reads for each of its outputs, in the order of rows, columns and channels, with zeros
-// outside of the map: [N, out_height, out_width, kernel * kernel * C].
+// For each output of a convolution the pixels that it reads, in the order of rows, columns and channels, with zeros
+// outside of the map (im2col): [N, out_height, out_width, kernel * kernel * C].
 void patches(std::int64_t images, const ConvShape& shape, const float* x, float* to, const Execution& execution);
 
-// to = keep * act(scale * x + shift) * gate + residual
-void merge(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* keep,
-           const float* residual, float* to, const Execution& execution);
+// A block's output from its last raw output: drop_path_scale * act(scale * x + shift) * gate + residual.
+void bn_act_add(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue,
+                const float* drop_path_scale, const float* residual, float* to, const Execution& execution);
 
-// Sums over each image's pixels of the deferred activation, times `factor` [N, H, W, C] or null: [images, parts, C].
-void squeeze(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue, const float* factor,
-             float* sums, const Execution& execution);
+// Sums over the pixels of each shard of act(scale * x + shift) * gate, multiplied by `factor` [N, H, W, C] where it is
+// not null: [images, shards, C].
+void pooled_sums(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue,
+                 const float* factor, float* sums, const Execution& execution);
 
-// Partial count, mean and M2: [parts, 3, C].
+// The count, the mean and the sum of squared deviations (M2) of each shard: [total_shards, 3, C].
 void channel_statistics(const Pixels& pixels, std::int64_t channels, const float* y, float* partials,
                         const Execution& execution);
 
-// Partial sums of dz and dz * (y - mean): [parts, 2, C].
+// The sums over each shard of dz and of dz * (y - mean): [total_shards, 2, C].
 void gradient_sums(const Pixels& pixels, std::int64_t channels, const OutputGradient& gradient, const float* mean,
                    float* sums, const Execution& execution);
 
-// dy + residual as a map.
+// Writes dy + residual.
 void apply_gradient(const Pixels& pixels, std::int64_t channels, const OutputGradient& gradient, const float* residual,
                     float* to, const Execution& execution);
 
 // Count, mean and M2 of the union of partials [partials, 3, C]: [3, C].
 void merge_statistics(const float* partials, std::int64_t count, std::int64_t channels, float* stats);
 
-struct FoldBatchNorm {
+// Mean, rstd, scale and shift from partial statistics.
+struct FinalizeBatchNorm {
   const float* partials;  // [count, 3, C]
   std::int64_t count, channels;
-  const float *weight, *bias;           // [C] or null
-  float *running_mean, *running_var;    // [C] or null; moved by momentum
+  const float *weight, *bias;         // [C] or null
+  float *running_mean, *running_var;  // [C] or null; updated
   float momentum, eps;
-  bool skip_nonfinite;
-  float* folded;  // [4, C]: scale, shift, mean, rstd
+  bool skip_nonfinite;  // whether non-finite statistics leave the running ones alone
+  float* result;        // [4, C]: scale, shift, mean, rstd
 };
 
-void fold_batch_norm(const FoldBatchNorm& call);
+void finalize_batch_norm(const FinalizeBatchNorm& call);
 
-struct FoldBatchNormBackward {
-  const float* sums;  // of dz and dz * (y - mean)
+// The coefficients of OutputGradient, and BatchNorm's gradients, from the partial sums of gradient_sums.
+struct FinalizeBatchNormBackward {
+  const float* sums;  // [count, 2, C], of dz and dz * (y - mean), with the strides below
   std::int64_t count, partial_stride, kind_stride, channels;
   float inverse_pixels;
-  const float *weight, *mean, *rstd;  // weight may be null
-  bool batch_statistics;
+  const float *weight, *mean, *rstd;      // weight may be null
+  bool batch_statistics;                  // whether mean and rstd are the batch's, and gradients flow through them
   float *coefficients, *dweight, *dbias;  // [3, C], [C], [C]
 };
 
-void fold_batch_norm_backward(const FoldBatchNormBackward& call);
+void finalize_batch_norm_backward(const FinalizeBatchNormBackward& call);
 
 }  // namespace effnet

@@ -1,4 +1,4 @@
-// How operators share their work: units that any thread may take, and scratch that each thread keeps.
+// How operators divide their work into items that any thread may take, each thread with scratch memory of its own.
 #pragma once
 
 #include <algorithm>
@@ -11,24 +11,24 @@
 
 namespace effnet {
 
-// Starting a team costs about as much as this many floats through one thread.
+// Starting a team of threads costs about as much time as one thread takes for this many floats.
 constexpr std::int64_t floats_per_thread = 16 * 1024;
 
 inline int threads_for(std::int64_t floats, int threads) {
   return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, floats / floats_per_thread)));
 }
 
-// Units of work that do not depend on each other: f(unit, scratch) for each.
+// Work items that do not depend on each other, for each of which f(item, scratch) is called.
 template <class Function>
 struct Phase {
-  std::int64_t units;
+  std::int64_t items;
   Function f;
 };
 
 template <class Function>
 Phase(std::int64_t, Function) -> Phase<Function>;
 
-// One phase after another, each unit in whichever thread is free, with scratch of so many floats a thread.
+// Runs one phase after another. Each work item goes to the next free thread; a thread has scratch_floats of scratch.
 template <class... Functions>
 void parallel_phases(int threads, std::int64_t scratch_floats, const Phase<Functions>&... phases) {
   const std::int64_t pitch = round_up(scratch_floats, panel_columns) + panel_columns;
@@ -41,25 +41,25 @@ void parallel_phases(int threads, std::int64_t scratch_floats, const Phase<Funct
       if (index > 0) team.barrier();
       std::atomic<std::int64_t>& next = taken[index++];
       float* own = scratch.get() + team.index() * pitch;
-      for (std::int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < phase.units;) phase.f(unit, own);
+      for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < phase.items;) phase.f(item, own);
     };
     (run(phases), ...);
   });
 }
 
-// Rows [begin, end) of a group.
-struct Part {
-  std::int64_t index, group, begin, end;  // rows from the group's first
+// Pixels [begin, end) of a group.
+struct Shard {
+  std::int64_t index, group, begin, end;  // index among the shards of all groups; begin and end from the group's first
 
   std::int64_t rows() const { return end - begin; }
 };
 
-inline Part part_of(const Pixels& pixels, std::int64_t index) {
-  const std::int64_t group = index / pixels.parts, part = index % pixels.parts, rows = pixels.group_rows();
-  return {index, group, rows * part / pixels.parts, rows * (part + 1) / pixels.parts};
+inline Shard shard_of(const Pixels& pixels, std::int64_t index) {
+  const std::int64_t group = index / pixels.shards, shard = index % pixels.shards, rows = pixels.group_rows();
+  return {index, group, rows * shard / pixels.shards, rows * (shard + 1) / pixels.shards};
 }
 
-// Blocks of a part: as near to `wanted` rows as equal blocks come.
+// A shard in blocks of equal size, as near to `wanted` rows as possible.
 struct Blocks {
   std::int64_t count, rows;
 
@@ -70,9 +70,9 @@ struct Blocks {
   }
 };
 
-// No block has more rows than this: it is one and a half times what is wanted where that decides between one and two.
+// The most rows that a block can have: up to one and a half times the wanted number, at which one block becomes two.
 inline std::int64_t most_rows(const Pixels& pixels, std::int64_t wanted) {
-  return std::min(ceil_div(pixels.group_rows(), pixels.parts), wanted + wanted / 2 + 1);
+  return std::min(ceil_div(pixels.group_rows(), pixels.shards), wanted + wanted / 2 + 1);
 }
 
 }  // namespace effnet
