@@ -5,8 +5,8 @@
 namespace effnet {
 namespace {
 
-// The inner dimension is (channel, tap row, tap column) outside and (tap row, tap column, channel) inside, where a row of
-// taps is a segment.
+// Calls visit(packed index, weight index) for every element of a weight. The inner dimension is (channel, tap row, tap
+// column) in the weight and (tap row, tap column, channel) in the packed matrix, where a row of taps is a segment.
 template <class Visit>
 void for_each_element(std::int64_t out, std::int64_t channels, std::int64_t kernel, const Visit& visit) {
   const std::int64_t taps = kernel * kernel, inner = taps * channels;
@@ -55,7 +55,8 @@ LayerSpec without_weights(LayerSpec spec) {
 }  // namespace
 
 ConvShape conv_shape(const LayerSpec& layer, std::int64_t height, std::int64_t width) {
-  ConvShape shape{layer.in_channels, height, width, 0, 0, layer.kernel, layer.stride, layer.padding.left, layer.padding.top};
+  ConvShape shape{layer.in_channels,  height,           width, 0, 0, layer.kernel, layer.stride,
+                  layer.padding.left, layer.padding.top};
   std::int64_t right = layer.padding.right, bottom = layer.padding.bottom;
   if (layer.padding.same) {
     const auto total = [&](std::int64_t size) {
@@ -66,7 +67,9 @@ ConvShape conv_shape(const LayerSpec& layer, std::int64_t height, std::int64_t w
     right = total(width) - shape.left;
     bottom = total(height) - shape.top;
   }
-  const auto out = [&](std::int64_t size) { return size < layer.kernel ? 0 : (size - layer.kernel) / layer.stride + 1; };
+  const auto out = [&](std::int64_t size) {
+    return size < layer.kernel ? 0 : (size - layer.kernel) / layer.stride + 1;
+  };
   shape.out_height = out(height + shape.top + bottom);
   shape.out_width = out(width + shape.left + right);
   return shape;

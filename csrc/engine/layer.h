@@ -9,7 +9,7 @@
 
 namespace effnet {
 
-// Zeros around a map: given, or TensorFlow's SAME, which depends on the map's size.
+// Zeros around a map: either given, or TensorFlow's SAME, which depends on the map's size.
 struct Padding {
   bool same = false;
   std::int64_t left = 0, right = 0, top = 0, bottom = 0;
@@ -30,20 +30,20 @@ struct Excitation {
 
 enum class LayerKind { conv, depthwise };
 
-// As its caller has it. Tensor 0 is the image, and layer i makes tensor i + 1 out of tensor i. A fully connected layer
-// is a 1 x 1 convolution of a map of one pixel.
+// A layer as the caller describes it. Tensor 0 is the image, and layer i makes tensor i + 1 out of tensor i. A fully
+// connected layer is a 1 x 1 convolution of a map of one pixel.
 struct LayerSpec {
   LayerKind kind = LayerKind::conv;
   std::int64_t in_channels = 0, out_channels = 0, kernel = 1, stride = 1;
   Padding padding;
   Activation act = Activation::none;
-  std::int64_t residual = -1;    // the tensor that is added to the output, or -1
-  bool pool = false;             // the output is its own spatial mean
+  std::int64_t residual = -1;     // the tensor that is added to the output, or -1
+  bool pool = false;              // whether the output is averaged over its pixels
   const float* weight = nullptr;  // [out, in, kernel, kernel], a depthwise one [out, kernel, kernel]
   const float* bias = nullptr;    // [out]
   Excitation excitation;          // of a depthwise layer
 
-  // Whether each pixel of the output is a product with one pixel of the input, at the same place.
+  // Whether each pixel of the output depends on the pixel of the input at the same place alone.
   bool pointwise() const { return kind == LayerKind::conv && kernel == 1 && stride == 1 && !padding.any(); }
 };
 
@@ -57,7 +57,7 @@ struct PackedMatrix {
 
   std::int64_t panel_count() const { return ceil_div(out, panel_columns); }
   const float* panel(std::int64_t index) const { return panels.get() + index * inner * panel_columns; }
-  // Columns of a panel that are real.
+  // The columns of a panel that are outputs, not padding.
   std::int64_t columns(std::int64_t index) const {
     const std::int64_t left = out - index * panel_columns;
     return left < panel_columns ? left : panel_columns;
@@ -65,10 +65,10 @@ struct PackedMatrix {
 };
 
 struct Layer {
-  LayerSpec spec;                   // its pointers are null: the weights live below
-  PackedMatrix matrix;              // of a conv
-  Buffer taps;                      // of a depthwise layer: [panels, 1 + kernel * kernel, 16], the bias first
-  PackedMatrix reduce, expand;      // of its excitation
+  LayerSpec spec;               // with null pointers: the weights are below
+  PackedMatrix matrix;          // of a conv
+  Buffer taps;                  // of a depthwise layer: [panels, 1 + kernel * kernel, 16], the bias first
+  PackedMatrix reduce, expand;  // of its excitation
 
   explicit Layer(const LayerSpec& spec) : spec(spec) {}
 
@@ -78,7 +78,7 @@ struct Layer {
   }
 };
 
-// The layer with its weights packed; what the pointers point to is not needed any more.
+// Packs the weights of a layer, and keeps no pointer to the caller's.
 Layer pack(const LayerSpec& spec);
 
 }  // namespace effnet

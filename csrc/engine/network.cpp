@@ -11,13 +11,13 @@
 namespace effnet {
 namespace {
 
-// Images that go through the network together: enough to share each reading of the weights, few enough for their maps to
-// stay in cache from one layer to the next.
+// Images that go through the network together: enough to make use of weights once they are read, few enough for their
+// maps to stay in cache from one layer to the next.
 constexpr std::int64_t images_together = 4;
 
 constexpr std::size_t plans_kept = 8;
 
-// All that there are, under the lock. Never destroyed: a network may be destroyed after every static object.
+// All networks; the lock protects it. Never destroyed, because a network may be destroyed after every static object.
 std::set<const Network*>& networks() {
   static std::set<const Network*>& networks = *new std::set<const Network*>;
   return networks;
@@ -32,7 +32,8 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs)
   for (std::int64_t i = 0; i < count; ++i) {
     const LayerSpec& spec = layers_[static_cast<std::size_t>(i)].spec;
     const std::string name = "layer " + std::to_string(i) + ": ";
-    const std::int64_t channels = i == 0 ? spec.in_channels : layers_[static_cast<std::size_t>(i - 1)].spec.out_channels;
+    const std::int64_t channels =
+        i == 0 ? spec.in_channels : layers_[static_cast<std::size_t>(i - 1)].spec.out_channels;
     if (spec.in_channels != channels) {
       throw std::invalid_argument(name + "expected " + std::to_string(channels) + " input channels, as layer " +
                                   std::to_string(i - 1) + " has outputs, got " + std::to_string(spec.in_channels));
@@ -91,9 +92,9 @@ std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height
       }
     }
   }
-  // Threads that come here at once make a plan each, of which the oldest is forgotten first.
+  // Threads that get here at the same time make a plan each; the duplicates are forgotten in their turn.
   auto made = std::make_shared<Plan>(layers_, outputs_, images, height, width, kernels_of(isa), std::max(1, threads));
-  std::shared_ptr<Plan> forgotten;  // freed without the lock
+  std::shared_ptr<Plan> forgotten;  // freed after the lock is released
   const Lock lock;
   plans_.push_front(made);
   if (plans_.size() > plans_kept) {
@@ -104,7 +105,7 @@ std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height
 }
 
 void release_plans() {
-  std::list<std::shared_ptr<Plan>> forgotten;  // freed without the lock
+  std::list<std::shared_ptr<Plan>> forgotten;  // freed after the lock is released
   const Lock lock;
   for (const Network* network : networks()) forgotten.splice(forgotten.end(), network->plans_);
 }

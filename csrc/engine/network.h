@@ -14,7 +14,7 @@ namespace effnet {
 
 class Plan;
 
-// What a step of the network took.
+// The cost of a step of the network.
 struct StepProfile {
   std::string name;
   std::int64_t multiply_adds;
@@ -23,7 +23,7 @@ struct StepProfile {
 
 class Network {
  public:
-  // outputs are numbers of tensors (see LayerSpec), ascending.
+  // outputs are the numbers of tensors (see LayerSpec), in ascending order.
   Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs);
   ~Network();
   Network(const Network&) = delete;
@@ -31,7 +31,7 @@ class Network {
 
   std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
 
-  // Any number of threads may call it at the same time. Where profile is not null, what each step took is added to it.
+  // Any number of threads may call it at the same time. If profile is not null, each step's cost is added to it.
   void run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
            const std::vector<View>& outputs, const std::string& isa, int threads,
            std::vector<StepProfile>* profile) const;
@@ -47,7 +47,7 @@ class Network {
   mutable std::list<std::shared_ptr<Plan>> plans_;  // the latest first
 };
 
-// Forgets the plans of all networks, and frees their memory where no call is using it.
+// Forgets the plans of all networks. Their memory is freed as soon as no call uses it.
 void release_plans();
 
 }  // namespace effnet

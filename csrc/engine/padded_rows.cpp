@@ -4,8 +4,8 @@
 
 namespace effnet {
 
-void copy_padded_rows(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin, std::int64_t rows,
-                      float* to) {
+void copy_padded_rows(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin,
+                      std::int64_t rows, float* to) {
   const std::int64_t channels = shape.channels;
   const std::int64_t pitch = shape.padded_width() * channels;
   for (std::int64_t row = begin; row < begin + rows; ++row, to += pitch) {

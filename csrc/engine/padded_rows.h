@@ -8,7 +8,7 @@ namespace effnet {
 
 // Copies rows [begin, begin + rows) of an image, some of which may lie outside of it, to [rows, padded_width, channels]
 // with zeros around the image.
-void copy_padded_rows(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin, std::int64_t rows,
-                      float* to);
+void copy_padded_rows(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin,
+                      std::int64_t rows, float* to);
 
 }  // namespace effnet

@@ -25,7 +25,7 @@ bool contains(const std::vector<std::int64_t>& values, std::int64_t value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-// What a plan decides about each layer before anything has an address.
+// Decides which layers run together and where in the arena every tensor is.
 class Layout {
  public:
   Layout(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
@@ -45,22 +45,23 @@ class Layout {
       if (!fused_into_next(i)) place(images * places[at + 1].floats(), i, last_use(i + 1), places[at + 1].offset);
       const Excitation& excitation = layers[at].spec.excitation;
       if (excitation.squeeze == 0) continue;
-      place(images * sum_bands * places[at + 1].pitch(), i, i, sums[at]);
+      place(images * sum_shards * places[at + 1].pitch(), i, i, sums[at]);
       place(images * round_up(excitation.squeeze, panel_columns), i, i, hidden[at]);
       place(images * places[at + 1].pitch(), i, i + 1, gate[at]);
     }
   }
 
-  // A convolution whose only reader is the depthwise layer after it runs inside of that layer's step: its output is the
-  // largest of the block, and a few of its rows at a time stay in cache.
+  // Whether a convolution runs inside the step of the depthwise layer after it, as it does if no other layer reads its
+  // output: that is the largest tensor of the block, and a few of its rows at a time stay in cache.
   bool fused_into_next(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
     return at + 1 < layers_.size() && layers_[at].spec.kind == LayerKind::conv && !layers_[at].spec.pool &&
-           layers_[at].spec.residual < 0 && layers_[at + 1].spec.kind == LayerKind::depthwise && last_use(i + 1) == i + 1;
+           layers_[at].spec.residual < 0 && layers_[at + 1].spec.kind == LayerKind::depthwise &&
+           last_use(i + 1) == i + 1;
   }
 
-  // The gate scales the weights of the 1 x 1 convolution after it, which costs a pass over them for each image, or the
-  // map, where that has fewer numbers or another reader.
+  // Whether the gate scales the map, rather than the weights of the 1 x 1 convolution after it. Scaling the weights
+  // costs a pass over them for each image: the map is scaled where it has fewer numbers, or another layer reads it.
   bool gates_map(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
     if (at + 1 == layers_.size() || last_use(i + 1) != i + 1) return true;
@@ -69,11 +70,12 @@ class Layout {
     return places[at + 1].pixels() < next.out_channels;
   }
 
-  std::vector<Place> places;                      // of the tensors
-  std::vector<std::int64_t> sums, hidden, gate;  // of the layers that excite
-  std::int64_t floats = 0;                        // of all of it
+  std::vector<Place> places;                     // of the tensors
+  std::vector<std::int64_t> sums, hidden, gate;  // offsets, of layers with squeeze-and-excitation
+  std::int64_t floats = 0;                       // of the arena
 
  private:
+  // A range of the arena that is in use while layers [first, last] run.
   struct Taken {
     std::int64_t begin, end, first, last;
   };
@@ -86,11 +88,11 @@ class Layout {
     for (std::int64_t i = 0; i < count; ++i) {
       if (layers_[static_cast<std::size_t>(i)].spec.residual == tensor) last = std::max(last, i);
     }
-    // A step of two layers reads its input while it writes the output of the second.
+    // A step of two layers reads the input of the first while it writes the output of the second.
     return last == tensor && tensor < count && fused_into_next(tensor) ? tensor + 1 : last;
   }
 
-  // The first gap of so many floats while layers [first, last] run.
+  // Finds the first gap of `size` floats that is free while layers [first, last] run.
   void place(std::int64_t size, std::int64_t first, std::int64_t last, std::int64_t& offset) {
     std::int64_t at = 0;
     for (bool moved = true; moved;) {
@@ -181,7 +183,7 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
   }
   tensor_floats_ = layout.floats;
   for (const auto& step : steps_) scratch_floats_ = std::max(scratch_floats_, step->scratch_floats());
-  // Threads write to lines of their own.
+  // Different threads write to different cache lines.
   scratch_floats_ = round_up(scratch_floats_, panel_columns) + panel_columns;
 }
 
@@ -211,7 +213,8 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
                std::vector<StepProfile>* profile) const {
   Buffer arena = take_arena();
   const Run run{image, arena.get(), images, threads_, kernels_};
-  // Threads take units in turn, so that one which is held up delays nobody by more than a unit.
+  // Each thread takes the next work item when it is free, so that a thread that is interrupted delays the others by one
+  // item at most.
   const auto taken = std::make_unique<std::atomic<std::int64_t>[]>(steps_.size());
   for (std::size_t i = 0; i < steps_.size(); ++i) taken[i] = 0;
   std::vector<double> seconds(profile == nullptr ? 0 : steps_.size());
@@ -219,9 +222,9 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
     float* scratch = arena.get() + tensor_floats_ + team.index() * scratch_floats_;
     auto start = std::chrono::steady_clock::now();
     for (std::size_t i = 0; i < steps_.size(); ++i) {
-      const std::int64_t units = steps_[i]->units(run);
-      for (std::int64_t unit; (unit = taken[i].fetch_add(1, std::memory_order_relaxed)) < units;) {
-        steps_[i]->run_unit(run, unit, scratch);
+      const std::int64_t items = steps_[i]->items(run);
+      for (std::int64_t item; (item = taken[i].fetch_add(1, std::memory_order_relaxed)) < items;) {
+        steps_[i]->run_item(run, item, scratch);
       }
       team.barrier();
       if (profile != nullptr && team.index() == 0) {
@@ -234,7 +237,8 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
       const auto& [offset, size] = outputs_[i];
       const View& view = outputs[i];
       const std::int64_t pitch = round_up(size.channels, panel_columns), rows = images * size.height;
-      for (std::int64_t row = rows * team.index() / team.count(); row < rows * (team.index() + 1) / team.count(); ++row) {
+      for (std::int64_t row = rows * team.index() / team.count(); row < rows * (team.index() + 1) / team.count();
+           ++row) {
         copy_row(arena.get() + offset + row * size.width * pitch, pitch, size, view,
                  view.data + row / size.height * view.image + row % size.height * view.row);
       }

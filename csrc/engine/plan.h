@@ -1,4 +1,4 @@
-// A network for one size of image: its steps, and where in memory every tensor lives.
+// A network for one size of image: its steps, and where in memory every tensor is.
 #pragma once
 
 #include <memory>
@@ -12,13 +12,13 @@ namespace effnet {
 
 class Plan {
  public:
-  // For up to so many images at a time.
+  // For up to `images` images at a time.
   Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
        std::int64_t height, std::int64_t width, const Kernels& kernels, int threads);
 
   bool fits(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa, int threads) const;
 
-  // The first images of a view; no more than the plan is for.
+  // Runs the first `images` images of a view, no more than the plan was made for.
   void run(const View& image, std::int64_t images, const std::vector<View>& outputs,
            std::vector<StepProfile>* profile) const;
 
@@ -40,7 +40,7 @@ class Plan {
   mutable std::vector<Buffer> arenas_;
 };
 
-// Sizes of every tensor, the image first (see LayerSpec).
+// The sizes of every tensor, the image's first (see LayerSpec).
 std::vector<MapSize> tensor_sizes(const std::vector<Layer>& layers, std::int64_t height, std::int64_t width);
 
 }  // namespace effnet

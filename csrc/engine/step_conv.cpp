@@ -1,4 +1,4 @@
-// Convolutions that are matrix products: 1 x 1, dense, and what squeeze-and-excitation needs.
+// Steps that are matrix products: 1 x 1 and dense convolutions, and the layers of squeeze-and-excitation.
 #include <algorithm>
 
 #include "engine/padded_rows.h"
@@ -7,19 +7,21 @@
 namespace effnet {
 namespace {
 
-// Rows whose input stays in the second-level cache while the panels of the weights go by.
+// The size of a block of rows of the input, which stays in the second-level cache while the panels of the weights are
+// read.
 constexpr std::int64_t block_floats = 96 * 1024;
 constexpr std::int64_t least_rows = 28;
-// Units for each thread, so that one which is held up leaves its share to the others.
-constexpr std::int64_t units_per_thread = 8;
+// Several for each thread, so that the others take over the work items of a thread that is interrupted.
+constexpr std::int64_t items_per_thread = 8;
 
+// How a matrix product is divided into work items: one group of panels of one block of rows each.
 struct Blocks {
-  std::int64_t count, rows;  // of rows, the last one may be shorter
-  std::int64_t panel_groups, panels;
+  std::int64_t count, rows;           // blocks of so many rows; the last one may be shorter
+  std::int64_t panel_groups, panels;  // groups of so many panels; the last one may be smaller
 };
 
-Blocks cut(std::int64_t rows, std::int64_t inner, std::int64_t panels, std::int64_t images, int threads) {
-  const std::int64_t wanted = threads > 1 ? ceil_div(units_per_thread * threads, images) : 1;
+Blocks divide(std::int64_t rows, std::int64_t inner, std::int64_t panels, std::int64_t images, int threads) {
+  const std::int64_t wanted = threads > 1 ? ceil_div(items_per_thread * threads, images) : 1;
   Blocks blocks;
   blocks.rows = std::max(least_rows, std::min(block_floats / inner, rows / wanted));
   blocks.count = std::max<std::int64_t>(1, rows / blocks.rows);
@@ -34,29 +36,31 @@ Blocks cut(std::int64_t rows, std::int64_t inner, std::int64_t panels, std::int6
 class PointwiseStep final : public Step {
  public:
   PointwiseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual, std::int64_t gate)
-      : Step(std::string(layer.spec.pool ? "pointwise and pool " : "pointwise ") + std::to_string(layer.spec.in_channels) +
-             " to " + std::to_string(layer.spec.out_channels) + " at " + std::to_string(x.height) + "x" +
-             std::to_string(x.width)),
+      : Step(std::string(layer.spec.pool ? "pointwise and pool " : "pointwise ") +
+             std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
+             std::to_string(x.height) + "x" + std::to_string(x.width)),
         layer_(layer),
         x_(x),
         y_(y),
         residual_(residual),
         gate_(gate) {}
 
-  std::int64_t units(const Run& run) const override {
+  std::int64_t items(const Run& run) const override {
     const Blocks blocks = blocks_of(run);
     return groups(run) * blocks.count * blocks.panel_groups;
   }
 
   std::int64_t scratch_floats() const override { return gate_ != absent ? layer_.matrix.inner * panel_columns : 0; }
 
-  std::int64_t multiply_adds() const override { return x_.pixels() * layer_.spec.in_channels * layer_.spec.out_channels; }
+  std::int64_t multiply_adds() const override {
+    return x_.pixels() * layer_.spec.in_channels * layer_.spec.out_channels;
+  }
 
-  void run_unit(const Run& run, std::int64_t unit, float* scratch) const override {
+  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
     const Blocks blocks = blocks_of(run);
-    const std::int64_t group = unit / (blocks.count * blocks.panel_groups);
-    const std::int64_t panel_group = unit / blocks.count % blocks.panel_groups;
-    const std::int64_t begin = unit % blocks.count * blocks.rows;
+    const std::int64_t group = item / (blocks.count * blocks.panel_groups);
+    const std::int64_t panel_group = item / blocks.count % blocks.panel_groups;
+    const std::int64_t begin = item % blocks.count * blocks.rows;
     const std::int64_t rows = std::min(blocks.rows, group_rows(run) - begin);
     const std::int64_t first = group * x_.pixels() + begin;
     Gemm gemm{};
@@ -91,15 +95,14 @@ class PointwiseStep final : public Step {
   }
 
  private:
-  // Images whose weights differ are groups of their own, and so are those that are pooled.
+  // Each image is a group of its own if the gate scales the weights for it, or if it is pooled.
   bool by_image() const { return gate_ != absent || layer_.spec.pool; }
   std::int64_t groups(const Run& run) const { return by_image() ? run.images : 1; }
   std::int64_t group_rows(const Run& run) const { return by_image() ? x_.pixels() : run.images * x_.pixels(); }
 
   Blocks blocks_of(const Run& run) const {
-    Blocks blocks =
-        cut(group_rows(run), layer_.matrix.inner, layer_.matrix.panel_count(), groups(run), run.threads);
-    // One unit sees all the pixels of its panels, so that their mean needs no merging.
+    Blocks blocks = divide(group_rows(run), layer_.matrix.inner, layer_.matrix.panel_count(), groups(run), run.threads);
+    // One work item sees all the pixels of its panels, so that it can compute their mean.
     if (layer_.spec.pool && blocks.count > 1) {
       blocks.count = 1;
       blocks.rows = x_.pixels();
@@ -134,19 +137,19 @@ class DenseStep final : public Step {
         shape_(conv_shape(layer.spec, x.height, x.width)),
         pitch_(shape_.padded_width() * layer.spec.in_channels) {
     const std::int64_t rows = std::max<std::int64_t>(1, block_floats / pitch_ - shape_.kernel);
-    band_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
+    most_rows_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
   }
 
-  std::int64_t units(const Run& run) const override { return run.images * ceil_div(y_.height, band(run)); }
+  std::int64_t items(const Run& run) const override { return run.images * ceil_div(y_.height, rows_per_item(run)); }
 
-  std::int64_t scratch_floats() const override { return ((band_ - 1) * shape_.stride + shape_.kernel) * pitch_; }
+  std::int64_t scratch_floats() const override { return ((most_rows_ - 1) * shape_.stride + shape_.kernel) * pitch_; }
 
   std::int64_t multiply_adds() const override { return y_.pixels() * layer_.matrix.inner * layer_.spec.out_channels; }
 
-  void run_unit(const Run& run, std::int64_t unit, float* scratch) const override {
-    const std::int64_t bands = ceil_div(y_.height, band(run));
-    const std::int64_t image = unit / bands, begin = unit % bands * band(run);
-    const std::int64_t end = std::min(y_.height, begin + band(run));
+  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
+    const std::int64_t items_per_image = ceil_div(y_.height, rows_per_item(run));
+    const std::int64_t image = item / items_per_image, begin = item % items_per_image * rows_per_item(run);
+    const std::int64_t end = std::min(y_.height, begin + rows_per_item(run));
     const std::int64_t rows = (end - begin - 1) * shape_.stride + shape_.kernel;
     copy_padded_rows(run.map(x_), image, shape_, shape_.in_row(begin), rows, scratch);
     Gemm gemm{};
@@ -172,9 +175,9 @@ class DenseStep final : public Step {
   }
 
  private:
-  std::int64_t band(const Run& run) const {
-    const std::int64_t wanted = run.threads > 1 ? ceil_div(units_per_thread * run.threads, run.images) : 1;
-    return std::max<std::int64_t>(1, std::min(band_, y_.height / wanted));
+  std::int64_t rows_per_item(const Run& run) const {
+    const std::int64_t wanted = run.threads > 1 ? ceil_div(items_per_thread * run.threads, run.images) : 1;
+    return std::max<std::int64_t>(1, std::min(most_rows_, y_.height / wanted));
   }
 
   const Layer& layer_;
@@ -182,29 +185,28 @@ class DenseStep final : public Step {
   const std::int64_t residual_;
   const ConvShape shape_;
   const std::int64_t pitch_;
-  std::int64_t band_;
+  std::int64_t most_rows_;
 };
 
 class SqueezeStep final : public Step {
  public:
-  SqueezeStep(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
-              std::int64_t images)
+  SqueezeStep(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden, std::int64_t images)
       : Step("squeeze"), layer_(layer), map_(map), sums_(sums), hidden_(hidden), images_(images) {}
 
-  std::int64_t units(const Run&) const override { return layer_.reduce.panel_count(); }
+  std::int64_t items(const Run&) const override { return layer_.reduce.panel_count(); }
 
   std::int64_t scratch_floats() const override { return images_ * map_.pitch(); }
 
   std::int64_t multiply_adds() const override { return layer_.reduce.inner * layer_.reduce.out; }
 
-  void run_unit(const Run& run, std::int64_t unit, float* scratch) const override {
+  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
     const std::int64_t pitch = map_.pitch(), channels = layer_.reduce.inner;
     const float inverse = 1.0f / static_cast<float>(map_.pixels());
     for (std::int64_t image = 0; image < run.images; ++image) {
-      const float* sums = run.at(sums_) + image * sum_bands * pitch;
+      const float* sums = run.at(sums_) + image * sum_shards * pitch;
       for (std::int64_t c = 0; c < channels; ++c) {
         float total = 0;
-        for (std::int64_t band = 0; band < sum_bands; ++band) total += sums[band * pitch + c];
+        for (std::int64_t shard = 0; shard < sum_shards; ++shard) total += sums[shard * pitch + c];
         scratch[image * pitch + c] = total * inverse;
       }
     }
@@ -213,11 +215,11 @@ class SqueezeStep final : public Step {
     gemm.a_row = pitch;
     gemm.segments = 1;
     gemm.segment_length = layer_.reduce.inner;
-    gemm.b = layer_.reduce.panel(unit);
-    gemm.bias = layer_.reduce.bias.get() + unit * panel_columns;
-    gemm.columns = layer_.reduce.columns(unit);
+    gemm.b = layer_.reduce.panel(item);
+    gemm.bias = layer_.reduce.bias.get() + item * panel_columns;
+    gemm.columns = layer_.reduce.columns(item);
     gemm.y_row = round_up(layer_.reduce.out, panel_columns);
-    gemm.y = run.at(hidden_) + unit * panel_columns;
+    gemm.y = run.at(hidden_) + item * panel_columns;
     gemm.rows = run.images;
     gemm.row_by_row = true;
     gemm.act = layer_.spec.excitation.act;
@@ -236,14 +238,14 @@ class ExciteStep final : public Step {
   ExciteStep(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate)
       : Step("excite"), layer_(layer), map_(map), hidden_(hidden), gate_(gate) {}
 
-  // Several panels a unit: one alone is over in a fraction of a microsecond.
-  std::int64_t units(const Run&) const override { return ceil_div(layer_.expand.panel_count(), panels_per_unit); }
+  // A work item has several panels, because one takes only a fraction of a microsecond.
+  std::int64_t items(const Run&) const override { return ceil_div(layer_.expand.panel_count(), panels_per_item); }
 
   std::int64_t multiply_adds() const override { return layer_.expand.inner * layer_.expand.out; }
 
-  void run_unit(const Run& run, std::int64_t unit, float*) const override {
+  void run_item(const Run& run, std::int64_t item, float*) const override {
     const std::int64_t pitch = map_.pitch();
-    const std::int64_t end = std::min(layer_.expand.panel_count(), (unit + 1) * panels_per_unit);
+    const std::int64_t end = std::min(layer_.expand.panel_count(), (item + 1) * panels_per_item);
     Gemm gemm{};
     gemm.a = run.at(hidden_);
     gemm.a_row = round_up(layer_.expand.inner, panel_columns);
@@ -252,7 +254,7 @@ class ExciteStep final : public Step {
     gemm.y_row = pitch;
     gemm.rows = run.images;
     gemm.row_by_row = true;
-    for (std::int64_t panel = unit * panels_per_unit; panel < end; ++panel) {
+    for (std::int64_t panel = item * panels_per_item; panel < end; ++panel) {
       const std::int64_t column = panel * panel_columns;
       gemm.b = layer_.expand.panel(panel);
       gemm.bias = layer_.expand.bias.get() + column;
@@ -266,7 +268,7 @@ class ExciteStep final : public Step {
   }
 
  private:
-  static constexpr std::int64_t panels_per_unit = 4;
+  static constexpr std::int64_t panels_per_item = 4;
 
   const Layer& layer_;
   const Place map_;
@@ -277,11 +279,11 @@ class ScaleStep final : public Step {
  public:
   ScaleStep(const Place& map, std::int64_t gate) : Step("scale"), map_(map), gate_(gate) {}
 
-  std::int64_t units(const Run& run) const override { return run.images * map_.height; }
+  std::int64_t items(const Run& run) const override { return run.images * map_.height; }
 
-  void run_unit(const Run& run, std::int64_t unit, float*) const override {
-    float* row = run.at(map_) + unit * map_.width * map_.pitch();
-    const float* gate = run.at(gate_) + unit / map_.height * map_.pitch();
+  void run_item(const Run& run, std::int64_t item, float*) const override {
+    float* row = run.at(map_) + item * map_.width * map_.pitch();
+    const float* gate = run.at(gate_) + item / map_.height * map_.pitch();
     run.kernels.scale_rows_f32(row, map_.pitch(), gate, row, map_.pitch(), map_.width, map_.channels);
   }
 
