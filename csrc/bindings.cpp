@@ -1,21 +1,22 @@
-// Unpack, release the GIL, call.
+// The only file that knows Python: it unpacks arguments, releases the interpreter's lock and calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <tuple>
 
-#include "dispatch.h"
-#include "network.h"
-#include "operators.h"
-#include "parallel.h"
-#include "peak.h"
-#include "pool.h"
+#include "engine/network.h"
+#include "kernels/dispatch.h"
+#include "kernels/peak.h"
+#include "operators/operators.h"
+#include "platform/parallel.h"
+#include "platform/pool.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// What effnet_kernels.cpu.extension expects; to be raised in both places when a function's arguments change.
+// Must equal INTERFACE in effnet_kernels/cpu/extension.py, and is raised in both places when a function's arguments
+// change.
 constexpr int interface_version = 2;
 
 template <class T>
@@ -40,7 +41,7 @@ void unlocked(int threads, const char* isa, const Operator& call, const Argument
   call(arguments..., execution);
 }
 
-// Structs of operators.h as tuples; addresses are tensors' data_ptr(), 0 for one that is absent.
+// The structs of operators.h as tuples. An address is a tensor's data_ptr(), or 0 where there is no tensor.
 using PixelsTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 using PrologueTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
 using EpilogueTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
@@ -48,8 +49,8 @@ using GradientTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t,
                                  std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
 
 effnet::Pixels pixels_of(const PixelsTuple& given) {
-  const auto [images, pixels, groups, parts] = given;
-  return {images, pixels, groups, parts};
+  const auto [images, pixels, groups, shards] = given;
+  return {images, pixels, groups, shards};
 }
 
 effnet::Prologue prologue_of(const PrologueTuple& given) {
@@ -65,15 +66,21 @@ effnet::Epilogue epilogue_of(const EpilogueTuple& given) {
 }
 
 effnet::OutputGradient gradient_of(const GradientTuple& given) {
-  const auto [grad, y, coefficients, gate, keep, offset, scale, shift, act] = given;
-  return {pointer<const float>(grad),  pointer<const float>(y),      pointer<const float>(coefficients),
-          pointer<const float>(gate),  pointer<const float>(keep),   pointer<const float>(offset),
-          pointer<const float>(scale), pointer<const float>(shift), static_cast<effnet::Activation>(act)};
+  const auto [grad, y, coefficients, gate, drop_path_scale, offset, scale, shift, act] = given;
+  return {pointer<const float>(grad),
+          pointer<const float>(y),
+          pointer<const float>(coefficients),
+          pointer<const float>(gate),
+          pointer<const float>(drop_path_scale),
+          pointer<const float>(offset),
+          pointer<const float>(scale),
+          pointer<const float>(shift),
+          static_cast<effnet::Activation>(act)};
 }
 
-PixelsTuple cut_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
-  const effnet::Pixels cut = effnet::cut_pixels(images, pixels, by_image);
-  return {cut.images, cut.pixels, cut.groups, cut.parts};
+PixelsTuple partition_pixels(std::int64_t images, std::int64_t pixels, bool by_image) {
+  const effnet::Pixels result = effnet::partition_pixels(images, pixels, by_image);
+  return {result.images, result.pixels, result.groups, result.shards};
 }
 
 void pointwise_forward(const PixelsTuple& pixels, std::int64_t channels, std::int64_t outputs, std::uintptr_t x,
@@ -96,8 +103,9 @@ void pointwise_forward(const PixelsTuple& pixels, std::int64_t channels, std::in
 
 void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::int64_t outputs,
                         const GradientTuple& gradient, std::uintptr_t weight, std::uintptr_t x,
-                        const PrologueTuple& prologue, std::uintptr_t mean, std::uintptr_t residual, bool through,
-                        std::uintptr_t dx, std::uintptr_t sums, std::uintptr_t dweight, int threads, const char* isa) {
+                        const PrologueTuple& prologue, std::uintptr_t mean, std::uintptr_t residual,
+                        bool apply_act_grad, std::uintptr_t dx, std::uintptr_t sums, std::uintptr_t dweight,
+                        int threads, const char* isa) {
   const effnet::PointwiseBackward call{pixels_of(pixels),
                                        channels,
                                        outputs,
@@ -107,7 +115,7 @@ void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::i
                                        prologue_of(prologue),
                                        pointer<const float>(mean),
                                        pointer<const float>(residual),
-                                       through,
+                                       apply_act_grad,
                                        pointer<float>(dx),
                                        pointer<float>(sums),
                                        pointer<float>(dweight)};
@@ -118,15 +126,18 @@ void pointwise_backward(const PixelsTuple& pixels, std::int64_t channels, std::i
 using ShapeTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                               std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
+std::int64_t images_of(const ShapeTuple& given) { return std::get<0>(given); }
+
 effnet::ConvShape shape_of(const ShapeTuple& given) {
   const auto [images, channels, height, width, out_height, out_width, kernel, stride, left, top] = given;
-  return {images, channels, height, width, out_height, out_width, kernel, stride, left, top};
+  return {channels, height, width, out_height, out_width, kernel, stride, left, top};
 }
 
 void depthwise_forward(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t weight, const PrologueTuple& prologue,
                        const EpilogueTuple& epilogue, int reduction, std::uintptr_t y, std::uintptr_t partials,
                        int threads, const char* isa) {
-  const effnet::DepthwiseForward call{shape_of(shape),
+  const effnet::DepthwiseForward call{images_of(shape),
+                                      shape_of(shape),
                                       pointer<const float>(x),
                                       pointer<const float>(weight),
                                       prologue_of(prologue),
@@ -140,7 +151,8 @@ void depthwise_forward(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t
 void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, std::uintptr_t x, std::uintptr_t weight,
                         const PrologueTuple& prologue, std::uintptr_t mean, std::uintptr_t residual, std::uintptr_t dz,
                         std::uintptr_t sums, std::uintptr_t dweight, int threads, const char* isa) {
-  const effnet::DepthwiseBackward call{shape_of(shape),
+  const effnet::DepthwiseBackward call{images_of(shape),
+                                       shape_of(shape),
                                        gradient_of(gradient),
                                        pointer<const float>(x),
                                        pointer<const float>(weight),
@@ -154,19 +166,22 @@ void depthwise_backward(const ShapeTuple& shape, const GradientTuple& gradient, 
 }
 
 void patches(const ShapeTuple& shape, std::uintptr_t x, std::uintptr_t to, int threads, const char* isa) {
-  unlocked(threads, isa, effnet::patches, shape_of(shape), pointer<const float>(x), pointer<float>(to));
+  unlocked(threads, isa, effnet::patches, images_of(shape), shape_of(shape), pointer<const float>(x),
+           pointer<float>(to));
 }
 
-void merge(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
-           std::uintptr_t keep, std::uintptr_t residual, std::uintptr_t to, int threads, const char* isa) {
-  unlocked(threads, isa, effnet::merge, pixels_of(pixels), channels, pointer<const float>(x), prologue_of(prologue),
-           pointer<const float>(keep), pointer<const float>(residual), pointer<float>(to));
+void bn_act_add(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
+                std::uintptr_t drop_path_scale, std::uintptr_t residual, std::uintptr_t to, int threads,
+                const char* isa) {
+  unlocked(threads, isa, effnet::bn_act_add, pixels_of(pixels), channels, pointer<const float>(x),
+           prologue_of(prologue), pointer<const float>(drop_path_scale), pointer<const float>(residual),
+           pointer<float>(to));
 }
 
-void squeeze(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
-             std::uintptr_t factor, std::uintptr_t sums, int threads, const char* isa) {
-  unlocked(threads, isa, effnet::squeeze, pixels_of(pixels), channels, pointer<const float>(x), prologue_of(prologue),
-           pointer<const float>(factor), pointer<float>(sums));
+void pooled_sums(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t x, const PrologueTuple& prologue,
+                 std::uintptr_t factor, std::uintptr_t sums, int threads, const char* isa) {
+  unlocked(threads, isa, effnet::pooled_sums, pixels_of(pixels), channels, pointer<const float>(x),
+           prologue_of(prologue), pointer<const float>(factor), pointer<float>(sums));
 }
 
 void channel_statistics(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t y, std::uintptr_t partials,
@@ -191,25 +206,26 @@ void merge_statistics(std::uintptr_t partials, std::int64_t count, std::int64_t 
   effnet::merge_statistics(pointer<const float>(partials), count, channels, pointer<float>(stats));
 }
 
-void fold_batch_norm(std::uintptr_t partials, std::int64_t count, std::int64_t channels, std::uintptr_t weight,
-                     std::uintptr_t bias, std::uintptr_t running_mean, std::uintptr_t running_var, float momentum,
-                     float eps, bool skip_nonfinite, std::uintptr_t folded) {
-  effnet::fold_batch_norm({pointer<const float>(partials), count, channels, pointer<const float>(weight),
-                           pointer<const float>(bias), pointer<float>(running_mean), pointer<float>(running_var),
-                           momentum, eps, skip_nonfinite, pointer<float>(folded)});
+void finalize_batch_norm(std::uintptr_t partials, std::int64_t count, std::int64_t channels, std::uintptr_t weight,
+                         std::uintptr_t bias, std::uintptr_t running_mean, std::uintptr_t running_var, float momentum,
+                         float eps, bool skip_nonfinite, std::uintptr_t folded) {
+  effnet::finalize_batch_norm({pointer<const float>(partials), count, channels, pointer<const float>(weight),
+                               pointer<const float>(bias), pointer<float>(running_mean), pointer<float>(running_var),
+                               momentum, eps, skip_nonfinite, pointer<float>(folded)});
 }
 
-void fold_batch_norm_backward(std::uintptr_t sums, std::int64_t count, std::int64_t partial_stride,
-                              std::int64_t kind_stride, std::int64_t channels, std::int64_t pixels,
-                              std::uintptr_t weight, std::uintptr_t mean, std::uintptr_t rstd, bool batch_statistics,
-                              std::uintptr_t coefficients, std::uintptr_t dweight, std::uintptr_t dbias) {
-  effnet::fold_batch_norm_backward({pointer<const float>(sums), count, partial_stride, kind_stride, channels,
-                                    1.0f / static_cast<float>(pixels), pointer<const float>(weight),
-                                    pointer<const float>(mean), pointer<const float>(rstd), batch_statistics,
-                                    pointer<float>(coefficients), pointer<float>(dweight), pointer<float>(dbias)});
+void finalize_batch_norm_backward(std::uintptr_t sums, std::int64_t count, std::int64_t partial_stride,
+                                  std::int64_t kind_stride, std::int64_t channels, std::int64_t pixels,
+                                  std::uintptr_t weight, std::uintptr_t mean, std::uintptr_t rstd,
+                                  bool batch_statistics, std::uintptr_t coefficients, std::uintptr_t dweight,
+                                  std::uintptr_t dbias) {
+  effnet::finalize_batch_norm_backward({pointer<const float>(sums), count, partial_stride, kind_stride, channels,
+                                        1.0f / static_cast<float>(pixels), pointer<const float>(weight),
+                                        pointer<const float>(mean), pointer<const float>(rstd), batch_statistics,
+                                        pointer<float>(coefficients), pointer<float>(dweight), pointer<float>(dbias)});
 }
 
-// Memory of the pool for Python's buffer protocol.
+// Memory from the pool, which Python reads through the buffer protocol.
 struct PooledBytes {
   effnet::Block block;
   std::size_t bytes;
@@ -311,30 +327,31 @@ py::list kernels() {
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels; effnet_kernels.cpu checks the arguments.";
   m.attr("interface") = interface_version;
-  // What is made once is made now: a fork while another thread is about it would leave the child waiting.
+  // Initialises everything that is initialised on first use: if another thread were doing so during a fork, the child
+  // would wait for it for ever.
   effnet::thread_runtime();
   effnet::release_plans();
   effnet::release_memory();
   try {
     effnet::selected_isa();
   } catch (const std::exception&) {
-    // The first call says so.
+    // EFFNET_KERNELS_ISA is wrong, which the first call reports.
   }
-  m.def("cut_pixels", &cut_pixels, "The pixels that calls take: (images, pixels, groups, parts a group).");
-  m.def("depthwise_slots", &effnet::depthwise_slots);
+  m.def("cut_pixels", &partition_pixels, "Divides pixels into shards: (images, pixels, groups, shards of a group).");
+  m.def("depthwise_slots", &effnet::depthwise_shards);
   m.def("pointwise_forward", &pointwise_forward);
   m.def("pointwise_backward", &pointwise_backward);
   m.def("depthwise_forward", &depthwise_forward);
   m.def("depthwise_backward", &depthwise_backward);
   m.def("patches", &patches);
-  m.def("merge", &merge);
-  m.def("squeeze", &squeeze);
+  m.def("merge", &bn_act_add);
+  m.def("squeeze", &pooled_sums);
   m.def("channel_statistics", &channel_statistics);
   m.def("gradient_sums", &gradient_sums);
   m.def("apply_gradient", &apply_gradient);
   m.def("merge_statistics", &merge_statistics);
-  m.def("fold_batch_norm", &fold_batch_norm);
-  m.def("fold_batch_norm_backward", &fold_batch_norm_backward);
+  m.def("fold_batch_norm", &finalize_batch_norm);
+  m.def("fold_batch_norm_backward", &finalize_batch_norm_backward);
   py::class_<PooledBytes>(m, "PooledBytes", py::buffer_protocol())
       .def(py::init([](std::size_t bytes) { return PooledBytes{effnet::acquire(bytes), bytes}; }))
       .def_buffer([](PooledBytes& pooled) {

@@ -1,14 +1,15 @@
-// Every operator on every instruction set that this machine can run, on memory that ends where the tensors end: built with
-// sanitizers, which see what a test from Python cannot. Values are compared with loops over doubles.
+// Runs every operator and a small network with the kernels of every instruction set that this machine supports, on
+// memory that ends where the tensors end. It is built with sanitizers, which see accesses that a test from Python
+// cannot. Values are compared with loops over doubles.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
-#include "../dispatch.h"
-#include "../network.h"
-#include "../operators.h"
+#include "engine/network.h"
+#include "kernels/dispatch.h"
+#include "operators/operators.h"
 
 namespace {
 
@@ -17,7 +18,7 @@ using Vector = std::vector<float>;
 
 std::mt19937 generator(0);
 
-// std::vector keeps no more than it is asked for, so that its end is where the sanitizer watches.
+// A vector made with its final size allocates no more than that, so that the sanitizer sees an access past its end.
 Vector random(std::int64_t count) {
   std::normal_distribution<float> normal;
   Vector values(static_cast<std::size_t>(count));
@@ -35,7 +36,7 @@ void expect_close(const char* isa, const char* what, const Vector& actual, const
     error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
     size += expected[i] * expected[i];
   }
-  // Not >, so that a NaN is caught.
+  // Not written with >, which would let a NaN pass.
   if (std::sqrt(error / size) < 1e-5) return;
   std::printf("%s: %s: relative error %g\n", isa, what, std::sqrt(error / size));
   ++failures;
@@ -44,7 +45,7 @@ void expect_close(const char* isa, const char* what, const Vector& actual, const
 void expect_finite(const char* isa, const char* what, const Vector& values) {
   for (const float value : values) {
     if (std::isfinite(value)) continue;
-    std::printf("%s: %s: a value is missing\n", isa, what);
+    std::printf("%s: %s: a value is not finite, perhaps uninitialised memory\n", isa, what);
     ++failures;
     return;
   }
@@ -61,11 +62,20 @@ void pointwise(const effnet::Execution& execution, const Case& c) {
   const std::int64_t pixels = c.height * c.width, rows = c.images * pixels;
   const Vector x = random(rows * c.channels), weight = random(c.outputs * c.channels), bias = random(c.outputs);
   const Vector scale = random(c.channels), shift = random(c.channels), gate = random(c.images * c.channels);
-  const effnet::Prologue owed{scale.data(), shift.data(), gate.data(), Activation::silu};
-  const effnet::Pixels cut = effnet::cut_pixels(c.images, pixels, true);
-  Vector y = empty(rows * c.outputs), statistics = empty(cut.count() * 3 * c.outputs);
-  effnet::pointwise_forward({cut, c.channels, c.outputs, x.data(), weight.data(), bias.data(), owed, {},
-                             effnet::Reduction::statistics, y.data(), statistics.data()},
+  const effnet::Prologue prologue{scale.data(), shift.data(), gate.data(), Activation::silu};
+  const effnet::Pixels partition = effnet::partition_pixels(c.images, pixels, true);
+  Vector y = empty(rows * c.outputs), statistics = empty(partition.total_shards() * 3 * c.outputs);
+  effnet::pointwise_forward({partition,
+                             c.channels,
+                             c.outputs,
+                             x.data(),
+                             weight.data(),
+                             bias.data(),
+                             prologue,
+                             {},
+                             effnet::Reduction::statistics,
+                             y.data(),
+                             statistics.data()},
                             execution);
   std::vector<double> activated(x.size()), expected(y.size());
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -86,10 +96,10 @@ void pointwise(const effnet::Execution& execution, const Case& c) {
   effnet::OutputGradient gradient{};
   gradient.grad = grad.data();
   gradient.y = y.data();
-  Vector dx = empty(rows * c.channels), sums = empty(c.images * cut.parts * 5 * c.channels);
+  Vector dx = empty(rows * c.channels), sums = empty(c.images * partition.shards * 5 * c.channels);
   Vector dweight = empty(c.outputs * c.channels);
-  effnet::pointwise_backward({cut, c.channels, c.outputs, gradient, weight.data(), x.data(), owed, mean.data(), nullptr,
-                              false, dx.data(), sums.data(), dweight.data()},
+  effnet::pointwise_backward({partition, c.channels, c.outputs, gradient, weight.data(), x.data(), prologue,
+                              mean.data(), nullptr, false, dx.data(), sums.data(), dweight.data()},
                              execution);
   std::vector<double> of_x(dx.size()), of_weight(dweight.size());
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -104,15 +114,16 @@ void pointwise(const effnet::Execution& execution, const Case& c) {
   expect_close(isa, "pointwise weight gradient", dweight, of_weight);
   expect_finite(isa, "pointwise sums", sums);
 
-  Vector merged = empty(rows * c.channels), squeezed = empty(cut.count() * c.channels);
-  Vector partials = empty(cut.count() * 3 * c.channels), two = empty(cut.count() * 2 * c.outputs);
+  Vector merged = empty(rows * c.channels), squeezed = empty(partition.total_shards() * c.channels);
+  Vector partials = empty(partition.total_shards() * 3 * c.channels),
+         two = empty(partition.total_shards() * 2 * c.outputs);
   const Vector output_mean = random(c.outputs);
-  effnet::merge(cut, c.channels, x.data(), owed, keep.data(), x.data(), merged.data(), execution);
-  effnet::squeeze(cut, c.channels, x.data(), owed, x.data(), squeezed.data(), execution);
-  effnet::channel_statistics(cut, c.channels, x.data(), partials.data(), execution);
-  effnet::gradient_sums(cut, c.outputs, gradient, output_mean.data(), two.data(), execution);
+  effnet::bn_act_add(partition, c.channels, x.data(), prologue, keep.data(), x.data(), merged.data(), execution);
+  effnet::pooled_sums(partition, c.channels, x.data(), prologue, x.data(), squeezed.data(), execution);
+  effnet::channel_statistics(partition, c.channels, x.data(), partials.data(), execution);
+  effnet::gradient_sums(partition, c.outputs, gradient, output_mean.data(), two.data(), execution);
   Vector applied = empty(rows * c.outputs);
-  effnet::apply_gradient(cut, c.outputs, gradient, grad.data(), applied.data(), execution);
+  effnet::apply_gradient(partition, c.outputs, gradient, grad.data(), applied.data(), execution);
   for (const Vector* values : {&merged, &squeezed, &partials, &two, &applied}) expect_finite(isa, "passes", *values);
 }
 
@@ -120,23 +131,31 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
   const char* isa = execution.kernels.isa;
   const std::int64_t pad = kernel / 2;
   const auto out = [&](std::int64_t size) { return (size + 2 * pad - kernel) / stride + 1; };
-  const effnet::ConvShape shape{c.images, c.channels, c.height, c.width, out(c.height), out(c.width), kernel, stride, pad, pad};
+  const effnet::ConvShape shape{c.channels, c.height, c.width, out(c.height), out(c.width), kernel, stride, pad, pad};
   const std::int64_t taps = kernel * kernel;
   const Vector x = random(c.images * c.height * c.width * c.channels), weight = random(c.channels * taps);
   const Vector scale = random(c.channels), shift = random(c.channels);
-  const effnet::Prologue owed{scale.data(), shift.data(), nullptr, Activation::silu};
+  const effnet::Prologue prologue{scale.data(), shift.data(), nullptr, Activation::silu};
   Vector y = empty(c.images * shape.out_height * shape.out_width * c.channels);
-  Vector statistics = empty(effnet::depthwise_slots(c.images) * 3 * c.channels);
-  effnet::depthwise_forward(
-      {shape, x.data(), weight.data(), owed, {}, effnet::Reduction::statistics, y.data(), statistics.data()}, execution);
+  Vector statistics = empty(effnet::depthwise_shards(c.images) * 3 * c.channels);
+  effnet::depthwise_forward({c.images,
+                             shape,
+                             x.data(),
+                             weight.data(),
+                             prologue,
+                             {},
+                             effnet::Reduction::statistics,
+                             y.data(),
+                             statistics.data()},
+                            execution);
   const Vector grad = random(static_cast<std::int64_t>(y.size())), mean = random(c.channels);
   effnet::OutputGradient gradient{};
   gradient.grad = grad.data();
   Vector dz = empty(static_cast<std::int64_t>(x.size())), dweight = empty(c.channels * taps);
-  Vector sums = empty(effnet::depthwise_slots(c.images) * 2 * c.channels);
-  effnet::depthwise_backward(
-      {shape, gradient, x.data(), weight.data(), owed, mean.data(), x.data(), dz.data(), sums.data(), dweight.data()},
-      execution);
+  Vector sums = empty(effnet::depthwise_shards(c.images) * 2 * c.channels);
+  effnet::depthwise_backward({c.images, shape, gradient, x.data(), weight.data(), prologue, mean.data(), x.data(),
+                              dz.data(), sums.data(), dweight.data()},
+                             execution);
   std::vector<double> expected(y.size()), of_weight(dweight.size());
   std::size_t output = 0;
   for (std::int64_t n = 0; n < c.images; ++n) {
@@ -159,20 +178,20 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
   expect_close(isa, "depthwise weight gradient", dweight, of_weight);
   for (const Vector* values : {&statistics, &dz, &sums}) expect_finite(isa, "depthwise", *values);
   Vector patches = empty(c.images * shape.out_height * shape.out_width * taps * c.channels);
-  effnet::patches(shape, x.data(), patches.data(), execution);
+  effnet::patches(c.images, shape, x.data(), patches.data(), execution);
   expect_finite(isa, "patches", patches);
 }
 
 // A stem, a depthwise layer with squeeze-and-excitation, a projection with a residual, and a pooling head.
 void network(const char* isa, std::int64_t channels, std::int64_t size) {
   std::vector<effnet::Layer> layers;
-  std::vector<Vector> held;
-  const auto hold = [&](std::int64_t count) {
-    held.push_back(random(count));
-    return held.back().data();
+  std::vector<Vector> kept;
+  const auto keep_values = [&](std::int64_t count) {
+    kept.push_back(random(count));
+    return kept.back().data();
   };
-  const auto add = [&](effnet::LayerKind kind, std::int64_t in, std::int64_t out, std::int64_t kernel, std::int64_t stride,
-                       std::int64_t residual, bool pool, std::int64_t squeeze) {
+  const auto add = [&](effnet::LayerKind kind, std::int64_t in, std::int64_t out, std::int64_t kernel,
+                       std::int64_t stride, std::int64_t residual, bool pool, std::int64_t squeeze) {
     effnet::LayerSpec spec;
     spec.kind = kind;
     spec.in_channels = in;
@@ -183,11 +202,16 @@ void network(const char* isa, std::int64_t channels, std::int64_t size) {
     spec.act = Activation::silu;
     spec.residual = residual;
     spec.pool = pool;
-    spec.weight = hold(out * (kind == effnet::LayerKind::conv ? in : 1) * kernel * kernel);
-    spec.bias = hold(out);
+    spec.weight = keep_values(out * (kind == effnet::LayerKind::conv ? in : 1) * kernel * kernel);
+    spec.bias = keep_values(out);
     if (squeeze > 0) {
-      spec.excitation = {squeeze, Activation::silu, effnet::Gate::sigmoid, hold(squeeze * out), hold(squeeze),
-                         hold(out * squeeze), hold(out)};
+      spec.excitation = {squeeze,
+                         Activation::silu,
+                         effnet::Gate::sigmoid,
+                         keep_values(squeeze * out),
+                         keep_values(squeeze),
+                         keep_values(out * squeeze),
+                         keep_values(out)};
     }
     layers.push_back(effnet::pack(spec));
   };

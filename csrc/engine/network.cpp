@@ -1,0 +1,126 @@
+#include "engine/network.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+
+#include "engine/plan.h"
+#include "kernels/dispatch.h"
+#include "platform/lock.h"
+
+namespace effnet {
+namespace {
+
+// Images that go through the network together: enough to make use of weights once they are read, few enough for their
+// maps to stay in cache from one layer to the next.
+constexpr std::int64_t images_together = 4;
+
+constexpr std::size_t plans_kept = 8;
+
+// All networks; the lock protects it. Never destroyed, because a network may be destroyed after every static object.
+std::set<const Network*>& networks() {
+  static std::set<const Network*>& networks = *new std::set<const Network*>;
+  return networks;
+}
+
+}  // namespace
+
+Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs)
+    : layers_(std::move(layers)), outputs_(std::move(outputs)) {
+  const std::int64_t count = static_cast<std::int64_t>(layers_.size());
+  if (count == 0) throw std::invalid_argument("expected at least one layer, got none");
+  for (std::int64_t i = 0; i < count; ++i) {
+    const LayerSpec& spec = layers_[static_cast<std::size_t>(i)].spec;
+    const std::string name = "layer " + std::to_string(i) + ": ";
+    const std::int64_t channels =
+        i == 0 ? spec.in_channels : layers_[static_cast<std::size_t>(i - 1)].spec.out_channels;
+    if (spec.in_channels != channels) {
+      throw std::invalid_argument(name + "expected " + std::to_string(channels) + " input channels, as layer " +
+                                  std::to_string(i - 1) + " has outputs, got " + std::to_string(spec.in_channels));
+    }
+    const bool pointwise = spec.pointwise() && i > 0;
+    if (spec.kind == LayerKind::depthwise && (i == 0 || spec.kernel < 3 || spec.kernel > 7 || spec.kernel % 2 == 0)) {
+      throw std::invalid_argument(name + "expected a depthwise kernel of 3, 5 or 7 behind another layer, got " +
+                                  std::to_string(spec.kernel));
+    }
+    if (spec.pool && (!pointwise || spec.residual >= 0)) {
+      throw std::invalid_argument(name + "expected a 1x1 convolution without a residual to pool, got another");
+    }
+    if (spec.residual > i || spec.residual == 0 || (spec.residual > 0 && spec.kind == LayerKind::depthwise)) {
+      throw std::invalid_argument(name + "expected a residual out of tensors 1 to " + std::to_string(i) +
+                                  " added to a convolution, got " + std::to_string(spec.residual));
+    }
+    if (spec.residual > 0) {
+      const std::int64_t added = layers_[static_cast<std::size_t>(spec.residual - 1)].spec.out_channels;
+      if (added != spec.out_channels) {
+        throw std::invalid_argument(name + "expected a residual of " + std::to_string(spec.out_channels) +
+                                    " channels, got tensor " + std::to_string(spec.residual) + " of " +
+                                    std::to_string(added));
+      }
+    }
+  }
+  for (const std::int64_t tensor : outputs_) {
+    if (tensor < 1 || tensor > count) {
+      throw std::invalid_argument("expected outputs out of 1 to " + std::to_string(count) + ", got " +
+                                  std::to_string(tensor));
+    }
+  }
+  const Lock lock;
+  networks().insert(this);
+}
+
+Network::~Network() {
+  const Lock lock;
+  networks().erase(this);
+}
+
+std::vector<MapSize> Network::output_sizes(std::int64_t height, std::int64_t width) const {
+  const std::vector<MapSize> sizes = tensor_sizes(layers_, height, width);
+  std::vector<MapSize> chosen;
+  for (const std::int64_t tensor : outputs_) chosen.push_back(sizes[static_cast<std::size_t>(tensor)]);
+  return chosen;
+}
+
+std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height, std::int64_t width,
+                                        const std::string& isa, int threads) const {
+  {
+    const Lock lock;
+    for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
+      if ((*plan)->fits(images, height, width, isa, threads)) {
+        plans_.splice(plans_.begin(), plans_, plan);
+        return plans_.front();
+      }
+    }
+  }
+  // Threads that get here at the same time make a plan each; the duplicates are forgotten in their turn.
+  auto made = std::make_shared<Plan>(layers_, outputs_, images, height, width, kernels_of(isa), std::max(1, threads));
+  std::shared_ptr<Plan> forgotten;  // freed after the lock is released
+  const Lock lock;
+  plans_.push_front(made);
+  if (plans_.size() > plans_kept) {
+    forgotten = std::move(plans_.back());
+    plans_.pop_back();
+  }
+  return made;
+}
+
+void release_plans() {
+  std::list<std::shared_ptr<Plan>> forgotten;  // freed after the lock is released
+  const Lock lock;
+  for (const Network* network : networks()) forgotten.splice(forgotten.end(), network->plans_);
+}
+
+void Network::run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
+                  const std::vector<View>& outputs, const std::string& isa, int threads,
+                  std::vector<StepProfile>* profile) const {
+  const std::shared_ptr<Plan> plan = plan_for(std::min(batch, images_together), height, width, isa, threads);
+  for (std::int64_t first = 0; first < batch; first += images_together) {
+    View part = image;
+    part.data += first * image.image;
+    std::vector<View> parts = outputs;
+    for (View& output : parts) output.data += first * output.image;
+    plan->run(part, std::min(images_together, batch - first), parts, profile);
+  }
+}
+
+}  // namespace effnet

@@ -1,0 +1,53 @@
+// A frozen network: all its layers in one call.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/layer.h"
+#include "engine/view.h"
+
+namespace effnet {
+
+class Plan;
+
+// The cost of a step of the network.
+struct StepProfile {
+  std::string name;
+  std::int64_t multiply_adds;
+  double seconds;
+};
+
+class Network {
+ public:
+  // outputs are the numbers of tensors (see LayerSpec), in ascending order.
+  Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs);
+  ~Network();
+  Network(const Network&) = delete;
+  Network& operator=(const Network&) = delete;
+
+  std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
+
+  // Any number of threads may call it at the same time. If profile is not null, each step's cost is added to it.
+  void run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
+           const std::vector<View>& outputs, const std::string& isa, int threads,
+           std::vector<StepProfile>* profile) const;
+
+ private:
+  friend void release_plans();
+
+  std::shared_ptr<Plan> plan_for(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa,
+                                 int threads) const;
+
+  std::vector<Layer> layers_;
+  std::vector<std::int64_t> outputs_;
+  mutable std::list<std::shared_ptr<Plan>> plans_;  // the latest first
+};
+
+// Forgets the plans of all networks. Their memory is freed as soon as no call uses it.
+void release_plans();
+
+}  // namespace effnet

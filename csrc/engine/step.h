@@ -1,0 +1,90 @@
+// The steps of a plan. A step is one or two layers that run together, divided into work items that any thread may take.
+//
+// Tensors are [images, height, width, round_up(channels, 16)] in the plan's arena. The floats after the last channel
+// of a pixel are never read.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "engine/layer.h"
+#include "engine/view.h"
+
+namespace effnet {
+
+// A tensor in the plan's arena, or the network's input.
+struct Place {
+  std::int64_t offset = 0;
+  std::int64_t channels = 0, height = 0, width = 0;
+  bool is_image = false;
+
+  std::int64_t pitch() const { return round_up(channels, panel_columns); }
+  std::int64_t pixels() const { return height * width; }
+  std::int64_t floats() const { return pixels() * pitch(); }
+};
+
+// The arguments of one run through the steps.
+struct Run {
+  View image;  // the network's input
+  float* arena;
+  std::int64_t images;
+  int threads;
+  const Kernels& kernels;
+
+  float* at(std::int64_t offset) const { return arena + offset; }
+  float* at(const Place& place) const { return arena + place.offset; }
+  View map(const Place& place) const {
+    if (place.is_image) return image;
+    return {at(place), place.floats(), 1, place.width * place.pitch(), place.pitch()};
+  }
+};
+
+class Step {
+ public:
+  explicit Step(std::string name) : name(std::move(name)) {}
+  virtual ~Step() = default;
+
+  // The number of work items.
+  virtual std::int64_t items(const Run& run) const = 0;
+  // Work items may run in any order and at the same time. scratch is scratch_floats() of memory that is the thread's
+  // own.
+  virtual void run_item(const Run& run, std::int64_t item, float* scratch) const = 0;
+  virtual std::int64_t scratch_floats() const { return 0; }
+  // For one image.
+  virtual std::int64_t multiply_adds() const { return 0; }
+
+  const std::string name;
+};
+
+// In place of an offset in the arena: there is no such tensor.
+constexpr std::int64_t absent = -1;
+
+// Shards of a map's rows, each of which has partial sums of its own in a depthwise step.
+constexpr std::int64_t sum_shards = 4;
+
+// A 1 x 1 convolution: act(x @ w + b) + residual, or with Layer.spec.pool the spatial mean of that. If there is a gate,
+// it scales the weights.
+std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
+                                     std::int64_t gate);
+
+// Any other dense convolution: act(conv(x) + b) + residual. Also a 1 x 1 convolution of the network's input, whose
+// strides may be any.
+std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual);
+
+// A depthwise convolution of x; or, with a producer, of that layer's output of x, of which only a few rows at a time
+// are stored. If sums is not absent, the output's sums for the squeeze are [images, sum_shards, round_up(channels, 16)]
+// there.
+std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, const Place& x, const Place& y,
+                                     std::int64_t sums);
+
+// The squeeze and the first layer of squeeze-and-excitation: from sums to hidden, [images, round_up(squeeze, 16)].
+std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
+                                   std::int64_t images);
+
+// The second layer: from hidden to the gate, [images, pitch].
+std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate);
+
+// Multiplies the map by the gate, in place.
+std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate);
+
+}  // namespace effnet

@@ -1,0 +1,317 @@
+// Steps that are matrix products: 1 x 1 and dense convolutions, and the layers of squeeze-and-excitation.
+#include <algorithm>
+
+#include "engine/padded_rows.h"
+#include "engine/step.h"
+
+namespace effnet {
+namespace {
+
+// The size of a block of rows of the input, which stays in the second-level cache while the panels of the weights are
+// read.
+constexpr std::int64_t block_floats = 96 * 1024;
+constexpr std::int64_t least_rows = 28;
+// Several for each thread, so that the others take over the work items of a thread that is interrupted.
+constexpr std::int64_t items_per_thread = 8;
+
+// How a matrix product is divided into work items: one group of panels of one block of rows each.
+struct Blocks {
+  std::int64_t count, rows;           // blocks of so many rows; the last one may be shorter
+  std::int64_t panel_groups, panels;  // groups of so many panels; the last one may be smaller
+};
+
+Blocks divide(std::int64_t rows, std::int64_t inner, std::int64_t panels, std::int64_t images, int threads) {
+  const std::int64_t wanted = threads > 1 ? ceil_div(items_per_thread * threads, images) : 1;
+  Blocks blocks;
+  blocks.rows = std::max(least_rows, std::min(block_floats / inner, rows / wanted));
+  blocks.count = std::max<std::int64_t>(1, rows / blocks.rows);
+  blocks.rows = ceil_div(rows, blocks.count);
+  blocks.count = ceil_div(rows, blocks.rows);
+  blocks.panel_groups = std::min(panels, ceil_div(wanted, blocks.count));
+  blocks.panels = ceil_div(panels, blocks.panel_groups);
+  blocks.panel_groups = ceil_div(panels, blocks.panels);
+  return blocks;
+}
+
+class PointwiseStep final : public Step {
+ public:
+  PointwiseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual, std::int64_t gate)
+      : Step(std::string(layer.spec.pool ? "pointwise and pool " : "pointwise ") +
+             std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
+             std::to_string(x.height) + "x" + std::to_string(x.width)),
+        layer_(layer),
+        x_(x),
+        y_(y),
+        residual_(residual),
+        gate_(gate) {}
+
+  std::int64_t items(const Run& run) const override {
+    const Blocks blocks = blocks_of(run);
+    return groups(run) * blocks.count * blocks.panel_groups;
+  }
+
+  std::int64_t scratch_floats() const override { return gate_ != absent ? layer_.matrix.inner * panel_columns : 0; }
+
+  std::int64_t multiply_adds() const override {
+    return x_.pixels() * layer_.spec.in_channels * layer_.spec.out_channels;
+  }
+
+  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
+    const Blocks blocks = blocks_of(run);
+    const std::int64_t group = item / (blocks.count * blocks.panel_groups);
+    const std::int64_t panel_group = item / blocks.count % blocks.panel_groups;
+    const std::int64_t begin = item % blocks.count * blocks.rows;
+    const std::int64_t rows = std::min(blocks.rows, group_rows(run) - begin);
+    const std::int64_t first = group * x_.pixels() + begin;
+    Gemm gemm{};
+    gemm.a = run.at(x_) + first * x_.pitch();
+    gemm.a_row = x_.pitch();
+    gemm.segments = 1;
+    gemm.segment_length = layer_.matrix.inner;
+    gemm.y_row = y_.pitch();
+    gemm.rows = rows;
+    gemm.row_by_row = x_.pixels() == 1;
+    gemm.act = layer_.spec.act;
+    const std::int64_t end = std::min(layer_.matrix.panel_count(), (panel_group + 1) * blocks.panels);
+    for (std::int64_t panel = panel_group * blocks.panels; panel < end; ++panel) {
+      const std::int64_t column = panel * panel_columns;
+      gemm.b = layer_.matrix.panel(panel);
+      gemm.bias = layer_.matrix.bias.get() + column;
+      gemm.columns = layer_.matrix.columns(panel);
+      if (gate_ != absent) {
+        run.kernels.scale_panel_f32(gemm.b, run.at(gate_) + group * x_.pitch(), scratch, layer_.matrix.inner,
+                                    panel_columns);
+        gemm.next_b = gemm.b + layer_.matrix.inner * panel_columns;
+        gemm.b = scratch;
+      }
+      if (layer_.spec.pool) {
+        pool(run, gemm, run.at(y_) + group * y_.pitch() + column);
+        continue;
+      }
+      gemm.y = run.at(y_) + first * y_.pitch() + column;
+      if (residual_ != absent) gemm.residual = run.at(residual_) + first * y_.pitch() + column;
+      run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+    }
+  }
+
+ private:
+  // Each image is a group of its own if the gate scales the weights for it, or if it is pooled.
+  bool by_image() const { return gate_ != absent || layer_.spec.pool; }
+  std::int64_t groups(const Run& run) const { return by_image() ? run.images : 1; }
+  std::int64_t group_rows(const Run& run) const { return by_image() ? x_.pixels() : run.images * x_.pixels(); }
+
+  Blocks blocks_of(const Run& run) const {
+    Blocks blocks = divide(group_rows(run), layer_.matrix.inner, layer_.matrix.panel_count(), groups(run), run.threads);
+    // One work item sees all the pixels of its panels, so that it can compute their mean.
+    if (layer_.spec.pool && blocks.count > 1) {
+      blocks.count = 1;
+      blocks.rows = x_.pixels();
+      blocks.panels = 1;
+      blocks.panel_groups = layer_.matrix.panel_count();
+    }
+    return blocks;
+  }
+
+  void pool(const Run& run, Gemm& gemm, float* mean) const {
+    alignas(64) float sums[panel_columns] = {};
+    gemm.sums = sums;
+    run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+    for (std::int64_t c = 0; c < panel_columns; ++c) mean[c] = sums[c] / static_cast<float>(x_.pixels());
+  }
+
+  const Layer& layer_;
+  const Place x_, y_;
+  const std::int64_t residual_, gate_;
+};
+
+class DenseStep final : public Step {
+ public:
+  DenseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual)
+      : Step("dense " + std::to_string(layer.spec.kernel) + "x" + std::to_string(layer.spec.kernel) + " " +
+             std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
+             std::to_string(x.height) + "x" + std::to_string(x.width)),
+        layer_(layer),
+        x_(x),
+        y_(y),
+        residual_(residual),
+        shape_(conv_shape(layer.spec, x.height, x.width)),
+        pitch_(shape_.padded_width() * layer.spec.in_channels) {
+    const std::int64_t rows = std::max<std::int64_t>(1, block_floats / pitch_ - shape_.kernel);
+    most_rows_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
+  }
+
+  std::int64_t items(const Run& run) const override { return run.images * ceil_div(y_.height, rows_per_item(run)); }
+
+  std::int64_t scratch_floats() const override { return ((most_rows_ - 1) * shape_.stride + shape_.kernel) * pitch_; }
+
+  std::int64_t multiply_adds() const override { return y_.pixels() * layer_.matrix.inner * layer_.spec.out_channels; }
+
+  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
+    const std::int64_t items_per_image = ceil_div(y_.height, rows_per_item(run));
+    const std::int64_t image = item / items_per_image, begin = item % items_per_image * rows_per_item(run);
+    const std::int64_t end = std::min(y_.height, begin + rows_per_item(run));
+    const std::int64_t rows = (end - begin - 1) * shape_.stride + shape_.kernel;
+    copy_padded_rows(run.map(x_), image, shape_, shape_.in_row(begin), rows, scratch);
+    Gemm gemm{};
+    gemm.a_row = shape_.stride * layer_.spec.in_channels;
+    gemm.a_segment = pitch_;
+    gemm.segments = shape_.kernel;
+    gemm.segment_length = shape_.kernel * layer_.spec.in_channels;
+    gemm.y_row = y_.pitch();
+    gemm.rows = y_.width;
+    gemm.act = layer_.spec.act;
+    for (std::int64_t panel = 0; panel < layer_.matrix.panel_count(); ++panel) {
+      gemm.b = layer_.matrix.panel(panel);
+      gemm.bias = layer_.matrix.bias.get() + panel * panel_columns;
+      gemm.columns = layer_.matrix.columns(panel);
+      for (std::int64_t row = begin; row < end; ++row) {
+        const std::int64_t at = (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
+        gemm.a = scratch + (row - begin) * shape_.stride * pitch_;
+        gemm.y = run.at(y_) + at;
+        gemm.residual = residual_ != absent ? run.at(residual_) + at : nullptr;
+        run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+      }
+    }
+  }
+
+ private:
+  std::int64_t rows_per_item(const Run& run) const {
+    const std::int64_t wanted = run.threads > 1 ? ceil_div(items_per_thread * run.threads, run.images) : 1;
+    return std::max<std::int64_t>(1, std::min(most_rows_, y_.height / wanted));
+  }
+
+  const Layer& layer_;
+  const Place x_, y_;
+  const std::int64_t residual_;
+  const ConvShape shape_;
+  const std::int64_t pitch_;
+  std::int64_t most_rows_;
+};
+
+class SqueezeStep final : public Step {
+ public:
+  SqueezeStep(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden, std::int64_t images)
+      : Step("squeeze"), layer_(layer), map_(map), sums_(sums), hidden_(hidden), images_(images) {}
+
+  std::int64_t items(const Run&) const override { return layer_.reduce.panel_count(); }
+
+  std::int64_t scratch_floats() const override { return images_ * map_.pitch(); }
+
+  std::int64_t multiply_adds() const override { return layer_.reduce.inner * layer_.reduce.out; }
+
+  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
+    const std::int64_t pitch = map_.pitch(), channels = layer_.reduce.inner;
+    const float inverse = 1.0f / static_cast<float>(map_.pixels());
+    for (std::int64_t image = 0; image < run.images; ++image) {
+      const float* sums = run.at(sums_) + image * sum_shards * pitch;
+      for (std::int64_t c = 0; c < channels; ++c) {
+        float total = 0;
+        for (std::int64_t shard = 0; shard < sum_shards; ++shard) total += sums[shard * pitch + c];
+        scratch[image * pitch + c] = total * inverse;
+      }
+    }
+    Gemm gemm{};
+    gemm.a = scratch;
+    gemm.a_row = pitch;
+    gemm.segments = 1;
+    gemm.segment_length = layer_.reduce.inner;
+    gemm.b = layer_.reduce.panel(item);
+    gemm.bias = layer_.reduce.bias.get() + item * panel_columns;
+    gemm.columns = layer_.reduce.columns(item);
+    gemm.y_row = round_up(layer_.reduce.out, panel_columns);
+    gemm.y = run.at(hidden_) + item * panel_columns;
+    gemm.rows = run.images;
+    gemm.row_by_row = true;
+    gemm.act = layer_.spec.excitation.act;
+    run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+  }
+
+ private:
+  const Layer& layer_;
+  const Place map_;
+  const std::int64_t sums_, hidden_;
+  const std::int64_t images_;
+};
+
+class ExciteStep final : public Step {
+ public:
+  ExciteStep(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate)
+      : Step("excite"), layer_(layer), map_(map), hidden_(hidden), gate_(gate) {}
+
+  // A work item has several panels, because one takes only a fraction of a microsecond.
+  std::int64_t items(const Run&) const override { return ceil_div(layer_.expand.panel_count(), panels_per_item); }
+
+  std::int64_t multiply_adds() const override { return layer_.expand.inner * layer_.expand.out; }
+
+  void run_item(const Run& run, std::int64_t item, float*) const override {
+    const std::int64_t pitch = map_.pitch();
+    const std::int64_t end = std::min(layer_.expand.panel_count(), (item + 1) * panels_per_item);
+    Gemm gemm{};
+    gemm.a = run.at(hidden_);
+    gemm.a_row = round_up(layer_.expand.inner, panel_columns);
+    gemm.segments = 1;
+    gemm.segment_length = layer_.expand.inner;
+    gemm.y_row = pitch;
+    gemm.rows = run.images;
+    gemm.row_by_row = true;
+    for (std::int64_t panel = item * panels_per_item; panel < end; ++panel) {
+      const std::int64_t column = panel * panel_columns;
+      gemm.b = layer_.expand.panel(panel);
+      gemm.bias = layer_.expand.bias.get() + column;
+      gemm.columns = layer_.expand.columns(panel);
+      gemm.y = run.at(gate_) + column;
+      run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+      for (std::int64_t image = 0; image < run.images; ++image) {
+        run.kernels.gate_f32(run.at(gate_) + image * pitch + column, gemm.columns, layer_.spec.excitation.gate);
+      }
+    }
+  }
+
+ private:
+  static constexpr std::int64_t panels_per_item = 4;
+
+  const Layer& layer_;
+  const Place map_;
+  const std::int64_t hidden_, gate_;
+};
+
+class ScaleStep final : public Step {
+ public:
+  ScaleStep(const Place& map, std::int64_t gate) : Step("scale"), map_(map), gate_(gate) {}
+
+  std::int64_t items(const Run& run) const override { return run.images * map_.height; }
+
+  void run_item(const Run& run, std::int64_t item, float*) const override {
+    float* row = run.at(map_) + item * map_.width * map_.pitch();
+    const float* gate = run.at(gate_) + item / map_.height * map_.pitch();
+    run.kernels.scale_rows_f32(row, map_.pitch(), gate, row, map_.pitch(), map_.width, map_.channels);
+  }
+
+ private:
+  const Place map_;
+  const std::int64_t gate_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
+                                     std::int64_t gate) {
+  return std::make_unique<PointwiseStep>(layer, x, y, residual, gate);
+}
+
+std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual) {
+  return std::make_unique<DenseStep>(layer, x, y, residual);
+}
+
+std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
+                                   std::int64_t images) {
+  return std::make_unique<SqueezeStep>(layer, map, sums, hidden, images);
+}
+
+std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate) {
+  return std::make_unique<ExciteStep>(layer, map, hidden, gate);
+}
+
+std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) { return std::make_unique<ScaleStep>(map, gate); }
+
+}  // namespace effnet

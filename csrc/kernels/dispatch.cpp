@@ -1,0 +1,74 @@
+#include "kernels/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "platform/cpu_features.h"
+
+namespace effnet {
+namespace {
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& kernel_table() {
+  static const std::vector<const Kernels*> table = {
+      &scalar_kernels,
+#if defined(EFFNET_HAVE_EMULATED)
+      &emulated4_kernels, &emulated16_kernels,
+#endif
+#if defined(EFFNET_HAVE_NEON)
+      &neon_kernels,
+#endif
+#if defined(EFFNET_HAVE_AVX2)
+      &avx2_kernels,
+#endif
+#if defined(EFFNET_HAVE_AVX512)
+      &avx512_kernels,
+#endif
+  };
+  return table;
+}
+
+bool isa_supported(const std::string& isa) {
+  if (isa == "avx2") return cpu_features().avx2;
+  if (isa == "avx512") return cpu_features().avx512;
+  // Everything else that a build contains is the baseline of the architecture it was built for.
+  return true;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : kernel_table()) {
+    if (!kernels->emulated && isa_supported(kernels->isa)) names.push_back(kernels->isa);
+  }
+  return names;
+}
+
+const Kernels& kernels_of(const std::string& isa) {
+  for (const Kernels* kernels : kernel_table()) {
+    if (isa == kernels->isa && isa_supported(isa)) return *kernels;
+  }
+  throw std::invalid_argument("expected an instruction set out of " + joined(supported_isas()) + ", got '" + isa + "'");
+}
+
+const std::string& selected_isa() {
+  static const std::string selected = [] {
+    const std::vector<std::string> names = supported_isas();
+    const char* forced = std::getenv("EFFNET_KERNELS_ISA");
+    if (forced == nullptr || *forced == '\0') return names.back();
+    for (const std::string& name : names) {
+      if (name == forced) return name;
+    }
+    throw std::invalid_argument("EFFNET_KERNELS_ISA: expected one of " + joined(names) +
+                                " (this machine supports them and this build contains them), got '" + forced + "'");
+  }();
+  return selected;
+}
+
+}  // namespace effnet

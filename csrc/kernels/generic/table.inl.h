@@ -1,0 +1,43 @@
+// Makes a row of the table of kernels: all loops with L lanes, and those loops whose register tiles an instruction set
+// chooses as they are given.
+#pragma once
+
+#include "kernels/generic/prologue.inl.h"
+#include "kernels/generic/depthwise_row.inl.h"
+#include "kernels/generic/elementwise.inl.h"
+#include "kernels/generic/gemm.inl.h"
+#include "kernels/generic/peak.inl.h"
+#include "kernels/generic/weight_gradient.inl.h"
+
+namespace {
+
+struct Tiles {
+  void (*gemm)(const effnet::Gemm&);
+  void (*depthwise_row)(const effnet::DepthwiseRow&);
+  void (*weight_gradient)(const effnet::WeightGradient&);
+};
+
+template <int L>
+constexpr effnet::Kernels kernels_of_lanes(const char* isa, bool emulated, const Tiles& tiles) {
+  return {
+      isa,
+      L,
+      emulated,
+      tiles.gemm,
+      tiles.depthwise_row,
+      gate<L>,
+      scale_rows<L>,
+      scale_panel<L>,
+      activate_rows<L>,
+      gradient_rows<L>,
+      act_grad_panel<L>,
+      panel_statistics<L>,
+      panel_sums<L>,
+      tiles.weight_gradient,
+      depthwise_weight_gradient<L>,
+      multiply_add<L>,
+      peak_chains,
+  };
+}
+
+}  // namespace

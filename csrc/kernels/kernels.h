@@ -1,0 +1,180 @@
+// The arguments of every kernel: plain structs of raw pointers, so that a kernel knows neither Python nor torch.
+//
+// Activations are fp32, channels last. Weights are packed in panels of 16 output channels whatever the number of lanes,
+// the last panel filled up with zeros, so that packed weights do not depend on the machine.
+#pragma once
+
+#include <cstdint>
+
+namespace effnet {
+
+constexpr std::int64_t panel_columns = 16;
+
+enum class Activation : std::int32_t { none, silu, relu, relu6, hardswish };
+
+// The last step of squeeze-and-excitation, which makes gates of numbers.
+enum class Gate : std::int32_t { sigmoid, hardsigmoid };
+
+// y = act(a @ b + bias) + residual for one panel of columns: a matrix product whose rows are pixels.
+//
+// A row of `a` consists of segments, so that a k x k convolution of padded rows has k segments of k * channels floats.
+// The rows of `y` are the pixels of a map that is `width` pixels wide, with `gap` unused floats between its lines.
+struct Gemm {
+  const float* a;
+  std::int64_t a_row;                     // floats from a row to the next
+  std::int64_t a_segment;                 // floats from a segment to the next
+  std::int64_t segments, segment_length;  // the inner dimension is their product, less k_tail_padding
+  std::int64_t k_tail_padding;            // floats at the end of the last segment that do not take part
+  const float* b;                         // [inner dimension, 16], packed
+  const float* next_b;                    // the panel that is read after it; null where that one follows it in memory
+  const float* bias;                      // [16]
+  const float* residual;                  // as y; may be null
+  float* y;                               // [rows, columns]; may be null where sums is not
+  std::int64_t y_row;                     // floats from a row to the next, within a line
+  std::int64_t width, gap;
+  std::int64_t rows;
+  // Whether rows are computed one at a time, each with several chains of additions: faster where they are few. Either
+  // way the order of the additions of a row does not depend on the number of rows.
+  bool row_by_row;
+  std::int64_t columns;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
+  float* sums;           // [16], to which the sums of y's columns are added; may be null
+  Activation act;
+  const float* prefetch_dst;  // memory that will be written after this product, prefetched a line a row; may be null
+  std::int64_t prefetch_dst_row;  // floats from a row to the next
+};
+
+// One row of y = act(depthwise(x) + bias), one panel of channels wide, out of rows of x that are padded left and right.
+struct DepthwiseRow {
+  const float* const* x;            // [kernel] rows of [width, 16]; only those from tap_begin to tap_end are read
+  std::int64_t tap_begin, tap_end;  // kernel rows that lie inside the image
+  const float* packed;              // [1 + kernel * kernel, 16]: the bias, then the taps in row order
+  float* y;                         // [width, channels]
+  std::int64_t y_pixel;             // floats from a pixel to the next
+  std::int64_t width;
+  std::int64_t channels;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
+  float* sums;            // [16], to which the sums of y over the row are added; may be null
+  std::int64_t stride;
+  std::int32_t kernel;  // 3, 5 or 7
+  Activation act;
+};
+
+// Rows of a map, or rows in panels: channel c of row r is at data[r * row + c / 16 * panel + c % 16]. For a map `panel`
+// is 16; rows in panels are padded to a multiple of 16 channels.
+struct Rows {
+  float* data;
+  std::int64_t row, panel;
+};
+
+// to = act(scale * x + shift) * factor + residual: applies a prologue to rows, or copies them.
+struct ActivateRows {
+  Rows x;
+  const float* scale;   // [channels], with shift; null for none
+  const float* shift;   // [channels]
+  const float* factor;  // [channels] or null
+  Rows residual;        // data may be null
+  Rows to;
+  std::int64_t rows, channels;
+  bool fill;  // whether zeros are written up to the end of the last panel of `to`
+  Activation act;
+};
+
+// dz = (grad * factor + offset) * act'(scale * y + shift), to = alpha * dz + beta * y + gamma + residual: the gradient
+// of a convolution's raw output.
+struct GradientRows {
+  Rows grad;                          // data may be null, for zeros
+  Rows y;                             // data may be null where neither act nor beta needs it
+  const float *factor, *offset;       // [channels] or null
+  const float *scale, *shift;         // [channels], both or neither
+  const float *alpha, *beta, *gamma;  // [channels], all or none
+  Rows residual;                      // data may be null
+  Rows to;
+  std::int64_t rows, channels;
+  bool fill;  // as in ActivateRows
+  Activation act;
+};
+
+// The backward pass of a prologue for one panel: dq is the gradient of act(scale * x + shift) * gate. With u the
+// activation's value and s its derivative, stores gate * dq * s + residual or dq + residual, and adds up the reductions
+// that the backward passes of BatchNorm and squeeze-and-excitation need.
+struct ActGradPanel {
+  const float* dq;             // [rows, 16]
+  Rows x, residual, to;        // from this panel's first column on; the residual's data may be null
+  const float *scale, *shift;  // [columns], both or neither
+  const float *mean, *gate;    // [columns] or null
+  std::int64_t rows, columns;  // columns of this panel, 1 to 16
+  bool apply_act_grad;         // whether gate * dq * s is stored rather than dq
+  float* sums;                 // [sum_kinds, 16], added to; may be null
+  int sum_kinds;               // 5: dq * u, dq * s, s, dq * s * (x - mean), s * (x - mean); 2: the second and fourth
+  Activation act;
+};
+
+// Adds rows to the mean and the sum of squared deviations (m2) of each column, which hold `count` values so far.
+struct PanelStatistics {
+  const float* values;         // of the first row
+  std::int64_t row;            // floats from a row to the next
+  std::int64_t rows, columns;  // columns 1 to 16
+  std::int64_t count;
+  float *mean, *m2;  // [16]
+};
+
+// Adds up d and d * (x - mean) over the rows of one panel.
+struct PanelSums {
+  const float* d;     // [rows, 16]
+  Rows x;             // from this panel's first column on
+  const float* mean;  // [columns] or null
+  std::int64_t rows, columns;
+  float *sums, *products;  // [16], added to; products may be null, and x is then not read
+};
+
+// to[k, c] = sum over rows of g[row, k] * a[row, c], for one panel of g and one of a.
+struct WeightGradient {
+  const float *g, *a;                  // [rows, 16]
+  std::int64_t rows, outputs, inputs;  // of the panels, 1 to 16; 8 are computed where 8 are enough, else 16
+  float* to;                           // [16, 16]
+  bool accumulate;                     // whether the sums are added to `to` rather than written
+};
+
+// to[i, j] += sum over columns of g[column] * x[i][column * stride + j], for one panel of channels.
+struct DepthwiseWeightGradient {
+  const float* const* x;  // [kernel] padded rows of [*, 16]; only those from tap_begin to tap_end are read
+  std::int64_t tap_begin, tap_end;
+  const float* g;  // [width, 16]
+  std::int64_t width, stride;
+  std::int32_t kernel;  // 3, 5 or 7
+  float* to;            // [kernel * kernel, 16]
+};
+
+// The kernels of one instruction set. A name spells dtype, operator, what is fused, and the tile: rows x vectors.
+struct Kernels {
+  const char* isa;
+  int lanes;
+  bool emulated;  // for tests alone: runs the logic of an instruction set on machines without it
+  void (*gemm_f32_bias_act_residual_sum)(const Gemm&);
+  void (*depthwise_row_f32_bias_act_sum)(const DepthwiseRow&);
+  // values[i] = gate(values[i])
+  void (*gate_f32)(float* values, std::int64_t count, Gate gate);
+  // y[row * y_row + i] = x[row * x_row + i] * factors[i]
+  void (*scale_rows_f32)(const float* x, std::int64_t x_row, const float* factors, float* y, std::int64_t y_row,
+                         std::int64_t rows, std::int64_t count);
+  // y[row * columns + i] = x[row * columns + i] * factors[row], columns a multiple of 16
+  void (*scale_panel_f32)(const float* x, const float* factors, float* y, std::int64_t rows, std::int64_t columns);
+  void (*activate_rows_f32)(const ActivateRows&);
+  void (*gradient_rows_f32)(const GradientRows&);
+  void (*act_grad_panel_f32)(const ActGradPanel&);
+  void (*panel_statistics_f32)(const PanelStatistics&);
+  void (*panel_sums_f32)(const PanelSums&);
+  void (*weight_gradient_f32)(const WeightGradient&);
+  void (*depthwise_weight_gradient_f32)(const DepthwiseWeightGradient&);
+  // rounds * chains * lanes multiply-adds in registers, to measure the machine's peak
+  float (*multiply_add_f32)(std::int64_t rounds);
+  int chains;
+};
+
+extern const Kernels scalar_kernels;
+extern const Kernels emulated4_kernels;
+extern const Kernels emulated16_kernels;
+extern const Kernels neon_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+
+}  // namespace effnet

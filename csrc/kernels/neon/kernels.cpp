@@ -1,0 +1,16 @@
+#include "kernels/generic/table.inl.h"
+
+namespace {
+
+void gemm_f32_5x4(const effnet::Gemm& gemm) {
+  if (gemm.columns > 8) {
+    gemm_columns<4, 4, 1, 2, 3, 4, 5>(gemm, 0);
+  } else {
+    gemm_columns<4, 2, 1, 2, 3, 4, 5, 6, 7, 8>(gemm, 0);
+  }
+}
+
+}  // namespace
+
+const effnet::Kernels effnet::neon_kernels =
+    kernels_of_lanes<4>("neon", false, {gemm_f32_5x4, depthwise_row<4>, weight_gradient<4, 4, 4>});

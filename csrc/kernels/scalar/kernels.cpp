@@ -1,0 +1,12 @@
+#include "kernels/generic/table.inl.h"
+
+namespace {
+
+void gemm_f32_2x4(const effnet::Gemm& gemm) {
+  for (std::int64_t column = 0; column < gemm.columns; column += 4) gemm_columns<1, 4, 1, 2>(gemm, column);
+}
+
+}  // namespace
+
+const effnet::Kernels effnet::scalar_kernels =
+    kernels_of_lanes<1>("scalar", false, {gemm_f32_2x4, depthwise_row<1>, weight_gradient<1, 2, 4>});

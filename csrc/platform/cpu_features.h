@@ -1,0 +1,14 @@
+// The instruction sets beyond the architecture's baseline that this machine can run.
+#pragma once
+
+namespace effnet {
+
+struct CpuFeatures {
+  bool avx2 = false;    // with FMA
+  bool avx512 = false;  // F, DQ, BW and VL
+};
+
+// What both the processor and the operating system support; found out once.
+const CpuFeatures& cpu_features();
+
+}  // namespace effnet
