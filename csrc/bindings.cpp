@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Must equal INTERFACE in effnet_kernels/cpu/extension.py, and is raised in both places when a function's arguments
+// Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's arguments
 // change.
 constexpr int interface_version = 2;
 
@@ -325,7 +325,7 @@ py::list kernels() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Native CPU kernels; effnet_kernels.cpu checks the arguments.";
+  m.doc() = "Native CPU kernels; effnet_kernels.backends.cpu checks the arguments.";
   m.attr("interface") = interface_version;
   // Initialises everything that is initialised on first use: if another thread were doing so during a fork, the child
   // would wait for it for ever.
