@@ -28,7 +28,6 @@ class ExportedFunctions(Extension):
                 continue
             self._visit(child)
             if name in (module.exports or ()) and name in child.members:
-                # Deleting a member keeps other modules' imports from it, which are found by name, working.
                 module.members[name] = Alias(name, child.members[name], parent=module)
 
 
