@@ -166,7 +166,7 @@ def test_an_extension_that_cannot_be_trusted_is_named(what, tmp_path):
     contents = {"truncated": library.read_bytes()[:100_000], "empty": b"", "no library": b"x" * 1000}
     copied.write_bytes(contents.get(what, library.read_bytes()))
     if what == "stale":
-        loader_file = tmp_path / "effnet_kernels" / "cpu" / "extension.py"
+        loader_file = tmp_path / "effnet_kernels" / "backends" / "cpu" / "extension.py"
         loader_file.write_text(loader_file.read_text().replace("INTERFACE = ", "INTERFACE = 1 + "))
     code = f"""
 import sys
@@ -203,7 +203,7 @@ def calls():
             ek.freeze(model, verify=False)(torch.ones(1, 3, 16 + size, 20))
             shared(torch.ones(1, 3, 20, 16 + size))
             model(torch.ones(1, 3, 96, 96))
-        ek.cpu.release_memory()
+        ek.release_memory()
 threads = [threading.Thread(target=calls) for _ in range(3)]
 for thread in threads:
     thread.start()
@@ -246,7 +246,7 @@ def resident():
 engine, x = ek.freeze(ek.efficientnet_b0()), torch.randn(4, 3, 640, 640)
 first = engine(x)
 before = resident()
-ek.cpu.release_memory()
+ek.release_memory()
 print(before - resident() > 20 * 2**20, torch.equal(engine(x), first))
 """
     done = run_python(code)

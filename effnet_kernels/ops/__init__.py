@@ -1,5 +1,10 @@
-"""The operators that the whole network is made of (see :mod:`effnet_kernels.fusion.spec` for the idea)."""
+"""The operators that the whole network is made of, each with its gradients.
 
+:class:`Prologue` is what an operator applies to its input on load, :class:`Epilogue` what it applies to its output before
+the store.
+"""
+
+from effnet_kernels.fusion.spec import Epilogue, Prologue
 from effnet_kernels.ops.channel_statistics import channel_statistics
 from effnet_kernels.ops.depthwise_conv import depthwise_conv
 from effnet_kernels.ops.depthwise_conv_bn_silu import depthwise_conv_bn_silu
@@ -11,6 +16,8 @@ from effnet_kernels.ops.squeeze import squeeze
 from effnet_kernels.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "Epilogue",
+    "Prologue",
     "channel_statistics",
     "depthwise_conv",
     "depthwise_conv_bn_silu",
