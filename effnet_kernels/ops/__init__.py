@@ -1,7 +1,7 @@
 """The operators that the whole network is made of, each with its gradients.
 
-:class:`Prologue` is what an operator applies to its input on load, :class:`Epilogue` what it applies to its output before
-the store.
+:class:`Prologue` is what an operator applies to its input on load, :class:`Epilogue` what it applies to its output
+before the store.
 """
 
 from effnet_kernels.fusion.spec import Epilogue, Prologue

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
+from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_kernel
+from effnet_kernels.backends.triton.kernels.depthwise_backward import depthwise_conv_backward_kernel
 from effnet_kernels.backends.triton.kernels.merge import merge_kernel
 from effnet_kernels.backends.triton.kernels.pointwise import pointwise_conv_backward_data_kernel, pointwise_conv_kernel
 from effnet_kernels.backends.triton.launch import launcher, simulated

@@ -1,11 +1,12 @@
-"""Depthwise convolution of a deferred activation, forward and backward: the launchers."""
+"""Launchers of the depthwise convolution of a raw output with its prologue, forward and backward."""
 
 import torch
 from torch import Tensor
 
 from effnet_kernels.backends.triton.configs import depthwise as launch_config
 from effnet_kernels.backends.triton.configs import target_of
-from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_backward_kernel, depthwise_conv_kernel
+from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_kernel
+from effnet_kernels.backends.triton.kernels.depthwise_backward import depthwise_conv_backward_kernel
 from effnet_kernels.backends.triton.launch import channel_divisor, launcher
 from effnet_kernels.backends.triton.pointwise import sum_partials
 from effnet_kernels.fusion.spec import Epilogue, OutputGradient, Padding, Prologue, Reduction
@@ -25,8 +26,8 @@ def depthwise_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """x [N, C, H, W], weight [C, 1, k, k] to y [N, C, H', W'], k 3, 5 or 7, stride 1 or 2.
 
-    The second is partial (count, mean, M2) of the stored values [P, 3, C] with "statistics", or partial sums of them
-    over each image's pixels [N, T, C] with "pool". One launch.
+    The second result is partial (count, mean, M2) of the stored values, [P, 3, C], with "statistics", or their pooled
+    sums, partial sums over each image's pixels [N, T, C], with "pool". One launch.
     """
     samples, channels, height, width = x.shape
     kernel = weight.shape[-1]
@@ -72,7 +73,7 @@ def depthwise_conv(
         row_strips=row_strips,
         column_strips=column_strips,
         strip_height=config.height,
-        # The first rows of a strip from the map's top are padding.
+        # With a single strip from top to bottom, the steps that read only the padding above the map are left out.
         first_step=top // stride if row_strips == 1 else 0,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=prologue.act,
@@ -100,10 +101,10 @@ def depthwise_conv_backward(
     mean: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients of ``scale * x + shift`` (of x, plus ``residual``, where the prologue is empty) and of the weight.
+    """The gradient of z = scale * x + shift, dz [N, C, H, W], plus the gradient ``residual``; no prologue means z = x.
 
-    dz [N, C, H, W], with ``mean`` [C] partial sums [P, 2, C] of dz and dz * (x - mean), and dweight [C, 1, k, k] fp32.
-    Two launches.
+    Also, with ``mean`` [C], partial sums [P, 2, C] of dz and of dz * (x - mean), and dweight [C, 1, k, k] in fp32. Two
+    launches.
     """
     samples, channels, height, width = x.shape
     assert gradient.grad is not None
@@ -111,7 +112,7 @@ def depthwise_conv_backward(
     out_height, out_width = gradient.grad.shape[2:]
     kernel = weight.shape[-1]
     left, _, top, _ = padding
-    # Strips begin at a multiple of the stride, which is at most this much outside of the map.
+    # Strips begin at multiples of the stride, counted from the padding's corner, and so up to stride - 1 pixels early.
     rows, columns = height + top % stride, width + left % stride
     config = launch_config.backward(samples, channels, rows, columns, kernel, stride, x.dtype, target_of(x))
     row_strips, column_strips = -(-rows // config.height), -(-columns // config.width)
@@ -126,7 +127,7 @@ def depthwise_conv_backward(
         grad_ptr=gradient.grad,
         y_ptr=gradient.y,
         coefficients_ptr=gradient.coefficients,
-        gate_ptr=gradient.gate,
+        out_gate_ptr=gradient.gate,
         offset_ptr=gradient.offset,
         out_scale_ptr=gradient.scale,
         out_shift_ptr=gradient.shift,
@@ -135,7 +136,7 @@ def depthwise_conv_backward(
         scale_ptr=prologue.scale,
         shift_ptr=prologue.shift,
         mean_ptr=mean,
-        residual_ptr=residual,
+        grad_residual_ptr=residual,
         dz_ptr=dz,
         sums_ptr=sums,
         dweight_ptr=dweight,
