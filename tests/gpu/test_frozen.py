@@ -1,4 +1,4 @@
-"""A frozen network on the Triton kernels against the textbook path."""
+"""A frozen network on the Triton kernels against the eager path."""
 
 import copy
 
@@ -12,7 +12,7 @@ from gpu.compare import DTYPES, assert_accurate, channels_last
 from gpu.conftest import simulated
 
 
-def textbook(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def eager_output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), dispatch.use_backend("torch"):
         return copy.deepcopy(model).to(x.dtype)(x)
 
@@ -25,7 +25,7 @@ def test_logits(dtype: torch.dtype) -> None:
     assert dispatch.operator_backend(x) == "triton"
     y = engine(x)
     assert y.dtype == dtype
-    assert_accurate(y, textbook(model, x.double()), None if dtype == torch.float32 else textbook(model, x))
+    assert_accurate(y, eager_output(model, x.double()), None if dtype == torch.float32 else eager_output(model, x))
     assert torch.equal(engine(x.contiguous()), y)
 
 
