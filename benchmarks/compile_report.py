@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel at every layer of the networks, for GPUs that need not be here.
+"""The compiler's output for every kernel at every layer of the networks, for GPUs that this machine need not have.
 
     python benchmarks/compile_report.py [--targets sm_90,gfx942] [--models ...] [--subset] [--json FILE]
 
@@ -8,14 +8,14 @@ spills, shared memory and the width of accesses to maps. The script fails where 
 NVIDIA's and on AMD's data center targets), exceeds the target's shared memory, or where a pointwise convolution reads
 or writes maps in less than 16 bytes a thread.
 
-For an H100 it also states, launch by launch, how near the code could come to what device memory allows, and what keeps
-the memory busy. It is a model, not a measurement. "bound" is the time to move each tensor once at 3.35 TB/s over the
-longest of that and the times that the SM's units need for the instructions of the disassembly, weighted with the trips
-of the loops that enclose them, all programs spread evenly over 132 SMs at 1.755 GHz with perfect overlap: 4
-instructions, 128 FMA, 16 special functions, 128 bytes of L1 and 128 of shared memory a clock; matrix instructions 989
-TFLOP/s in 16 bits, 494 with TF32. What it cannot see stands beside it: programs in the grid, waves at the occupancy
-that registers, shared memory and threads allow, and the bytes that the loads of one trip keep in flight on an SM (of
-the about 15 KiB that 3.35 TB/s at 600 ns of latency need).
+For an H100 the script also estimates, launch by launch, how near the code can come to the limit of device memory, and
+whether enough loads are in flight to reach it. This is a model, not a measurement. "bound" is the time to move each
+tensor once at 3.35 TB/s over the longest of that and the times that the SM's units need for the instructions of the
+disassembly, weighted with the trips of the loops that enclose them, all programs spread evenly over 132 SMs at 1.755
+GHz with perfect overlap: 4 instructions, 128 FMA, 16 special functions, 128 bytes of L1 and 128 of shared memory a
+clock; matrix instructions 989 TFLOP/s in 16 bits, 494 with TF32. Beside it stand figures that the model leaves out:
+programs in the grid, waves at the occupancy that registers, shared memory and threads allow, and the bytes that the
+loads of one trip keep in flight on an SM (3.35 TB/s at 600 ns of latency need about 15 KiB).
 """
 
 import argparse
@@ -48,7 +48,7 @@ MULTIPROCESSORS: dict[int | str, int] = {
 }
 MODELS = ("efficientnet_b0", "efficientnet_b4", "efficientnet_v2_s")
 BATCHES = (1, 64, 256)
-# Reported, but no reason to fail: register pressure on AMD's consumer GPUs is not what the rules are made for.
+# Faults of these targets are reported, but are no failure: the rules are not made for AMD's consumer GPUs.
 LENIENT = ("gfx1100",)
 
 CLOCK, SMS, BANDWIDTH = 1.755e9, 132, 3.35e12
@@ -96,12 +96,12 @@ def compile_all(binaries: list[Binary], architecture: int | str, processes: int)
 def _disassembled(binary: Binary, architecture: int | str) -> Code | str:
     try:
         return disassemble(binary, architecture)
-    except Exception as error:  # whatever the compiler raises is what the report says
+    except Exception as error:  # a compiler raises anything, which becomes a row of the report
         return f"{type(error).__name__}: {error}"
 
 
 def faults(binary: Binary, code: Code | str, architecture: int | str) -> list[str]:
-    """What is required and not so."""
+    """The requirements that a binary violates."""
     if isinstance(code, str):
         return [f"does not compile: {code}"]
     found = []
@@ -154,7 +154,7 @@ class Estimate(NamedTuple):
 
     instructions: float  # of a thread, an element of the launch's largest map
     bound: float  # share of the DRAM bound
-    limit: str  # what the bound is due to
+    limit: str  # the resource that the bound is due to
     programs: int
     occupancy: int  # blocks an SM
     waves: float

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, and what it executes, read from its disassembly.
+"""The resources and the instructions of a compiled kernel, read from its disassembly.
 
 The disassemblers are those in Triton's wheel; no GPU is needed.
 """
@@ -94,7 +94,7 @@ def _map_access(ttgir: str, dtype: str) -> tuple[int, int]:
 
 
 def _instructions_by_depth(assembly: str) -> tuple[collections.Counter[str], ...]:
-    """Instructions by how many loops enclose them; a loop is what lies between a label and a branch back to it."""
+    """Instructions by how many loops enclose them; a loop is the code between a label and a branch back to it."""
     labels: dict[str, int] = {}
     pending: list[str] = []
     code: list[tuple[int, str]] = []
@@ -155,5 +155,5 @@ def _amd_registers(assembly: str) -> tuple[int, int]:
         match = re.search(rf"\.{key}:\s+(\d+)", assembly)
         return int(match[1]) if match else 0
 
-    # Scalars that do not fit go to lanes of vector registers; scratch memory is what costs.
+    # Scalars that do not fit go to lanes of vector registers, which is cheap. A spill is scratch memory.
     return metadata("vgpr_count"), metadata("private_segment_fixed_size")

@@ -1,7 +1,7 @@
-"""What is timed on a GPU: each case is a computation, and contenders that compute it.
+"""The cases that are timed on a GPU, each a computation and the contenders that compute it.
 
-Where launches are simulated the same code runs on toy sizes, so that it has been executed before it meets a GPU; such
-times mean nothing.
+Where launches are simulated the same code runs on toy sizes, so that it is tested without a GPU; such times mean
+nothing.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from effnet_kernels.modules import MBConvConfig
 
 Call = Callable[[], object]
 Contenders = dict[str, Callable[[], Call]]
-"""By name, what builds the call that is timed."""
+"""By name, a function that builds the call that is timed."""
 
 # Depthwise layers of B0: channels, map, kernel, stride.
 LAYERS = [(32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 5, 2), (480, 14, 5, 1), (1152, 7, 5, 1)]
 # Blocks of B0: expand ratio, kernel, channels, map.
 BLOCKS = [(6, 3, 24, 56), (6, 5, 40, 28), (6, 5, 112, 14), (6, 5, 192, 7)]
-PEERS: dict[str, Callable[[str], nn.Module]] = {
+BASELINES: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": lambda name: getattr(torchvision.models, name)().cuda(),
     "torchvision channels-last": lambda name: _channels_last(getattr(torchvision.models, name)()),
     "timm channels-last": lambda name: _channels_last(timm.create_model(name)),
@@ -98,18 +98,18 @@ def inference(name: str, size: int, batch: int, toy: bool) -> Case:
 def network_contenders(toy: bool) -> list[str]:
     graphs = [f"{base}, CUDA graph" for base in ("ours", "torchvision channels-last")]
     compiled = [f"torch.compile {mode}" for mode in ("default", "max-autotune")]
-    return ["ours", *PEERS, *([] if toy else graphs + compiled)]
+    return ["ours", *BASELINES, *([] if toy else graphs + compiled)]
 
 
 def _networks(name: str, toy: bool, x: Tensor, prepare: Callable[[nn.Module, Tensor], Call]) -> Contenders:
-    def peer(which: str) -> Call:
-        return prepare(PEERS[which](name), x if "channels-last" in which else x.contiguous())
+    def baseline(which: str) -> Call:
+        return prepare(BASELINES[which](name), x if "channels-last" in which else x.contiguous())
 
     def compiled(mode: str) -> Call:
-        return prepare(torch.compile(PEERS["torchvision channels-last"](name), mode=mode), x)
+        return prepare(torch.compile(BASELINES["torchvision channels-last"](name), mode=mode), x)
 
     contenders: Contenders = {"ours": lambda: prepare(network(name, toy), x)}
-    contenders |= {which: lambda which=which: peer(which) for which in PEERS}
+    contenders |= {which: lambda which=which: baseline(which) for which in BASELINES}
     contenders |= {f"{base}, CUDA graph": lambda base=base: graphed(contenders[base]()) for base in list(contenders)}
     contenders |= {f"torch.compile {mode}": lambda mode=mode: compiled(mode) for mode in ("default", "max-autotune")}
     return {which: contenders[which] for which in network_contenders(toy)}
@@ -202,7 +202,7 @@ def _operator(
 
 
 def graphed(call: Call) -> Call:
-    """The call as a CUDA graph; its gradients and outputs are where the capture left them."""
+    """The call as a CUDA graph, which writes its gradients and outputs to the memory of its capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -217,7 +217,7 @@ def graphed(call: Call) -> Call:
 
 @contextlib.contextmanager
 def autocast(dtype: torch.dtype) -> Iterator[None]:
-    """Without the cache, which a CUDA graph cannot capture. Simulated tensors are the CPU's."""
+    """Autocast without its cache, which a CUDA graph cannot capture. Simulated tensors are on the CPU."""
     on_host = torch.autocast("cpu", dtype) if simulated() else contextlib.nullcontext()
     with torch.autocast("cuda", dtype, cache_enabled=False), on_host:
         yield
@@ -233,14 +233,14 @@ def _channels_last(model: nn.Module) -> nn.Module:
 
 
 def bytes_of(call: Call) -> int:
-    """What the launches of a call read and write, each tensor once a launch; the launches do not run."""
+    """The bytes of the tensors that a call's launches read and write, each once a launch; the launches do not run."""
     with capture_launches() as launches:
         call()
     return sum(map(tensor_bytes, launches))
 
 
 def release() -> None:
-    """Between cases, so that none finds the memory that another has taken."""
+    """Frees the memory of a case, which the next one would otherwise find taken."""
     gc.collect()
     torch._dynamo.reset()
     if not simulated():

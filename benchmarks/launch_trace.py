@@ -14,7 +14,7 @@ from effnet_kernels.backends.triton.launch import Launch, capture_launches
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RESOLUTIONS = {"efficientnet_b0": 224, "efficientnet_b4": 380, "efficientnet_v2_s": 384}
 
-# Operations that only look at a tensor in another way, or make room for one.
+# Operations that move no bytes: views and allocations.
 _FREE = {
     "view", "detach", "expand", "as_strided", "slice", "select", "alias", "unsqueeze", "squeeze", "_unsafe_view", "t",
     "unbind", "permute", "transpose", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "split",
@@ -52,7 +52,7 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def size(t: Tensor) -> int:
-    """Bytes of what the tensor shows: an expanded scalar is read once."""
+    """Bytes of a tensor's distinct elements: an expanded scalar counts once."""
     elements = 1
     for length, stride in zip(t.shape, t.stride(), strict=True):
         elements *= length if stride != 0 else 1
@@ -69,7 +69,7 @@ def tensor_bytes(launch: Launch) -> int:
 
 
 class Pass(NamedTuple):
-    """What a forward or a backward pass does."""
+    """The launches of a forward or a backward pass, and the bytes of torch's own operations in it."""
 
     launches: list[Launch]
     torch_bytes: collections.Counter[str]
@@ -84,7 +84,7 @@ class Step(NamedTuple):
 def trace_step(
     model_name: str, batch: int, dtype: str, training: bool, fused: bool = True, resolution: int = 0
 ) -> Step:
-    """A step of our network (``fused``), or of torchvision's, the textbook."""
+    """The trace of a step of our network (``fused``), or of torchvision's, which runs eagerly."""
     if fused:
         model = ek.create_model(model_name)
     else:
@@ -116,7 +116,7 @@ def trace_step(
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype, training: bool) -> nn.Module:
-    """As mixed precision runs it: maps and the weights that torch reads in ``dtype``, BatchNorm in float32."""
+    """The model as mixed precision runs it: maps, and weights that torch reads, in ``dtype``, BatchNorm in float32."""
     model.train(training).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Layers as data: what the benchmarks run over."""
+"""The layers that the benchmarks run over, as data."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def pointwise_layers(name: str, resolution: int) -> list[Pointwise]:
 
 
 def _convolutions(name: str, resolution: int) -> Iterator[tuple[nn.Conv2d, int]]:
-    """The convolutions of maps, not those of squeeze-and-excitation, and the size of what each reads."""
+    """The convolutions of maps, without squeeze-and-excitation's, and the size of each one's input."""
     model, size = getattr(ek, name)(), resolution
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and ".fc" not in path:

@@ -1,8 +1,8 @@
-"""What the simulator of Triton kernels (ttsem 0.1) has to be taught."""
+"""Functions that the simulator of Triton kernels (ttsem 0.1) lacks."""
 
 
 def teach() -> None:
-    """The two libdevice functions of ours that it does not know."""
+    """Adds the two functions of libdevice that our kernels call."""
     import numpy as np
     from ttsem import ops
 

@@ -1,4 +1,4 @@
-"""A driver for Triton that compiles for an H100 and launches nothing: what a launch costs the host, without a GPU."""
+"""A driver for Triton that compiles for an H100 and launches nothing, to time the host's part of a launch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 
 class StubDriver:
-    """What Triton asks of a driver when it compiles and launches a kernel."""
+    """The methods of a driver that Triton calls when it compiles and launches a kernel."""
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []  # the arguments of each launch
@@ -49,7 +49,7 @@ def _current_stream(device: int) -> int:
 
 @contextlib.contextmanager
 def stub_driver() -> Iterator[StubDriver]:
-    """Inside the ``with`` block launches go to the stub. CPU tensors stand for a GPU's."""
+    """Inside the ``with`` block launches go to the stub, and CPU tensors take the place of a GPU's."""
     from effnet_kernels.backends.triton import launch
 
     driver = StubDriver()

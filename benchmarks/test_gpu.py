@@ -41,7 +41,7 @@ def rows() -> list[tuple[str, str]]:
 
 
 class Measured:
-    """The times of the cases that have been asked for."""
+    """The times of the cases measured so far; a case is measured when its first row asks."""
 
     def __init__(self) -> None:
         self.cases: dict[str, dict[str, dict]] = {}
@@ -60,7 +60,7 @@ class Measured:
             try:
                 calls[contender] = make()
                 found[contender] = {"peak MB": _peak(calls[contender])}
-            except Exception as error:  # a peer that cannot run is a row that says so
+            except Exception as error:  # a baseline that cannot run gets a row with its error
                 if contender.startswith("ours"):
                     raise
                 calls.pop(contender, None)
@@ -72,7 +72,7 @@ class Measured:
             found[contender] |= {
                 "ms": milliseconds,
                 "images/s": 1e3 * case.images / median,
-                # The bytes are those of our launches: for a peer it is the rate at which it would have to move them.
+                # The bytes are those of our launches, so that a baseline's rate is that of moving as many.
                 "GB/s": floor / median / 1e6,
                 "of copy": floor / median / 1e-3 / self.bandwidth if self.bandwidth else 0.0,
             }

@@ -1,4 +1,4 @@
-"""What a launch costs the host: the seam with its cached handle, and Triton's own way, on a driver that does nothing.
+"""The host's time for a launch, by a cached handle and by Triton itself, on a driver that does nothing.
 
 ``pytest benchmarks/ --benchmark-only``; on a GPU the driver's own launch comes on top of both.
 """
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=
 
 @pytest.fixture
 def arguments() -> tuple:
-    """Those of B0's first expand convolution in training."""
+    """The kernel, grid, arguments and options of B0's first expand convolution in training."""
     from effnet_kernels.backends.triton.configs import H100, use_target
     from effnet_kernels.backends.triton.launch import capture_launches
     from effnet_kernels.backends.triton.pointwise import pointwise_conv
@@ -35,7 +35,7 @@ def test_seam(benchmark, arguments) -> None:
     kernel, grid, given, options = arguments
     given |= options
     given["max_registers"] = given.pop("maxnreg", None)
-    # The names are in the code of a call, as in those of the launchers, and not in a dictionary.
+    # The call names its arguments in code, as the package's calls of launchers do, and not in a dictionary.
     names = ", ".join(f"{name}={name}" for name in given)
     call = eval(f"lambda: launch(grid, {names})", given | {"grid": grid, "launch": launcher(kernel)})
     with stub_driver():
@@ -53,7 +53,7 @@ def test_triton(benchmark, arguments) -> None:
 
 
 def test_block_forward(benchmark) -> None:
-    """A training block's forward as the host sees it: nine launches, their configurations and allocations."""
+    """The host's time for a training block's forward: nine launches, their configurations and allocations."""
     from stub_driver import stub_driver
     from torch import nn
 

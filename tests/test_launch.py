@@ -1,4 +1,4 @@
-"""The launch seam, with a driver that compiles and launches nothing."""
+"""Launches, with a driver that compiles kernels and does not run them."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_a_second_launch_is_the_first_one_again() -> None:
         first, second, third = driver.launched
         assert len(seam._handles) == 1
     assert len(first) == len(second) == len(third)
-    # Between the stream's and the kernel's arguments are what profilers are told, which a cached launch leaves out.
+    # Arguments 6 to 8 are for profilers, and a cached launch leaves them out.
     for one, other in zip(first[:6] + first[9:], second[:6] + second[9:], strict=True):
         same = one is other or one == other if not isinstance(one, torch.Tensor) else one.shape == other.shape
         assert same, (one, other)
@@ -82,7 +82,7 @@ def test_kernels_compile_in_processes_of_their_own() -> None:
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     index = 0
 

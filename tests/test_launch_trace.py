@@ -13,7 +13,7 @@ from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
 
-# Operations that only look at a tensor in another way.
+# Operations that return a view.
 VIEWS = {
     "view",
     "detach",
@@ -32,7 +32,7 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 
 class TorchLaunches(TorchDispatchMode):
-    """Counts the operations of torch that would launch a kernel."""
+    """Counts torch's own operations that would launch a kernel on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ def test_entries_override_the_rule_for_their_bucket(path):
         a_gemm()
     tuned_configs.write(path, {seen[0]: {"block_m": 32}})
     assert a_gemm().block_m == 32 != before.block_m
-    assert a_gemm().num_programs > before.num_programs, "what follows from the tile is computed anew"
+    assert a_gemm().num_programs > before.num_programs, "the number of programs follows from the tuned tile"
     assert gemm(1, 1, 12544, 480, 1280, None, False, False, torch.float16, H100) == other
     # A neighbour in the same bucket of sizes follows too.
     assert gemm(1, 1, 12000, 500, 79, None, False, False, torch.float16, H100).block_m == 32

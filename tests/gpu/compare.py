@@ -21,8 +21,8 @@ def channels_last(*shape: int, dtype: torch.dtype = torch.float32, scale: float 
 def assert_accurate(actual: Tensor, exact: Tensor, same_dtype: Tensor | None = None) -> None:
     """float32 to its tolerance; lower precision to twice the error of torch in that dtype (or to its rounding).
 
-    ``exact`` is the reference's result in float64, ``same_dtype`` what plain PyTorch makes of the same inputs in
-    their own dtype.
+    ``exact`` is the reference's result in float64, ``same_dtype`` plain PyTorch's for the same inputs in their own
+    dtype.
     """
     assert actual.shape == exact.shape, f"{tuple(actual.shape)} instead of {tuple(exact.shape)}"
     error = relative_rms(actual.cpu(), exact.cpu())
@@ -34,16 +34,17 @@ def assert_accurate(actual: Tensor, exact: Tensor, same_dtype: Tensor | None = N
 
 
 def compare(actual: Any, primitive: Callable[..., Any], *arguments: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Each tensor of ``actual`` against a primitive of the reference in float64, and on maps of ``dtype`` for what is
-    fair.
+    """Compares each tensor of ``actual`` with a primitive of the reference in float64.
+
+    For maps of lower precision the reference in that ``dtype`` says how large errors may be.
     """
     with torch.no_grad():
         exact = primitive(*cast(arguments, torch.float64))
-        alike = primitive(*arguments) if dtype != torch.float32 else None
+        same_dtype = primitive(*arguments) if dtype != torch.float32 else None
     if isinstance(actual, Tensor):
-        actual, exact, alike = (actual,), (exact,), (alike,)
-    alike = (None,) * len(exact) if alike is None else alike
-    for ours, right, same in zip(actual, exact, alike, strict=True):
+        actual, exact, same_dtype = (actual,), (exact,), (same_dtype,)
+    same_dtype = (None,) * len(exact) if same_dtype is None else same_dtype
+    for ours, right, same in zip(actual, exact, same_dtype, strict=True):
         assert (ours is None) == (right is None)
         if ours is not None:
             assert_accurate(ours, right, same)
@@ -60,7 +61,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def fold_and_move(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's ``fold_batch_norm``, and the running statistics that it has moved."""
+    """The result of the reference's ``fold_batch_norm``, and the running statistics after it."""
     partials, weight, bias, mean, var, *rest = arguments
     mean, var = mean.clone(), var.clone()
     return reference.fold_batch_norm(partials, weight, bias, mean, var, *rest), mean, var

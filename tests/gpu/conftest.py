@@ -49,7 +49,7 @@ def _device() -> Iterator[None]:
     if simulated():
         simulator.teach()
         torch.set_num_threads(1)
-    # Fills torch.empty with NaN, so that an output that nobody wrote is noticed.
+    # torch.empty then fills uninitialised memory with NaN, so that a test fails on elements that no kernel wrote.
     torch.use_deterministic_algorithms(True, warn_only=True)
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""What the operators and modules say of input that does not fit, on a device with kernels."""
+"""Operators and modules on a device with kernels, with input that does not fit them."""
 
 import pytest
 import torch

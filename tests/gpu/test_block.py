@@ -1,4 +1,4 @@
-"""Blocks on the Triton kernels against the textbook modules in float64: outputs, every gradient, running statistics."""
+"""Blocks on the Triton kernels against the eager modules in float64: outputs, every gradient, running statistics."""
 
 import copy
 from functools import partial

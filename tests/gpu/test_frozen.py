@@ -1,4 +1,4 @@
-"""A frozen network on the Triton kernels against the textbook path."""
+"""A frozen network on the Triton kernels against the eager path."""
 
 import copy
 
@@ -13,7 +13,7 @@ from gpu.compare import DTYPES, assert_accurate, channels_last
 from gpu.conftest import simulated
 
 
-def textbook(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def eager_output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), select.use_backend("torch"):
         return copy.deepcopy(model).to(x.dtype)(x)
 
@@ -26,7 +26,7 @@ def test_logits(dtype: torch.dtype) -> None:
     assert select.operator_backend(x) == "triton"
     y = engine(x)
     assert y.dtype == dtype
-    assert_accurate(y, textbook(model, x.double()), None if dtype == torch.float32 else textbook(model, x))
+    assert_accurate(y, eager_output(model, x.double()), None if dtype == torch.float32 else eager_output(model, x))
     assert torch.equal(engine(x.contiguous()), y)
 
 

@@ -1,4 +1,4 @@
-"""Planted faults: that these tests would notice a kernel that writes where it must not, races, or leaves a hole."""
+"""Planted faults, which these tests must notice: stores past the end, races, and outputs left uninitialised."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_a_race_between_programs_is_noticed() -> None:
         seam.launcher(total_kernel)((3, 1, 1), x_ptr=x, total_ptr=total, size=77, BLOCK=32)
 
 
-def test_what_nobody_wrote_is_not_a_number() -> None:
+def test_uninitialised_memory_is_nan() -> None:
     assert copy(torch.randn(77, device="cuda"), 77, blocks=2)[64:].isnan().all()
 
 

@@ -1,4 +1,4 @@
-"""A whole B0 (fewer blocks, small images) on the Triton kernels against the textbook path."""
+"""A whole B0 (fewer blocks, small images) on the Triton kernels against the eager path."""
 
 import copy
 
@@ -54,7 +54,7 @@ def test_inference() -> None:
     assert torch.equal(logits, contiguous)
 
 
-def test_five_steps_have_the_textbook_losses() -> None:
+def test_five_steps_have_the_eager_losses() -> None:
     losses = {}
     # Its last map has enough pixels that no channel's variance is near zero: such channels turn rounding into chaos.
     settings = VARIANTS["efficientnet_b0"].block_configs()[:3]

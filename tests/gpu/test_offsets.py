@@ -1,7 +1,7 @@
-"""Maps of more than 2^31 elements: three pixels that are 2^30 elements apart, of whose channels a block is computed.
+"""Maps of more than 2^31 elements: three pixels of 2^30 channels, of which one block of channels is computed.
 
-The kernels are launched as for a map of 2^30 channels, with programs for the first block of them alone, so that hardly
-a page of the map is touched. The simulator copies maps, so that there is none in it: it notes the addresses instead.
+The grid has programs for the first block of channels alone, so that few pages of the map are touched. The simulator
+copies tensors, and so gets a small one: there the test collects the addresses that a kernel accesses instead.
 """
 
 import numpy as np
@@ -21,29 +21,29 @@ EXPECTED = np.array([[pixel * PITCH + c for c in range(CHANNELS)] for pixel in r
 
 @pytest.fixture
 def accesses(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """The addresses of 16-bit elements that the simulated kernel reads and writes, neither of which it does."""
-    noted: list[np.ndarray] = []
+    """The addresses of 16-bit elements that a simulated kernel accesses; loads give zeros, and stores do nothing."""
+    seen: list[np.ndarray] = []
     if simulated():
         from ttsem.memory import Memory
 
         def load(self, addresses, mask, other, dtype):
             if np.dtype(dtype).itemsize == 2:
-                noted.append(addresses[np.broadcast_to(True if mask is None else mask, addresses.shape)])
+                seen.append(addresses[np.broadcast_to(True if mask is None else mask, addresses.shape)])
             return np.zeros(np.shape(addresses), dtype)
 
         def store(self, addresses, values, mask):
             if values.dtype.itemsize == 2:
-                noted.append(addresses[np.broadcast_to(True if mask is None else mask, addresses.shape)])
+                seen.append(addresses[np.broadcast_to(True if mask is None else mask, addresses.shape)])
 
         monkeypatch.setattr(Memory, "load", load)
         monkeypatch.setattr(Memory, "store", store)
-    return noted
+    return seen
 
 
 def check(
     kernel, grid: tuple[int, int, int], accesses: list[np.ndarray], maps: list[str], constants, **arguments
 ) -> None:
-    """Launches with ``maps`` of PIXELS pixels, and looks at where they are accessed, or at what the last one holds."""
+    """Launches with ``maps`` of PIXELS pixels, and checks the accessed addresses, or on a GPU the last map's values."""
     # One allocation for all maps, each in channels of its own.
     size = CHANNELS if simulated() else (PIXELS - 1) * PITCH + len(maps) * CHANNELS
     storage = torch.ones(size, dtype=torch.float16, device="cuda")

@@ -1,4 +1,4 @@
-"""Operands in any memory, in-place changes behind a block and batches of gradients, on the kernels for GPUs."""
+"""Operands of any strides, in-place operations on a block's output and batched gradients, on the GPU kernels."""
 
 import copy
 import itertools
@@ -73,7 +73,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_any_memory_of_every_operand(name: str) -> None:
-    """Each operand in other memory; all kinds of memory are gone through in turn, as every step takes a second."""
+    """Each operand in other memory; the kinds of memory take turns, because every step takes a second."""
     block, x = made(name)
     expected = step(block, x)
     turn = itertools.count()

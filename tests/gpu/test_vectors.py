@@ -1,4 +1,4 @@
-"""The kernels that stream over maps, and those on vectors: BatchNorm, squeeze-and-excitation, merge."""
+"""The kernels that stream over maps, and the kernels on vectors: BatchNorm, squeeze-and-excitation, merge."""
 
 import pytest
 import torch
@@ -103,9 +103,9 @@ def test_squeeze_and_merge(shape) -> None:
     gate, keep = torch.rand(samples, channels, device="cuda"), vector(samples)
     prologue = Prologue(vector(channels), vector(channels), "silu", gate)
     statistics = RunningStatistics(vector(channels), vector(channels).abs() + 0.5, 1e-3)
-    for applied, factor in ((prologue, None), (Prologue(), other)):
-        sums = squeeze_excite.squeeze(x, applied, factor)
-        compare(sums.sum(dim=1, keepdim=True), reference.squeeze, x, applied, factor, dtype=dtype)
+    for part, factor in ((prologue, None), (Prologue(), other)):
+        sums = squeeze_excite.squeeze(x, part, factor)
+        compare(sums.sum(dim=1, keepdim=True), reference.squeeze, x, part, factor, dtype=dtype)
         mean = squeeze_excite.mean_of_sums(sums, 5)
         assert_accurate(mean, sums.double().sum(dim=1) / 5)
     for arguments in (
@@ -138,22 +138,22 @@ def test_excite(samples: int, channels: int, squeezed: int, act: str, kind: str)
     sums = vector(samples, 2, channels)
     w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
     w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, 3 * vector(channels)
-    actual = gate, pooled, hidden = squeeze_excite.excite(sums, 5, w1, b1, w2, b2, act, kind)
+    actual = gate, mean, hidden = squeeze_excite.excite(sums, 5, w1, b1, w2, b2, act, kind)
     compare(actual, reference.excite, sums, 5, w1, b1, w2, b2, act, kind)
     without = squeeze_excite.excite(sums, 5, w1, None, w2, None, act, kind)
     compare(without, reference.excite, sums, 5, w1, None, w2, None, act, kind)
-    for kinds in (5, 1):
-        t = vector(samples, 3, kinds, channels)
-        actual = squeeze_excite.excite_backward(t, 5, gate, hidden, w1, w2, act, kind)
-        arguments = (t, 5, gate, hidden, w1, w2, act, kind)
+    for num_sums in (5, 1):
+        sums = vector(samples, 3, num_sums, channels)
+        actual = squeeze_excite.excite_backward(sums, 5, gate, hidden, w1, w2, act, kind)
+        arguments = (sums, 5, gate, hidden, w1, w2, act, kind)
         compare(actual, reference.excite_backward, *arguments)
-    arguments = (actual[1], actual[2], hidden, pooled, act)
+    arguments = (actual[1], actual[2], hidden, mean, act)
     actual = squeeze_excite.excite_backward_weight(*arguments)
     compare(actual, reference.excite_backward_weight, *arguments)
 
 
 def test_activations_over_their_whole_range() -> None:
-    """SiLU's fast division has no trap: it is torch's to 2e-6, infinities and the far ends included."""
+    """SiLU with its fast division is torch's to 2e-6, also at infinities and for very large and small values."""
     values = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([float("inf"), 0.0, -0.0, 1e-30, -1e30])])
     x = values.reshape(1, 1, 1, -1).to("cuda")
     right = torch.nn.functional.silu(values.double())
