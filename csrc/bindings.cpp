@@ -17,7 +17,7 @@ namespace {
 
 // Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's arguments
 // change.
-constexpr int interface_version = 2;
+constexpr int interface_version = 3;
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -337,21 +337,21 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   } catch (const std::exception&) {
     // EFFNET_KERNELS_ISA is wrong, which the first call reports.
   }
-  m.def("cut_pixels", &partition_pixels, "Divides pixels into shards: (images, pixels, groups, shards of a group).");
-  m.def("depthwise_slots", &effnet::depthwise_shards);
+  m.def("partition_pixels", &partition_pixels, "Divides pixels into shards: (images, pixels, groups, shards of a group).");
+  m.def("depthwise_shards", &effnet::depthwise_shards);
   m.def("pointwise_forward", &pointwise_forward);
   m.def("pointwise_backward", &pointwise_backward);
   m.def("depthwise_forward", &depthwise_forward);
   m.def("depthwise_backward", &depthwise_backward);
   m.def("patches", &patches);
-  m.def("merge", &bn_act_add);
-  m.def("squeeze", &pooled_sums);
+  m.def("bn_act_add", &bn_act_add);
+  m.def("pooled_sums", &pooled_sums);
   m.def("channel_statistics", &channel_statistics);
   m.def("gradient_sums", &gradient_sums);
   m.def("apply_gradient", &apply_gradient);
   m.def("merge_statistics", &merge_statistics);
-  m.def("fold_batch_norm", &finalize_batch_norm);
-  m.def("fold_batch_norm_backward", &finalize_batch_norm_backward);
+  m.def("finalize_batch_norm", &finalize_batch_norm);
+  m.def("finalize_batch_norm_backward", &finalize_batch_norm_backward);
   py::class_<PooledBytes>(m, "PooledBytes", py::buffer_protocol())
       .def(py::init([](std::size_t bytes) { return PooledBytes{effnet::acquire(bytes), bytes}; }))
       .def_buffer([](PooledBytes& pooled) {

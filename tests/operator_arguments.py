@@ -19,20 +19,20 @@ def mbconv_chain(config: MBConvConfig, training: bool) -> Chain:
     return block.chain_spec().chain
 
 
-def operator_calls(config: MBConvConfig, x: Tensor, keep: Tensor | None) -> Iterator[tuple]:
+def operator_calls(config: MBConvConfig, x: Tensor, drop_path_scale: Tensor | None) -> Iterator[tuple]:
     """Each operator and arguments for it, of a block's chain for x [N, C, H, W]."""
     operators = torch.ops.effnet_kernels
     backend = select.operator_backend(x)
     chain = mbconv_chain(config, training=True)
     text, parameters, running = custom_ops.encode(backend, chain)
     assert running == []
-    yield operators.chain_forward.default, (x.clone().requires_grad_(), keep, parameters, running, text)
+    yield operators.chain_forward.default, (x.clone().requires_grad_(), drop_path_scale, parameters, running, text)
 
     with torch.no_grad():
-        out, saved = forward(primitives_of(backend), chain, x, keep)
+        out, saved = forward(primitives_of(backend), chain, x, drop_path_scale)
         inputs = [t.detach() for t in parameters]
         needs = [True] * (1 + len(parameters))
-        arguments = (torch.randn_like(out), x, keep, inputs, flatten(saved), text, needs)
+        arguments = (torch.randn_like(out), x, drop_path_scale, inputs, flatten(saved), text, needs)
         yield operators.chain_backward.default, arguments
 
     text, parameters, running = custom_ops.encode(backend, mbconv_chain(config, training=False))

@@ -79,7 +79,7 @@ def operators(vectors: list[Tensor], x: Tensor) -> list[Tensor]:
         ops.depthwise_conv_bn_silu(input, taps, scale, shift, shift.clone(), scale.clone(), 1, 1, training=True),
         ops.squeeze(input, Prologue(None, shift, "silu")),
         ops.squeeze_excite(input, w1, None, w2, None),
-        ops.merge(input, prologue),
+        ops.bn_act_add(input, prologue),
         ops.channel_statistics(input.detach()),
     ]
     outputs = [y for y in outputs if y is not None]

@@ -96,7 +96,7 @@ def test_public_operators_return_no_views() -> None:
                 ops.excite(features, w1, None, w2, None),
                 ops.squeeze_excite(input, w1, None, w2, None),
                 ops.squeeze(input),
-                ops.merge(input, Prologue(scale)),
+                ops.bn_act_add(input, Prologue(scale)),
                 ops.channel_statistics(input.detach()),
             ]
         assert not any(y._is_view() for y in outputs)
@@ -191,7 +191,7 @@ def test_batches_of_gradients_of_the_public_operators() -> None:
             (lambda: ops.squeeze_excite(x, w1, None, w2, None), [w1, w2]),
             (lambda: ops.excite(x.mean((2, 3)), w1, None, w2, None), [w1, w2]),
             (lambda: ops.squeeze(x, Prologue(w[0, :, 0, 0], None, "silu")), []),
-            (lambda: ops.merge(x, Prologue(None, w[0, :, 0, 0], "silu")), []),
+            (lambda: ops.bn_act_add(x, Prologue(None, w[0, :, 0, 0], "silu")), []),
         ):
             found = batches(function(), x, own)
             for what, gradients in found.items():
@@ -270,7 +270,7 @@ def test_prologues_with_any_part_missing(scale: int, shift: int, act: str) -> No
         lambda x, s, t: ops.pointwise_conv(x, w.to(x), None, Prologue(s, t, act))[0],
         lambda x, s, t: ops.depthwise_conv(x, taps.to(x), 1, 1, Prologue(s, t, act))[0],
         lambda x, s, t: ops.squeeze(x, Prologue(s, t, act)),
-        lambda x, s, t: ops.merge(x, Prologue(s, t, act), residual.to(x), None),
+        lambda x, s, t: ops.bn_act_add(x, Prologue(s, t, act), residual.to(x), None),
     ]
     for operator in operators:
         outcomes = []
@@ -317,7 +317,7 @@ def test_derivatives_at_kinks_and_at_nan_are_torchs(act: str) -> None:
         {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}[act](z).backward(torch.ones(1, 1, 1, 1))
         x = torch.full((1, 8, 1, 1), value, requires_grad=True)
         with select.use_backend("cpu"):
-            ops.merge(x, Prologue(act=act)).backward(torch.ones(1, 8, 1, 1))
+            ops.bn_act_add(x, Prologue(act=act)).backward(torch.ones(1, 8, 1, 1))
         assert torch.equal(x.grad.flatten(), z.grad.flatten().expand(8)), value
 
 

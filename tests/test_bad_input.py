@@ -539,20 +539,44 @@ BAD_OPERANDS = {
     "excite activation": (lambda: excite(act="gelu"), ValueError, "act: expected one of none.*got 'gelu'"),
     "excite gate": (lambda: excite(gate="tanh"), ValueError, "gate: expected one of sigmoid, hardsigmoid, got 'tanh'"),
     "excite of integers": (lambda: excite(torch.ones(2, 4, dtype=torch.int32)), TypeError, "pooled: .*torch.int32"),
-    "fold nothing": (lambda: ops.fold_batch_norm(None, None, None), ValueError, "expected stats, or running_mean"),
-    "fold a list": (lambda: ops.fold_batch_norm([1.0], None, None), TypeError, "stats: expected a Tensor.*got list"),
-    "fold shape": (lambda: ops.fold_batch_norm(torch.randn(2, 4), None, None), ValueError, r"stats: .*\(2, 4\)"),
-    "fold weight": (lambda: ops.fold_batch_norm(torch.ones(3, 4), VECTOR[:3], None), ValueError, "weight: expected"),
+    "fold nothing": (lambda: ops.finalize_batch_norm(None, None, None), ValueError, "expected stats, or running_mean"),
+    "fold a list": (
+        lambda: ops.finalize_batch_norm([1.0], None, None),
+        TypeError,
+        "stats: expected a Tensor.*got list",
+    ),
+    "fold shape": (lambda: ops.finalize_batch_norm(torch.randn(2, 4), None, None), ValueError, r"stats: .*\(2, 4\)"),
+    "fold weight": (
+        lambda: ops.finalize_batch_norm(torch.ones(3, 4), VECTOR[:3], None),
+        ValueError,
+        "weight: expected",
+    ),
     "fold one running vector": (
-        lambda: ops.fold_batch_norm(torch.ones(3, 4), None, None, VECTOR),
+        lambda: ops.finalize_batch_norm(torch.ones(3, 4), None, None, VECTOR),
         ValueError,
         "running_mean and running_var",
     ),
-    "fold elsewhere": (lambda: ops.fold_batch_norm(None, None, None, VECTOR, META), ValueError, "running_var.*meta"),
-    "merge rank": (lambda: ops.merge(X[0]), ValueError, "x: expected 4 dimensions"),
-    "merge residual": (lambda: ops.merge(X, residual=X[:, :3]), ValueError, r"residual: .*got \(2, 3, 5, 6\)"),
-    "merge keep": (lambda: ops.merge(X, keep=VECTOR), ValueError, r"keep: expected shape \(2,\), got \(4,\)"),
-    "merge keep list": (lambda: ops.merge(X, keep=[0, 1]), TypeError, "keep: expected a Tensor.*got list"),
+    "fold elsewhere": (
+        lambda: ops.finalize_batch_norm(None, None, None, VECTOR, META),
+        ValueError,
+        "running_var.*meta",
+    ),
+    "bn_act_add rank": (lambda: ops.bn_act_add(X[0]), ValueError, "x: expected 4 dimensions"),
+    "bn_act_add residual": (
+        lambda: ops.bn_act_add(X, residual=X[:, :3]),
+        ValueError,
+        r"residual: .*got \(2, 3, 5, 6\)",
+    ),
+    "bn_act_add drop_path_scale": (
+        lambda: ops.bn_act_add(X, drop_path_scale=VECTOR),
+        ValueError,
+        r"drop_path_scale: expected shape \(2,\), got \(4,\)",
+    ),
+    "bn_act_add drop_path_scale list": (
+        lambda: ops.bn_act_add(X, drop_path_scale=[0, 1]),
+        TypeError,
+        "drop_path_scale: expected a Tensor.*got list",
+    ),
 }
 
 
@@ -582,12 +606,12 @@ def test_operators_take_an_empty_batch(reduction):
     assert y.shape == ((0, 8) if reduction == "pool" else (0, 8, 5, 6))
     assert reduced is None or reduced.shape == (3, 8)
     mean, var = torch.zeros(4), torch.ones(4)
-    ops.fold_batch_norm(ops.channel_statistics(x), None, None, mean, var)
+    ops.finalize_batch_norm(ops.channel_statistics(x), None, None, mean, var)
     assert torch.equal(mean, torch.zeros(4))
     assert torch.equal(var, torch.ones(4))
     assert ops.squeeze(x).shape == (0, 4)
     assert excite(torch.randn(0, 4)).shape == (0, 4)
-    assert ops.merge(x, Prologue(VECTOR, VECTOR, "silu"), x, torch.ones(0)).shape == x.shape
+    assert ops.bn_act_add(x, Prologue(VECTOR, VECTOR, "silu"), x, torch.ones(0)).shape == x.shape
 
 
 def test_statistics_of_no_channels_are_empty():
@@ -608,13 +632,13 @@ def test_operators_take_views(view):
     assert_close(pooled, expected_pooled)
     y, _ = ops.pointwise_conv(x, torch.randn(1, 3, 1, 1).expand(5, 3, 1, 1), epilogue=Epilogue(act="silu"))
     assert_close(y, y[:, :1].expand_as(y))
-    assert_close(ops.merge(x, Prologue(scale, shift)), x * scale[:, None, None] + shift[:, None, None])
+    assert_close(ops.bn_act_add(x, Prologue(scale, shift)), x * scale[:, None, None] + shift[:, None, None])
 
 
 def test_running_statistics_are_untouched_by_a_refused_fold():
     mean, var = torch.zeros(4), torch.ones(4)
     with pytest.raises(ValueError, match="bias: expected shape"):
-        ops.fold_batch_norm(torch.ones(3, 4), None, torch.ones(5), mean, var)
+        ops.finalize_batch_norm(torch.ones(3, 4), None, torch.ones(5), mean, var)
     assert torch.equal(mean, torch.zeros(4))
     assert torch.equal(var, torch.ones(4))
 

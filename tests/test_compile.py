@@ -150,9 +150,9 @@ OPERATORS = {
     "pointwise_conv": lambda x: ops.pointwise_conv(x, torch.ones(4, 8, 1, 1))[0],
     "squeeze": ops.squeeze,
     "squeeze_excite": lambda x: ops.squeeze_excite(x, torch.ones(2, 8), None, torch.ones(8, 2), None),
-    "merge": lambda x: ops.merge(x, Prologue(VECTOR, VECTOR, "silu"), x, None),
+    "bn_act_add": lambda x: ops.bn_act_add(x, Prologue(VECTOR, VECTOR, "silu"), x, None),
     "channel_statistics": ops.channel_statistics,
-    "fold_batch_norm": lambda x: ops.fold_batch_norm(
+    "finalize_batch_norm": lambda x: ops.finalize_batch_norm(
         ops.channel_statistics(x), VECTOR, None, torch.zeros(8), torch.ones(8)
     )[0],
     "depthwise_conv_bn_silu": lambda x: ops.depthwise_conv_bn_silu(
@@ -208,10 +208,12 @@ def test_what_cannot_be_is_a_clear_error(wrap: Callable) -> None:
 # The operators
 
 
-@pytest.mark.parametrize("keep", [None, torch.tensor([0.0, 2.0])], ids=["", "stochastic depth"])
+@pytest.mark.parametrize("drop_path_scale", [None, torch.tensor([0.0, 2.0])], ids=["", "stochastic depth"])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, "symmetric"), (5, 2, "same")])
-def test_operators_pass_torchs_own_checks(keep: Tensor | None, kernel: int, stride: int, padding: str) -> None:
+def test_operators_pass_torchs_own_checks(
+    drop_path_scale: Tensor | None, kernel: int, stride: int, padding: str
+) -> None:
     config = MBConvConfig(2, kernel, stride, 16, 16, 1, padding=padding)
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
-    for operator, arguments in operator_calls(config, x, keep):
+    for operator, arguments in operator_calls(config, x, drop_path_scale):
         library.opcheck(operator, arguments)

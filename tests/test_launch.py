@@ -9,13 +9,13 @@ from effnet_kernels.backends import triton
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
 
 
-def merge(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+def bn_act_add(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    from effnet_kernels.backends.triton.bn_act_add import bn_act_add
     from effnet_kernels.backends.triton.configs import H100, use_target
-    from effnet_kernels.backends.triton.merge import merge
     from effnet_kernels.fusion.spec import Prologue
 
     with use_target(H100):
-        return merge(x, Prologue(scale), None, None)
+        return bn_act_add(x, Prologue(scale), None, None)
 
 
 def test_a_second_launch_is_the_first_one_again() -> None:
@@ -26,7 +26,7 @@ def test_a_second_launch_is_the_first_one_again() -> None:
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     with stub_driver() as driver:
         for _ in range(3):
-            merge(x)
+            bn_act_add(x)
         first, second, third = driver.launched
         assert len(seam._handles) == 1
     assert len(first) == len(second) == len(third)
@@ -45,10 +45,10 @@ def test_what_needs_another_binary_gets_one() -> None:
     unaligned = torch.randn(2 * 16 * 7 * 9 + 1)[1:].view(2, 7, 9, 16).permute(0, 3, 1, 2)
     with stub_driver():
         for given in (x, x.half(), unaligned):
-            merge(given)
-        merge(x, torch.randn(16))
+            bn_act_add(given)
+        bn_act_add(x, torch.randn(16))
         assert len(seam._handles) == 4
-        merge(torch.randn(3, 24, 5, 5).contiguous(memory_format=torch.channels_last))
+        bn_act_add(torch.randn(3, 24, 5, 5).contiguous(memory_format=torch.channels_last))
         assert len(seam._handles) == 4, "other sizes need no other binary"
 
 
@@ -60,7 +60,7 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     with capture_launches() as launches:
-        merge(x, torch.randn(16))
+        bn_act_add(x, torch.randn(16))
     (launch,) = launches
     with stub_driver():
         arguments = {**launch.arguments, **launch.constants}
@@ -74,8 +74,8 @@ def test_kernels_compile_in_processes_of_their_own() -> None:
 
     x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     with capture_launches() as launches:
-        merge(x)
-        merge(x.half())
+        bn_act_add(x)
+        bn_act_add(x.half())
     compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
     with pytest.raises(RuntimeError, match="1 of 1 compiling processes failed"):
         compile_in_parallel(distinct(launches)[:1], gpu_target(1), processes=1)
@@ -93,50 +93,50 @@ class OnDevice(torch.Tensor):
 def test_tensors_on_two_devices_are_refused() -> None:
     from stub_driver import stub_driver
 
-    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
     from effnet_kernels.backends.triton.launch import launcher
 
     one, other = (torch.randn(4).as_subclass(OnDevice) for _ in range(2))
     one.index, other.index = 1, -1
-    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "c_quotient": 1}
+    given = dict.fromkeys(bn_act_add_kernel.arg_names) | {"x_ptr": one, "out_ptr": other, "rows": 1, "c_quotient": 1}
     with stub_driver(), pytest.raises(ValueError, match="expected tensors on one device, got the CPU, cuda:1"):
-        launcher(merge_kernel)((1, 1, 1), **given)
+        launcher(bn_act_add_kernel)((1, 1, 1), **given)
 
 
 def test_arguments_are_the_kernels_own() -> None:
-    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
     from effnet_kernels.backends.triton.launch import launcher
 
-    given = dict.fromkeys(merge_kernel.arg_names)
+    given = dict.fromkeys(bn_act_add_kernel.arg_names)
     missing = {name: value for name, value in given.items() if name != "rows"}
     for arguments, message in (
-        (missing, "launch_merge_kernel.* missing 1 required keyword-only argument: 'rows'"),
-        (given | {"columns": 3}, "launch_merge_kernel.* got an unexpected keyword argument 'columns'"),
+        (missing, "launch_bn_act_add_kernel.* missing 1 required keyword-only argument: 'rows'"),
+        (given | {"columns": 3}, "launch_bn_act_add_kernel.* got an unexpected keyword argument 'columns'"),
     ):
         with pytest.raises(TypeError, match=message):
-            launcher(merge_kernel)((1, 1, 1), **arguments)
+            launcher(bn_act_add_kernel)((1, 1, 1), **arguments)
 
 
 def test_parameters_do_not_hide_what_a_launcher_needs() -> None:
-    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
     from effnet_kernels.backends.triton.launch import _OWN_NAMES, launcher
 
-    launch = launcher(merge_kernel)
+    launch = launcher(bn_act_add_kernel)
     used = {*launch.__code__.co_names, *launch.__code__.co_varnames, *launch.__code__.co_cellvars}
     attributes = {"dtype", "get_device", "data_ptr", "bit_length"}
-    assert used - set(merge_kernel.arg_names) - attributes <= _OWN_NAMES
+    assert used - set(bn_act_add_kernel.arg_names) - attributes <= _OWN_NAMES
 
 
 def test_integers_have_to_be_declared() -> None:
     """Triton makes other binaries for 1 and for multiples of 16, which a cached launch would mix up."""
     from stub_driver import stub_driver
 
-    from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+    from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
     from effnet_kernels.backends.triton.launch import launcher
 
-    given = dict.fromkeys(merge_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "c_quotient": 1, "eps": 0}
+    given = dict.fromkeys(bn_act_add_kernel.arg_names) | {"x_ptr": torch.randn(4), "rows": 1, "c_quotient": 1, "eps": 0}
     with stub_driver(), pytest.raises(TypeError, match="expected the integer eps among those that are do_not_special"):
-        launcher(merge_kernel)((1, 1, 1), **given)
+        launcher(bn_act_add_kernel)((1, 1, 1), **given)
 
 
 def test_the_order_of_arguments_does_not_matter() -> None:
@@ -145,7 +145,7 @@ def test_the_order_of_arguments_does_not_matter() -> None:
     from effnet_kernels.backends.triton import launch as seam
 
     with seam.capture_launches() as launches:
-        merge(torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16))
+        bn_act_add(torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16))
     (launch,) = launches
     given = launch.arguments | launch.constants
     with stub_driver() as driver:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from conftest import run_python
-from gpu.compare import assert_accurate, compare, fold_and_move, moments
+from gpu.compare import assert_accurate, compare, finalize_and_move, moments
 from native_cases import kernel_isas, needs_linux, needs_native, pools_memory, running
 from torch import Tensor
 
@@ -37,14 +37,14 @@ def prologue_of(samples: int, channels: int, act: str = "silu", gated: bool = Tr
 def gradients(grad: Tensor, y: Tensor) -> dict[str, OutputGradient]:
     """What a project, an expand and a pooling head get in training, and all parts at once."""
     samples, channels = y.shape[:2]
-    coefficients, keep = vector(3, channels), torch.rand(samples)
+    coefficients, drop_path_scale = vector(3, channels), torch.rand(samples)
     offset, gate = vector(samples, channels), torch.rand(samples, channels)
     scale, shift = vector(channels).abs(), vector(channels)
     return {
-        "project": OutputGradient(grad, y, coefficients, keep=keep),
+        "project": OutputGradient(grad, y, coefficients, drop_path_scale=drop_path_scale),
         "expand": OutputGradient(grad, y, coefficients),
         "head": OutputGradient(None, y, coefficients, offset=offset, scale=scale, shift=shift, act="silu"),
-        "all": OutputGradient(grad, y, coefficients, gate, keep, offset, scale, shift, "hardswish"),
+        "all": OutputGradient(grad, y, coefficients, gate, drop_path_scale, offset, scale, shift, "hardswish"),
     }
 
 
@@ -90,21 +90,21 @@ def test_pointwise_conv_backward(samples, inputs, outputs, size, kind):
     x, weight = channels_last(samples, inputs, *size), vector(outputs, inputs, 1, 1) / outputs**0.5
     gradient, mean = gradients(grad, y)[kind], vector(inputs)
     prologue, residual = prologue_of(samples, inputs), channels_last(samples, inputs, *size)
-    prologue, mean, residual, through = {
+    prologue, mean, residual, apply_act_grad = {
         "project": (prologue, mean, None, False),
         "expand": (Prologue(), None, residual, False),
         "head": (Prologue(), None, None, False),
         "all": (prologue, mean, residual, True),
     }[kind]
     dx, sums, dweight = primitives.pointwise_conv_backward(
-        gradient, weight, x, prologue, mean, residual, through, True, True
+        gradient, weight, x, prologue, mean, residual, apply_act_grad, True, True
     )
     sums = None if sums is None else sums.sum(dim=1, keepdim=True)
-    arguments = (gradient, weight, x, prologue, mean, residual, through, True, True)
+    arguments = (gradient, weight, x, prologue, mean, residual, apply_act_grad, True, True)
     compare((dx, sums, dweight), reference.pointwise_conv_backward, *arguments)
     for needs_input, needs_weight in ((True, False), (False, True)):
         alone = primitives.pointwise_conv_backward(
-            gradient, weight, x, prologue, mean, residual, through, needs_input, needs_weight
+            gradient, weight, x, prologue, mean, residual, apply_act_grad, needs_input, needs_weight
         )
         if needs_input:
             assert torch.equal(alone[0], dx)
@@ -200,7 +200,7 @@ def test_depthwise_channels(channels):
 @pytest.mark.parametrize(("samples", "size"), [(1, (1, 2)), (3, (5, 7)), (2, (17, 23))])
 def test_passes_over_maps(channels, samples, size):
     x, other, residual = (channels_last(samples, channels, *size) for _ in range(3))
-    prologue, keep = prologue_of(samples, channels), vector(samples)
+    prologue, drop_path_scale = prologue_of(samples, channels), vector(samples)
     assert_accurate(primitives.merge_statistics(primitives.channel_statistics(x * 0.1 + 3)), moments(x * 0.1 + 3))
     for applied, factor in ((prologue, None), (Prologue(), other)):
         compare(
@@ -211,11 +211,11 @@ def test_passes_over_maps(channels, samples, size):
             factor,
         )
     for arguments in (
-        (x, prologue, other, keep),
+        (x, prologue, other, drop_path_scale),
         (x, prologue._replace(gate=None), None, None),
-        (x, Prologue(), other, keep),
+        (x, Prologue(), other, drop_path_scale),
     ):
-        compare(primitives.merge(*arguments), reference.merge, *arguments)
+        compare(primitives.bn_act_add(*arguments), reference.bn_act_add, *arguments)
     for gradient in (
         *gradients(other, x).values(),
         OutputGradient(other, x, act="relu6", scale=vector(channels), shift=vector(channels)),
@@ -247,18 +247,18 @@ def test_statistics_of_a_large_mean_keep_their_digits():
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("channels", [16, 7, 1152])
-def test_fold_batch_norm(channels, affine):
+def test_finalize_batch_norm(channels, affine):
     x = channels_last(3, channels, 5, 7)
     partials = torch.stack([moments(x[:2]), moments(x[2:]), torch.zeros(3, channels)]).float()
     weight, bias = (vector(channels), vector(channels)) if affine else (None, None)
     mean, var = vector(channels), vector(channels).abs()
     arguments = (partials, weight, bias, mean.clone(), var.clone(), 0.3, 1e-3, False)
-    folded = primitives.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3, False)
-    compare((folded, mean, var), fold_and_move, *arguments)
+    folded = primitives.finalize_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3, False)
+    compare((folded, mean, var), finalize_and_move, *arguments)
     sums, rstd = vector(7, 2, channels), vector(channels).abs()
     for batch_statistics in (True, False):
-        actual = primitives.fold_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
-        compare(actual, reference.fold_batch_norm_backward, sums, 35, weight, mean, rstd, batch_statistics)
+        actual = primitives.finalize_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
+        compare(actual, reference.finalize_batch_norm_backward, sums, 35, weight, mean, rstd, batch_statistics)
 
 
 def test_fold_of_nonfinite_statistics():
@@ -267,7 +267,7 @@ def test_fold_of_nonfinite_statistics():
     kept = torch.tensor([c in (2, 5) for c in range(8)])
     for skip in (True, False):
         mean, var = torch.zeros(8), torch.ones(8)
-        primitives.fold_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
+        primitives.finalize_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
         assert torch.isfinite(mean[~kept]).all()
         assert torch.equal(mean == 0, kept) if skip else not torch.isfinite(var).all()
 
@@ -310,7 +310,7 @@ def everything(samples: int, channels: int, outputs: int, height: int, width: in
         *depthwise,
         *primitives.depthwise_conv_backward(of_depthwise, x, taps, 2, (2, 2, 2, 2), ungated, vector(channels), None),
         primitives.channel_statistics(x),
-        primitives.merge(x, prologue, x, torch.rand(samples)),
+        primitives.bn_act_add(x, prologue, x, torch.rand(samples)),
         primitives.gradient_sums(gradient, vector(outputs)),
         primitives.apply_gradient(gradient, None),
         *(sums, gate, pooled, hidden, *path),
@@ -332,7 +332,7 @@ GUARDED = """
 import torch
 from native_cases import guarded, kernel_isas, running
 import test_native_operators as tests
-from effnet_kernels.backends.cpu import batch_norm, depthwise, merge, pointwise, squeeze_excite
+from effnet_kernels.backends.cpu import batch_norm, depthwise, bn_act_add, pointwise, squeeze_excite
 
 def clone(tensor, at_end):
     copy = guarded(tensor.numel(), at_end).as_strided(tensor.shape, tensor.stride())
@@ -344,7 +344,7 @@ for isa in kernel_isas():
         tests.vector = lambda *shape: make(*shape).normal_()
         tests.channels_last = lambda n, c, h, w: make(n, h, w, c).normal_().permute(0, 3, 1, 2)
         torch.rand = lambda *shape: make(*shape).uniform_()
-        for module in (batch_norm, depthwise, merge, pointwise, squeeze_excite):
+        for module in (batch_norm, depthwise, bn_act_add, pointwise, squeeze_excite):
             module.empty = make
             module.empty_map = lambda n, c, h, w: make(n, h, w, c).permute(0, 3, 1, 2)
         for shape in ((2, 1, 7, 3, 5), (1, 9, 24, 8, 9), (3, 40, 17, 9, 23)):
@@ -382,9 +382,12 @@ def test_memory_of_maps_is_used_again():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, w: primitives.merge(x.double(), Prologue(), None, None), "x: expected a float32.*float64"),
-        (lambda x, w: primitives.merge(x.contiguous(), Prologue(), None, None), "x: expected .*channels-last strides"),
-        (lambda x, w: primitives.merge(x, prologue_of(1, 9), None, None), r"scale: expected shape \(8,\)"),
+        (lambda x, w: primitives.bn_act_add(x.double(), Prologue(), None, None), "x: expected a float32.*float64"),
+        (
+            lambda x, w: primitives.bn_act_add(x.contiguous(), Prologue(), None, None),
+            "x: expected .*channels-last strides",
+        ),
+        (lambda x, w: primitives.bn_act_add(x, prologue_of(1, 9), None, None), r"scale: expected shape \(8,\)"),
         (
             lambda x, w: primitives.depthwise_conv(x, w, 1, (1,) * 4, Prologue(), Epilogue(), "none"),
             "kernel size out of",

@@ -22,7 +22,16 @@ FACTORIES = {
     *("rand", "randn", "randint", "empty_strided", "normal"),
 }
 # Modules that run networks on input of their own: what they make is input, in torch's defaults as anybody's.
-DRIVERS = {"bench.py", "tune.py", "selftest.py", "cli.py", "preprocess.py", "scaling.py", "predict.py"}
+DRIVERS = {
+    "bench.py",
+    "bench_engines.py",
+    "tune.py",
+    "selftest.py",
+    "cli.py",
+    "preprocess.py",
+    "factory.py",
+    "predict.py",
+}
 
 
 def calls(names: set[str]) -> Iterator[tuple[Path, ast.Call | ast.Attribute]]:
@@ -35,10 +44,10 @@ def calls(names: set[str]) -> Iterator[tuple[Path, ast.Call | ast.Attribute]]:
 
 def test_addresses_come_from_one_module() -> None:
     found = {str(path.relative_to(PACKAGE)) for path, _ in calls({"data_ptr"})}
-    assert found == {"cpu/memory.py"}
+    assert found == {"backends/cpu/memory.py"}
     # The launchers of the GPU's kernels, whose code is generated, ask for alignment; Triton takes the tensors.
     mentioned = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if "data_ptr()" in path.read_text()}
-    assert mentioned == {"cpu/memory.py", "triton/launch.py"}
+    assert mentioned == {"backends/cpu/memory.py", "backends/triton/launch.py"}
 
 
 def test_allocations_name_dtype_and_device() -> None:
@@ -58,11 +67,15 @@ def primitive_calls() -> dict[str, tuple[Any, ...]]:
     """Arguments of every primitive, with every operand that it can have. The first tensor says the sizes."""
     x, y, grad = channels_last(3, 8, 5, 6), channels_last(3, 16, 5, 6), channels_last(3, 16, 5, 6)
     of_8, of_16 = (torch.rand(8) + 0.5, torch.randn(8)), (torch.rand(16) + 0.5, torch.randn(16))
-    gate, keep, weight = torch.rand(3, 8), torch.rand(3), torch.randn(16, 8, 1, 1)
+    gate, drop_path_scale, weight = torch.rand(3, 8), torch.rand(3), torch.randn(16, 8, 1, 1)
     bias, mean, taps = torch.randn(16), torch.randn(8), torch.randn(8, 1, 3, 3)
     prologue = Prologue(*of_8, "silu", gate)
-    gradient = OutputGradient(grad, y, torch.randn(3, 16), torch.rand(3, 16), keep, torch.rand(3, 16), *of_16, "silu")
-    own = OutputGradient(channels_last(3, 8, 5, 6), x, torch.randn(3, 8), gate, keep, torch.rand(3, 8), *of_8, "relu6")
+    gradient = OutputGradient(
+        grad, y, torch.randn(3, 16), torch.rand(3, 16), drop_path_scale, torch.rand(3, 16), *of_16, "silu"
+    )
+    own = OutputGradient(
+        channels_last(3, 8, 5, 6), x, torch.randn(3, 8), gate, drop_path_scale, torch.rand(3, 8), *of_8, "relu6"
+    )
     w1, b1, w2, b2 = torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8)
     partials, five = torch.rand(2, 3, 8) + 0.5, torch.randn(3, 2, 5, 8)
     stem, image = torch.randn(16, 3, 3, 3), channels_last(3, 3, 9, 8)
@@ -81,13 +94,13 @@ def primitive_calls() -> dict[str, tuple[Any, ...]]:
         "merge_statistics": (partials,),
         "gradient_sums": (own, mean),
         "apply_gradient": (own, residual),
-        "fold_batch_norm": (partials, *of_8, mean.clone(), torch.rand(8), 0.1, 1e-5, False),
-        "fold_batch_norm_backward": (torch.randn(2, 2, 8), 90, of_8[0], mean, of_8[1], True),
+        "finalize_batch_norm": (partials, *of_8, mean.clone(), torch.rand(8), 0.1, 1e-5, False),
+        "finalize_batch_norm_backward": (torch.randn(2, 2, 8), 90, of_8[0], mean, of_8[1], True),
         "squeeze": (x, prologue, residual),
         "excite": (torch.randn(3, 2, 8), 30, w1, b1, w2, b2, "silu", "sigmoid"),
         "excite_backward": (five, 30, gate, torch.randn(3, 4), w1, w2, "silu", "sigmoid"),
         "excite_backward_weight": (torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4), gate, "silu"),
-        "merge": (x, prologue, residual, keep),
+        "bn_act_add": (x, prologue, residual, drop_path_scale),
     }
 
 
@@ -119,7 +132,7 @@ FREE = {
     "excite": {(0,)},
     "excite_backward": {(0,)},
     "excite_backward_weight": {(0,), (1,), (2,), (3,)},
-    "fold_batch_norm_backward": {(0,)},
+    "finalize_batch_norm_backward": {(0,)},
 }
 
 

@@ -2,9 +2,7 @@
 
 import inspect
 import itertools
-import re
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +10,11 @@ import torch.nn.functional as F
 from conftest import assert_close
 from torch import Tensor
 
-import effnet_kernels
 from effnet_kernels import ops
 from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.reference import primitives as reference
 from effnet_kernels.backends.select import primitives_of
-from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Epilogue, OutputGradient, Prologue
+from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Epilogue, OutputGradient, PixelSums, Prologue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, C, K, S, H, W = 2, 2, 3, 2, 4, 3
@@ -40,16 +37,6 @@ def test_no_backend_has_a_primitive_of_its_own():
     assert sorted(PRIMITIVES) == sorted(reference.__all__)
     for backend in ("cpu", "reference"):
         assert sorted(primitives_of(backend).__all__) == sorted(PRIMITIVES)
-
-
-def test_nothing_but_the_choice_of_a_backend_imports_the_reference():
-    package = Path(effnet_kernels.__file__).parent
-    users = {
-        path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
-        if re.search(r"effnet_kernels(\.| import .*)\breference\b", path.read_text())
-    }
-    assert {name for name in users if not name.startswith("reference/")} == {"primitives.py"}
 
 
 def rand(*shape: int) -> Tensor:
@@ -107,14 +94,14 @@ def test_dense_conv_gradients():
     gradcheck(function, rand(N, C, H, W), rand(K, C, 3, 3), rand(K))
 
 
-def test_fold_batch_norm_gradients():
+def test_finalize_batch_norm_gradients():
     def function(y, z, weight, bias):
         partials = torch.cat([reference.channel_statistics(y), reference.channel_statistics(z)])
-        return reference.fold_batch_norm(partials, weight, bias, None, None, 0.1, 1e-3, False)
+        return reference.finalize_batch_norm(partials, weight, bias, None, None, 0.1, 1e-3, False)
 
     gradcheck(function, rand(N, C, H, W), rand(1, C, H, W), rand(C), rand(C))
     mean, var = rand(C), rand(C).detach().abs().requires_grad_()
-    gradcheck(lambda w, b, m, v: ops.fold_batch_norm(None, w, b, m, v, 0.1, 1e-3), rand(C), rand(C), mean, var)
+    gradcheck(lambda w, b, m, v: ops.finalize_batch_norm(None, w, b, m, v, 0.1, 1e-3), rand(C), rand(C), mean, var)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -127,7 +114,7 @@ def test_squeeze_excite_merge_gradients(act):
         weights = rand(S, C, 1, 1), rand(S), rand(C, S, 1, 1), rand(C)
         gradcheck(lambda *a, gate=gate: reference.excite(a[0], 3, *a[1:], act, gate)[0], rand(N, 2, C), *weights)
     gradcheck(
-        lambda x, s, t, g, r, k: reference.merge(x, Prologue(s, t, act, g), r, k),
+        lambda x, s, t, g, r, k: reference.bn_act_add(x, Prologue(s, t, act, g), r, k),
         rand(N, C, H, W), rand(C), rand(C), rand(N, C), rand(N, C, H, W), rand(N),
     )  # fmt: skip
 
@@ -138,14 +125,16 @@ def test_squeeze_excite_merge_gradients(act):
 def output_gradient(y: Tensor, act: str) -> tuple[OutputGradient, Tensor]:
     """A gradient of a raw output with all of its parts, and dy by its definition, with autograd's act'."""
     channels = y.shape[1]
-    grad, gate, keep, offset = rand(*y.shape), rand(N, channels), rand(N), rand(N, channels)
+    grad, gate, drop_path_scale, offset = rand(*y.shape), rand(N, channels), rand(N), rand(N, channels)
     scale, shift, coefficients = rand(channels), rand(channels), rand(3, channels)
-    gradient = OutputGradient(*(t.detach() for t in (grad, y, coefficients, gate, keep, offset, scale, shift)), act)
+    gradient = OutputGradient(
+        *(t.detach() for t in (grad, y, coefficients, gate, drop_path_scale, offset, scale, shift)), act
+    )
     leaf = y.detach().requires_grad_()
     plain = {"none": lambda z: z, "silu": F.silu, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}[act]
     z = scale.detach().view(-1, 1, 1) * leaf + shift.detach().view(-1, 1, 1)
-    through = grad * gate[:, :, None, None] * keep.view(-1, 1, 1, 1) + offset[:, :, None, None]
-    (dz,) = torch.autograd.grad(plain(z), z, through.detach())
+    at_activation = grad * gate[:, :, None, None] * drop_path_scale.view(-1, 1, 1, 1) + offset[:, :, None, None]
+    (dz,) = torch.autograd.grad(plain(z), z, at_activation.detach())
     alpha, beta, gamma = coefficients.detach()[:, :, None, None]
     return gradient, (alpha * dz + beta * leaf + gamma).detach()
 
@@ -168,8 +157,10 @@ def test_gradients_of_raw_outputs(act):
     assert_close(reference.apply_gradient(without, None), gradient.offset[:, :, None, None].expand_as(y))
 
 
-@pytest.mark.parametrize(("act", "through", "gated"), [*itertools.product(ACTIVATIONS, [False, True], [False, True])])
-def test_pointwise_conv_backward(act, through, gated):
+@pytest.mark.parametrize(
+    ("act", "apply_act_grad", "gated"), [*itertools.product(ACTIVATIONS, [False, True], [False, True])]
+)
+def test_pointwise_conv_backward(act, apply_act_grad, gated):
     x, weight, scale, shift = rand(N, C, H, W), rand(K, C, 1, 1), rand(C), rand(C)
     gate, mean = (rand(N, C) if gated else None), rand(C).detach()
     prologue = Prologue(scale, shift, act, gate)
@@ -177,20 +168,20 @@ def test_pointwise_conv_backward(act, through, gated):
     gradient, dy = output_gradient(y, "silu")
     bare = Prologue(*(t.detach() if isinstance(t, Tensor) else t for t in prologue))
     dx, sums, dweight = reference.pointwise_conv_backward(
-        gradient, weight.detach(), x.detach(), bare, mean, None, through, True, True
+        gradient, weight.detach(), x.detach(), bare, mean, None, apply_act_grad, True, True
     )
     assert_close(dweight, *by_autograd(y, dy, weight))
     # What the convolution read, as a leaf; and each sample's scale, shift and gate, which the five sums are of.
     scales, shifts = (v.detach().expand(N, C).clone().requires_grad_() for v in (scale, shift))
     gates = torch.ones(N, C, dtype=torch.float64).requires_grad_() if gate is None else gate
     z = scales[:, :, None, None] * (x - mean.view(-1, 1, 1)) + (shifts + scales * mean)[:, :, None, None]
-    u = reference.merge(z, Prologue(act=act), None, None)
+    u = reference.bn_act_add(z, Prologue(act=act), None, None)
     gated_u = u * gates[:, :, None, None]
     again = F.conv2d(gated_u, weight)
     dq, dz, dgate, dshift, dscale = by_autograd(again, dy, gated_u, z, gates, shifts, scales)
     slopes = by_autograd(u.sum(), torch.ones((), dtype=torch.float64), shifts, scales)
-    of_gate, of_shift, slope, of_scale, centred_slope = sums[:, 0].unbind(1)
-    assert_close(dx, dz if through else dq)
+    of_gate, of_shift, of_scale, slope, centred_slope = PixelSums(*sums[:, 0].unbind(1))
+    assert_close(dx, dz if apply_act_grad else dq)
     assert_close(of_gate, dgate)
     # The derivative with respect to scale is of (x - mean) + mean, as z is written here.
     assert_close(gates * of_shift, dshift)
@@ -247,20 +238,20 @@ def test_dense_conv_backward():
 
 @pytest.mark.parametrize("batch_statistics", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_fold_batch_norm_backward(affine, batch_statistics):
+def test_finalize_batch_norm_backward(affine, batch_statistics):
     """dy = alpha * dz + beta * y + gamma is autograd's gradient of BatchNorm's input."""
     y, dz = rand(N, C, H, W), rand(N, C, H, W).detach()
     weight, bias = (rand(C), rand(C)) if affine else (None, None)
     statistics = reference.channel_statistics(y if batch_statistics else rand(N, C, H, W).detach())
-    scale, shift, mean, rstd = reference.fold_batch_norm(statistics, weight, bias, None, None, 0.1, 1e-3, False)
-    z = reference.merge(y, Prologue(scale, shift), None, None)
+    scale, shift, mean, rstd = reference.finalize_batch_norm(statistics, weight, bias, None, None, 0.1, 1e-3, False)
+    z = reference.bn_act_add(y, Prologue(scale, shift), None, None)
     detached = None if weight is None else weight.detach()
     mean, rstd = mean.detach(), rstd.detach()
     sums = reference.gradient_sums(OutputGradient(dz, y.detach()), mean)
     # Halves, as a kernel's partials are.
     partials = torch.cat([sums * 0.25, sums * 0.75])
     count = N * H * W
-    coefficients, dweight, dbias = reference.fold_batch_norm_backward(
+    coefficients, dweight, dbias = reference.finalize_batch_norm_backward(
         partials, count, detached, mean, rstd, batch_statistics
     )
     dy = reference.apply_gradient(OutputGradient(dz, y.detach(), coefficients), None)
@@ -286,9 +277,9 @@ def test_excite_backward(act, gate):
     weights = reference.excite_backward_weight(logits, dhidden, hidden.detach(), pooled.detach(), act)
     for ours, right in zip(weights, of_weights, strict=True):
         assert_close(ours.reshape(right.shape), right, tolerance)
-    t = five.sum(dim=1)
-    assert_close(norm_sums[:, 0], value.detach() * t[:, 1] + offset * t[:, 2])
-    assert_close(norm_sums[:, 1], value.detach() * t[:, 3] + offset * t[:, 4])
+    total = PixelSums(*five.sum(dim=1).unbind(1))
+    assert_close(norm_sums[:, 0], value.detach() * total.grad_shift + offset * total.slope)
+    assert_close(norm_sums[:, 1], value.detach() * total.grad_scale + offset * total.centred_slope)
     alone = reference.excite_backward(five[:, :, :1], 3, *given, act, gate)
     assert alone[3] is None
     assert_close(alone[0], offset)
@@ -318,8 +309,8 @@ def test_fold_equals_batch_norm_and_moves_the_running_statistics(training, affin
     x = torch.randn(N, C, H, W, dtype=torch.float64)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     stats = reference.channel_statistics(x)[0] if training else None
-    scale, shift = ops.fold_batch_norm(stats, norm.weight, norm.bias, mean, var, 0.3, norm.eps)
-    assert_close(reference.merge(x, Prologue(scale, shift), None, None), norm(x))
+    scale, shift = ops.finalize_batch_norm(stats, norm.weight, norm.bias, mean, var, 0.3, norm.eps)
+    assert_close(reference.bn_act_add(x, Prologue(scale, shift), None, None), norm(x))
     assert_close(mean, norm.running_mean)
     assert_close(var, norm.running_var)
 
@@ -332,7 +323,7 @@ def test_running_statistics_of_nonfinite_batches(skip):
     norm = torch.nn.BatchNorm2d(4)
     norm(x)
     mean, var = torch.zeros(4), torch.ones(4)
-    reference.fold_batch_norm(reference.channel_statistics(x), None, None, mean, var, 0.1, 1e-5, skip)
+    reference.finalize_batch_norm(reference.channel_statistics(x), None, None, mean, var, 0.1, 1e-5, skip)
     finite = torch.tensor([True, False, False, True])
     for ours, theirs, before in ((mean, norm.running_mean, 0.0), (var, norm.running_var, 1.0)):
         assert_close(ours[finite], theirs[finite])
@@ -362,7 +353,7 @@ def test_convolutions_multiply_what_is_rounded_to_the_dtype_of_the_maps(dtype):
     x = torch.randn(N, 64, H, W).to(dtype)
     weight, taps = torch.randn(32, 64, 1, 1), torch.randn(64, 1, 3, 3)
     prologue = Prologue(torch.rand(64) + 0.5, torch.randn(64), "silu", torch.rand(N, 64))
-    u = reference.merge(x, prologue, None, None).float()
+    u = reference.bn_act_add(x, prologue, None, None).float()
     y, _ = reference.pointwise_conv(x, weight, None, prologue, Epilogue(), "none")
     assert torch.equal(y, F.conv2d(u, weight.to(dtype).float()).to(dtype))
     z, _ = reference.depthwise_conv(x, taps, 1, (1, 1, 1, 1), prologue, Epilogue(), "none")

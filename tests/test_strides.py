@@ -195,8 +195,8 @@ def operator_calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
         "squeeze": (lambda x, s, t: ops.squeeze(x, Prologue(s, t, "silu")), [x, scale, shift]),
         "excite": (lambda *t: ops.excite(*t), [torch.randn(2, 8), w1, b1, w2, b2]),
         "squeeze_excite": (lambda *t: ops.squeeze_excite(*t), [x, w1, b1, w2, b2]),
-        "merge": (
-            lambda x, s, t, r, k: ops.merge(x, Prologue(s, t, "relu6"), r, k.detach()),
+        "bn_act_add": (
+            lambda x, s, t, r, k: ops.bn_act_add(x, Prologue(s, t, "relu6"), r, k.detach()),
             [x, scale, shift, residual, keep],
         ),
         "channel_statistics": (lambda x: ops.channel_statistics(x.detach()).requires_grad_(), [x]),

@@ -7,7 +7,7 @@ import torch
 
 import effnet_kernels as ek
 from effnet_kernels.backends import cpu
-from effnet_kernels.backends.cpu import batch_norm, dense, depthwise, memory, merge, pointwise, squeeze_excite
+from effnet_kernels.backends.cpu import batch_norm, bn_act_add, dense, depthwise, memory, pointwise, squeeze_excite
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
@@ -19,7 +19,7 @@ def _bare(name: str, tensor: torch.Tensor | None, *shape: int, **layout: object)
 @pytest.fixture(params=["checked", "bare"])
 def addresses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "bare":
-        for module in (batch_norm, dense, depthwise, memory, merge, pointwise, squeeze_excite):
+        for module in (batch_norm, dense, depthwise, memory, bn_act_add, pointwise, squeeze_excite):
             for name in ("address", "map_address"):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, _bare)

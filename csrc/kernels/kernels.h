@@ -104,7 +104,7 @@ struct ActGradPanel {
   std::int64_t rows, columns;  // columns of this panel, 1 to 16
   bool apply_act_grad;         // whether gate * dq * s is stored rather than dq
   float* sums;                 // [sum_kinds, 16], added to; may be null
-  int sum_kinds;               // 5: dq * u, dq * s, s, dq * s * (x - mean), s * (x - mean); 2: the second and fourth
+  int sum_kinds;               // 5: dq * u, dq * s, dq * s * (x - mean), s, s * (x - mean); 2: the second and third
   Activation act;
 };
 

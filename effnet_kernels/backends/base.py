@@ -33,7 +33,7 @@ class Primitives(Protocol):
         prologue: Prologue,
         mean: Tensor | None,
         residual: Tensor | None,
-        through: bool,
+        apply_act_grad: bool,
         needs_input: bool,
         needs_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
@@ -85,7 +85,7 @@ class Primitives(Protocol):
 
     def apply_gradient(self, gradient: OutputGradient, residual: Tensor | None) -> Tensor: ...
 
-    def fold_batch_norm(
+    def finalize_batch_norm(
         self,
         partials: Tensor,
         weight: Tensor | None,
@@ -97,7 +97,7 @@ class Primitives(Protocol):
         skip_nonfinite: bool,
     ) -> Tensor: ...
 
-    def fold_batch_norm_backward(
+    def finalize_batch_norm_backward(
         self,
         sums: Tensor,
         count: int,
@@ -136,10 +136,12 @@ class Primitives(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 
     def excite_backward_weight(
-        self, logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+        self, grad_logits: Tensor, grad_hidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
-    def merge(self, x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor: ...
+    def bn_act_add(
+        self, x: Tensor, prologue: Prologue, residual: Tensor | None, drop_path_scale: Tensor | None
+    ) -> Tensor: ...
 
 
 PrimitivesBackend = Literal["reference", "cpu", "triton"]

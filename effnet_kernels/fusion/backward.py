@@ -15,6 +15,7 @@ from effnet_kernels.backends.operands import as_contiguous, as_map, like_paramet
 from effnet_kernels.fusion.forward import Gating, Saved, contiguous, padding_for
 from effnet_kernels.fusion.spec import (
     PARAMETERS_OF_A_LAYER,
+    SUMS_OF_NORM,
     Chain,
     Excitation,
     Layer,
@@ -75,7 +76,7 @@ def backward(
         layer, y, norm = chain.layers[index], saved[index].y, norms[index]
         needs_weight, needs_bias = needs_parameters[index * PARAMETERS_OF_A_LAYER :][:2]
         assert layer.norm is not None
-        coefficients, norm_weight, norm_bias = primitives.fold_batch_norm_backward(
+        coefficients, norm_weight, norm_bias = primitives.finalize_batch_norm_backward(
             at_norm.sums,
             y.shape[0] * y.shape[2] * y.shape[3],
             layer.norm.weight,
@@ -112,7 +113,7 @@ def _at_the_end(
 ) -> NormGradient:
     """At the last layer, of the raw output ``y``."""
     act = chain.layers[-1].act
-    gradient = OutputGradient(grad, y, keep=drop_path_scale, scale=norm.scale, shift=norm.shift, act=act)
+    gradient = OutputGradient(grad, y, drop_path_scale=drop_path_scale, scale=norm.scale, shift=norm.shift, act=act)
     if chain.pool:
         offset = grad.to(accumulation_dtype(grad.dtype)) / (y.shape[2] * y.shape[3])
         gradient = gradient._replace(grad=None, offset=offset)
@@ -178,15 +179,15 @@ def _pointwise(
     """
     gate = None if saved.gating is None else saved.gating.gate
     prologue = Prologue(norm.scale, norm.shift, before.act, gate)
-    through = before.excitation is None
+    apply_act_grad = before.excitation is None
     dx, sums, weight = primitives.pointwise_conv_backward(
-        gradient, layer.weight, saved.y, prologue, norm.mean, None, through, True, needs_weight
+        gradient, layer.weight, saved.y, prologue, norm.mean, None, apply_act_grad, True, needs_weight
     )
     assert dx is not None
     assert sums is not None
     if before.excitation is None:
-        # Of the five sums, those of dz and dz * (y - mean).
-        return NormGradient(OutputGradient(dx, saved.y), sums[:, :, 1:4:2].flatten(0, 1)), weight, (None,) * 4
+        # They are sums of dz and of dz * (y - mean).
+        return NormGradient(OutputGradient(dx, saved.y), sums[:, :, SUMS_OF_NORM].flatten(0, 1)), weight, (None,) * 4
     at_norm, of_excitation = _excite(primitives, before, before.excitation, saved, norm, dx, sums)
     return at_norm, weight, of_excitation
 
@@ -202,7 +203,7 @@ def _excite(
 ) -> tuple[NormGradient, tuple[Tensor | None, ...]]:
     """What a layer with squeeze-and-excitation behind it gets, and the gradients of the excitation's parameters.
 
-    ``dq`` is the gradient of the gated output, and ``pixel_sums`` [N, T, 5, K] are its five sums.
+    ``dq`` is the gradient of the gated output, and ``pixel_sums`` [N, T, 5, K] its :class:`.PixelSums`.
     """
     assert saved.gating is not None
     gate, pooled, hidden = saved.gating

@@ -1,8 +1,8 @@
 """A chain's forward pass on a backend's primitives, which know no autograd: at inference and in training.
 
 Activations stay deferred within a chain: a convolution stores its raw output, and the norm, the activation and the gate
-behind it are the prologue of the next one. At the chain's end they are applied once (``merge``, with stochastic depth
-and the residual), or the map is pooled away.
+behind it are the prologue of the next one. At the chain's end ``bn_act_add`` applies them once, with stochastic depth
+and the residual, or the map is pooled away.
 """
 
 import itertools
@@ -87,11 +87,11 @@ def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
             padding = padding_for(layer, x)
             y, sums = primitives.depthwise_conv(x, layer.weight, layer.stride, padding, Prologue(), epilogue, reduction)
             if last and residual is not None:
-                y = primitives.merge(y, Prologue(), residual, None)
+                y = primitives.bn_act_add(y, Prologue(), residual, None)
         else:
             prologue = Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics)
             y, _ = primitives.dense_conv(x, layer.weight, bias, layer.stride, padding_for(layer, x), "none")
-            y = primitives.merge(y, prologue, residual if last else None, None)
+            y = primitives.bn_act_add(y, prologue, residual if last else None, None)
         if layer.excitation is not None:
             if sums is None:
                 sums = primitives.squeeze(y, Prologue())
@@ -133,7 +133,7 @@ def forward(
         x = y
     if chain.pool:
         return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]).to(x.dtype), saved
-    return primitives.merge(x, prologue, residual, drop_path_scale), saved
+    return primitives.bn_act_add(x, prologue, residual, drop_path_scale), saved
 
 
 def contiguous(chain: Chain) -> Chain:
@@ -207,11 +207,11 @@ def _normalise(primitives: Primitives, layer: Layer, partials: Tensor | None, dt
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
     if mean is None or var is None or not norm.tracks:
-        return primitives.fold_batch_norm(
+        return primitives.finalize_batch_norm(
             partials, norm.weight, norm.bias, None, None, momentum, norm.eps, norm.skip_nonfinite
         )
     moved_mean, moved_var = mean.contiguous(), var.contiguous()
-    normalised = primitives.fold_batch_norm(
+    normalised = primitives.finalize_batch_norm(
         partials, norm.weight, norm.bias, moved_mean, moved_var, momentum, norm.eps, norm.skip_nonfinite
     )
     if moved_mean is mean and moved_var is var:

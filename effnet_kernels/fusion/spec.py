@@ -62,7 +62,7 @@ class Epilogue(NamedTuple):
 class OutputGradient(NamedTuple):
     """The gradient of a convolution's raw output ``y``, formed on load::
 
-        dz = (grad * gate[n, c] * keep[n] + offset[n, c]) * act'(scale[c] * y + shift[c])
+        dz = (grad * gate[n, c] * drop_path_scale[n] + offset[n, c]) * act'(scale[c] * y + shift[c])
         dy = alpha[c] * dz + beta[c] * y + gamma[c]
 
     ``dz`` is the gradient of BatchNorm's output, and ``coefficients`` are BatchNorm's backward. Any part may be absent:
@@ -73,7 +73,7 @@ class OutputGradient(NamedTuple):
     y: Tensor | None = None  # [N, C, H, W], the maps' dtype
     coefficients: Tensor | None = None  # [3, C], fp32: alpha, beta, gamma
     gate: Tensor | None = None  # [N, C], fp32
-    keep: Tensor | None = None  # [N], fp32
+    drop_path_scale: Tensor | None = None  # [N], fp32
     offset: Tensor | None = None  # [N, C], fp32
     scale: Tensor | None = None  # [C], fp32
     shift: Tensor | None = None  # [C], fp32
@@ -81,7 +81,26 @@ class OutputGradient(NamedTuple):
 
     def by_sample(self) -> bool:
         """Whether samples differ in more than their maps."""
-        return self.gate is not None or self.keep is not None or self.offset is not None
+        return self.gate is not None or self.drop_path_scale is not None or self.offset is not None
+
+
+class PixelSums(NamedTuple):
+    """What the backward of a pointwise convolution sums over the pixels of each image, [N, C] each.
+
+    The convolution reads ``gate * u`` of a raw input x, with ``u = act(scale * x + shift)``; dq is the gradient of what
+    it reads, u' is act's derivative. ``docs/design.md`` derives what follows from the sums. Kernels store them in this
+    order in one tensor, [N, T, 5, C], in T partial results.
+    """
+
+    grad_gate: Tensor  # of dq * u
+    grad_shift: Tensor  # of dq * u'
+    grad_scale: Tensor  # of dq * u' * (x - mean)
+    slope: Tensor  # of u'
+    centred_slope: Tensor  # of u' * (x - mean)
+
+
+# In the tensor of all five: those of BatchNorm's scale and shift, and those of the slopes, which belong to them.
+SUMS_OF_NORM, SUMS_OF_SLOPES = slice(1, 3), slice(3, 5)
 
 
 Reduction = Literal["none", "statistics", "pool"]

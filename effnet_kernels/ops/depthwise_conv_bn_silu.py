@@ -9,6 +9,7 @@ from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.spec import Activation, BatchNorm, Chain, Epilogue, Layer, Padding, Prologue
+from effnet_kernels.ops.bn_act_add import bn_act_add
 from effnet_kernels.ops.checks import (
     check_activation,
     check_map,
@@ -17,8 +18,7 @@ from effnet_kernels.ops.checks import (
     fits_kernels,
 )
 from effnet_kernels.ops.depthwise_conv import depthwise_conv
-from effnet_kernels.ops.fold_batch_norm import fold_batch_norm
-from effnet_kernels.ops.merge import merge
+from effnet_kernels.ops.finalize_batch_norm import finalize_batch_norm
 
 
 def depthwise_conv_bn_silu(
@@ -96,11 +96,11 @@ def depthwise_conv_bn_silu(
         layer = Layer("depthwise", as_contiguous(weight), None, stride, pads, norm, act)
         return autograd.run(backend, Chain((layer,)), x, None)
     if not training:
-        scale, shift = fold_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)
+        scale, shift = finalize_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)
         return depthwise_conv(x, weight, stride, pads, epilogue=Epilogue(scale, shift, act))[0]
     y, stats = depthwise_conv(x, weight, stride, pads, reduction="statistics")
     check_batch(y.shape)
-    scale, shift = fold_batch_norm(
+    scale, shift = finalize_batch_norm(
         stats, norm_weight, norm_bias, running_mean, running_var, momentum, eps, skip_nonfinite_statistics
     )
-    return merge(y, Prologue(scale, shift, act))
+    return bn_act_add(y, Prologue(scale, shift, act))

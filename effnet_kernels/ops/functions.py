@@ -132,7 +132,7 @@ class Squeeze(torch.autograd.Function):
         return None, *_cast(ctx.needs_input_grad[1:], gradients, (x, scale, shift)), None
 
 
-class Merge(torch.autograd.Function):
+class BnActAdd(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -141,21 +141,21 @@ class Merge(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         residual: Tensor | None,
-        keep: Tensor | None,
+        drop_path_scale: Tensor | None,
         act: Activation,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, shift, keep)
+        ctx.save_for_backward(x, scale, shift, drop_path_scale)
         ctx.act = act
         ctx.primitives = primitives
-        return primitives.merge(x, Prologue(scale, shift, act), residual, keep)
+        return primitives.bn_act_add(x, Prologue(scale, shift, act), residual, drop_path_scale)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, keep = ctx.saved_tensors
+        x, scale, shift, drop_path_scale = ctx.saved_tensors
         x, grad = as_map(x), as_map(grad)
-        scale, shift, keep = _contiguous(scale, shift, keep)
-        gradient = OutputGradient(grad, x, None, None, keep, None, scale, shift, ctx.act)
+        scale, shift, drop_path_scale = _contiguous(scale, shift, drop_path_scale)
+        gradient = OutputGradient(grad, x, None, None, drop_path_scale, None, scale, shift, ctx.act)
         gradients = _through_affine(ctx.primitives, ctx.needs_input_grad[1:4], gradient, x)
         residual = grad if ctx.needs_input_grad[4] else None
         return None, *_cast(ctx.needs_input_grad[1:], gradients, (x, scale, shift)), residual, None, None
@@ -210,7 +210,7 @@ class SqueezeExcite(torch.autograd.Function):
         gate, pooled, hidden = primitives.excite(sums, x.shape[2] * x.shape[3], w1, b1, w2, b2, act, kind)
         ctx.save_for_backward(x, w1, b1, w2, b2, gate, pooled, hidden)
         ctx.act, ctx.kind = act, kind
-        return primitives.merge(x, Prologue(gate=gate), None, None)
+        return primitives.bn_act_add(x, Prologue(gate=gate), None, None)
 
     @staticmethod
     @first_order

@@ -7,10 +7,10 @@ from effnet_kernels.backends.operands import as_contiguous, as_map
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.backends.triton.configs.elementwise import MAX_SQUEEZED
 from effnet_kernels.fusion.spec import Activation, Gate, Prologue
+from effnet_kernels.ops.bn_act_add import bn_act_add
 from effnet_kernels.ops.checks import check_map, fits_kernels
 from effnet_kernels.ops.excite import check_excitation, excite
 from effnet_kernels.ops.functions import SqueezeExcite
-from effnet_kernels.ops.merge import merge
 from effnet_kernels.ops.squeeze import squeeze
 
 
@@ -52,4 +52,4 @@ def squeeze_excite(
     if backend != "reference":
         layers = (None if t is None else as_contiguous(t) for t in (w1, b1, w2, b2))
         return SqueezeExcite.apply(primitives_of(backend), as_map(x), *layers, act, gate)
-    return merge(x, Prologue(gate=excite(squeeze(x), w1, b1, w2, b2, act, gate)))
+    return bn_act_add(x, Prologue(gate=excite(squeeze(x), w1, b1, w2, b2, act, gate)))

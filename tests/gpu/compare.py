@@ -60,11 +60,11 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def fold_and_move(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The result of the reference's ``fold_batch_norm``, and the running statistics after it."""
+def finalize_and_move(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of the reference's ``finalize_batch_norm``, and the running statistics after it."""
     partials, weight, bias, mean, var, *rest = arguments
     mean, var = mean.clone(), var.clone()
-    return reference.fold_batch_norm(partials, weight, bias, mean, var, *rest), mean, var
+    return reference.finalize_batch_norm(partials, weight, bias, mean, var, *rest), mean, var
 
 
 def moments(y: Tensor) -> Tensor:

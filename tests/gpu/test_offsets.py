@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
 from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_kernel
 from effnet_kernels.backends.triton.kernels.depthwise_backward import depthwise_conv_backward_kernel
-from effnet_kernels.backends.triton.kernels.merge import merge_kernel
 from effnet_kernels.backends.triton.kernels.pointwise import pointwise_conv_backward_data_kernel, pointwise_conv_kernel
 from effnet_kernels.backends.triton.launch import launcher, simulated
 
@@ -125,8 +125,8 @@ def test_depthwise_backward(accesses: list[np.ndarray]) -> None:
     check(depthwise_conv_backward_kernel, (1, 1, 1), accesses, maps, constants, **depthwise_numbers(), **tensors)
 
 
-def test_merge(accesses: list[np.ndarray]) -> None:
+def test_bn_act_add(accesses: list[np.ndarray]) -> None:
     constants = {"ACT": "none", "C_DIVISOR": 8, "BLOCK_M": 16, "BLOCK_C": CHANNELS}
     numbers = {"rows": 1, "c_quotient": PITCH // 8, "eps": 0.0}
     maps = ["x_ptr", "residual_ptr", "out_ptr"]
-    check(merge_kernel, (1, 1, PIXELS), accesses, maps, constants, **numbers, scale_ptr=ones(CHANNELS))
+    check(bn_act_add_kernel, (1, 1, PIXELS), accesses, maps, constants, **numbers, scale_ptr=ones(CHANNELS))

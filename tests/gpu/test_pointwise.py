@@ -94,14 +94,14 @@ def test_activations(act: str) -> None:
 def gradients(case: Case) -> dict[str, OutputGradient]:
     """The gradients that a project, an expand and a pooling head get in training, and all parts at once."""
     grad, y, coefficients = case.y(), case.y(), vector(3, case.outputs)
-    keep = torch.rand(case.samples, device="cuda")
+    drop_path_scale = torch.rand(case.samples, device="cuda")
     offset, gate = vector(case.samples, case.outputs), torch.rand(case.samples, case.outputs, device="cuda")
     scale, shift = vector(case.outputs).abs(), vector(case.outputs)
     return {
-        "project": OutputGradient(grad, y, coefficients, keep=keep),
+        "project": OutputGradient(grad, y, coefficients, drop_path_scale=drop_path_scale),
         "expand": OutputGradient(grad, y, coefficients),
         "head": OutputGradient(None, y, coefficients, offset=offset, scale=scale, shift=shift, act="silu"),
-        "all": OutputGradient(grad, y, coefficients, gate, keep, offset, scale, shift, "hardswish"),
+        "all": OutputGradient(grad, y, coefficients, gate, drop_path_scale, offset, scale, shift, "hardswish"),
     }
 
 

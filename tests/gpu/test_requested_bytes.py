@@ -49,7 +49,7 @@ def accessed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return launch
 
-    for name in ("pointwise", "depthwise", "batch_norm", "squeeze_excite", "merge"):
+    for name in ("pointwise", "depthwise", "batch_norm", "squeeze_excite", "bn_act_add"):
         module = importlib.import_module(f"effnet_kernels.backends.triton.{name}")
         for key, launcher in list(vars(module).items()):
             if key.startswith("launch_") and callable(launcher):

@@ -141,7 +141,7 @@ def test_derivatives_at_kinks_and_at_nan(act: str) -> None:
     values = [-4.0, -3.0, 0.0, 1.5, 3.0, 6.0, 7.0, float("nan")]
     x = torch.tensor(values, device="cuda").view(1, 8, 1, 1).requires_grad_()
     with select.use_backend("triton"):
-        ops.merge(x, Prologue(act=act)).backward(torch.ones(1, 8, 1, 1, device="cuda"))
+        ops.bn_act_add(x, Prologue(act=act)).backward(torch.ones(1, 8, 1, 1, device="cuda"))
     for value, slope in zip(values, x.grad.flatten(), strict=True):
         z = torch.tensor([value], requires_grad=True)
         {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}[act](z).backward(torch.ones(1))
@@ -173,7 +173,7 @@ def test_prologues_of_one_part(scale: bool, shift: bool) -> None:
         lambda x, s, t: ops.pointwise_conv(x, w.to(x), None, Prologue(s, t, "silu"))[0],
         lambda x, s, t: ops.depthwise_conv(x, taps.to(x), 1, 1, Prologue(s, t, "silu"))[0],
         lambda x, s, t: ops.squeeze(x, Prologue(s, t, "silu")),
-        lambda x, s, t: ops.merge(x, Prologue(s, t, "silu")),
+        lambda x, s, t: ops.bn_act_add(x, Prologue(s, t, "silu")),
     ):
         outcomes = []
         for dtype in (torch.float32, torch.float64):

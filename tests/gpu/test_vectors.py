@@ -1,4 +1,4 @@
-"""The kernels that stream over maps, and the kernels on vectors: BatchNorm, squeeze-and-excitation, merge."""
+"""The kernels that stream over maps, and the kernels on vectors: BatchNorm, squeeze-and-excitation, bn_act_add."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import Tensor
 
 from effnet_kernels.backends.reference import primitives as reference
 from effnet_kernels.backends.triton import batch_norm, squeeze_excite
-from effnet_kernels.backends.triton.merge import merge
+from effnet_kernels.backends.triton.bn_act_add import bn_act_add
 from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue, RunningStatistics
-from gpu.compare import assert_accurate, channels_last, compare, fold_and_move, moments
+from gpu.compare import assert_accurate, channels_last, compare, finalize_and_move, moments
 
 # Samples, channels, height, width, dtype.
 MAPS = [
@@ -37,23 +37,23 @@ def test_fold(channels: int, affine: bool) -> None:
     weight, bias = (vector(channels), vector(channels)) if affine else (None, None)
     mean, var = vector(channels), vector(channels).abs()
     arguments = (partials, weight, bias, mean.clone(), var.clone(), 0.3, 1e-3, False)
-    folded = batch_norm.fold_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3, False)
-    compare((folded, mean, var), fold_and_move, *arguments)
+    folded = batch_norm.finalize_batch_norm(partials, weight, bias, mean, var, 0.3, 1e-3, False)
+    compare((folded, mean, var), finalize_and_move, *arguments)
 
 
 def test_fold_with_a_count_on_the_device() -> None:
     partials, count = moments(channels_last(3, 8, 5, 7))[None].float(), torch.tensor(4, device="cuda")
     by_count, by_number = [vector(8), vector(8).abs()], []
     by_number = [t.clone() for t in by_count]
-    batch_norm.fold_batch_norm(partials, None, None, *by_count, count, 1e-3, False)
-    batch_norm.fold_batch_norm(partials, None, None, *by_number, 0.25, 1e-3, False)
+    batch_norm.finalize_batch_norm(partials, None, None, *by_count, count, 1e-3, False)
+    batch_norm.finalize_batch_norm(partials, None, None, *by_number, 0.25, 1e-3, False)
     assert all(torch.equal(a, b) for a, b in zip(by_count, by_number, strict=True))
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_fold_of_an_empty_batch(skip: bool) -> None:
     mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
-    batch_norm.fold_batch_norm(torch.zeros(2, 3, 8, device="cuda"), None, None, mean, var, 0.1, 1e-3, skip)
+    batch_norm.finalize_batch_norm(torch.zeros(2, 3, 8, device="cuda"), None, None, mean, var, 0.1, 1e-3, skip)
     assert not mean.any()
     assert (var == 1).all()
 
@@ -64,7 +64,7 @@ def test_fold_of_nonfinite_statistics(skip: bool) -> None:
     partials = moments(channels_last(3, 8, 5, 7))[None].float()
     partials[0, 1, 2], partials[0, 2, 5] = float("nan"), float("inf")
     mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
-    batch_norm.fold_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
+    batch_norm.finalize_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
     kept = torch.tensor([c in (2, 5) for c in range(8)])
     assert torch.equal(mean == 0, kept) if skip else not torch.isfinite(var).all()
     assert torch.isfinite(mean[~kept]).all()
@@ -73,8 +73,8 @@ def test_fold_of_nonfinite_statistics(skip: bool) -> None:
 @pytest.mark.parametrize("batch_statistics", [True, False])
 def test_fold_backward(batch_statistics: bool) -> None:
     sums, weight, mean, rstd = vector(70, 2, 40), vector(40), vector(40), vector(40).abs()
-    actual = batch_norm.fold_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
-    compare(actual, reference.fold_batch_norm_backward, sums, 35, weight, mean, rstd, batch_statistics)
+    actual = batch_norm.finalize_batch_norm_backward(sums, 35, weight, mean, rstd, batch_statistics)
+    compare(actual, reference.finalize_batch_norm_backward, sums, 35, weight, mean, rstd, batch_statistics)
 
 
 @pytest.mark.parametrize("shape", MAPS)
@@ -82,10 +82,10 @@ def test_passes_over_gradients(shape) -> None:
     samples, channels, dtype = shape[0], shape[1], shape[4]
     grad, y, residual = (channels_last(*shape[:4], dtype=dtype) for _ in range(3))
     affine = {"scale": vector(channels), "shift": vector(channels)}
-    gate, offset, keep = vector(samples, channels), vector(samples, channels), vector(samples)
+    gate, offset, drop_path_scale = vector(samples, channels), vector(samples, channels), vector(samples)
     for gradient in (
         OutputGradient(grad, y, act="silu", **affine),
-        OutputGradient(grad, y, gate=gate, offset=offset, keep=keep, act="relu6", **affine),
+        OutputGradient(grad, y, gate=gate, offset=offset, drop_path_scale=drop_path_scale, act="relu6", **affine),
         OutputGradient(None, y, offset=offset, act="hardswish", **affine),
         OutputGradient(grad, y),
     ):
@@ -97,10 +97,10 @@ def test_passes_over_gradients(shape) -> None:
 
 
 @pytest.mark.parametrize("shape", MAPS)
-def test_squeeze_and_merge(shape) -> None:
+def test_squeeze_and_bn_act_add(shape) -> None:
     samples, channels, dtype = shape[0], shape[1], shape[4]
     x, other = channels_last(*shape[:4], dtype=dtype), channels_last(*shape[:4], dtype=dtype)
-    gate, keep = torch.rand(samples, channels, device="cuda"), vector(samples)
+    gate, drop_path_scale = torch.rand(samples, channels, device="cuda"), vector(samples)
     prologue = Prologue(vector(channels), vector(channels), "silu", gate)
     statistics = RunningStatistics(vector(channels), vector(channels).abs() + 0.5, 1e-3)
     for part, factor in ((prologue, None), (Prologue(), other)):
@@ -109,18 +109,18 @@ def test_squeeze_and_merge(shape) -> None:
         mean = squeeze_excite.mean_of_sums(sums, 5)
         assert_accurate(mean, sums.double().sum(dim=1) / 5)
     for arguments in (
-        (x, prologue, other, keep),
+        (x, prologue, other, drop_path_scale),
         (x, prologue._replace(gate=None), None, None),
         (x, prologue._replace(gate=None, statistics=statistics), other, None),
     ):
-        compare(merge(*arguments), reference.merge, *arguments, dtype=dtype)
+        compare(bn_act_add(*arguments), reference.bn_act_add, *arguments, dtype=dtype)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_merge_activations(act: str) -> None:
     x = channels_last(1, 8, 5, 7)
     arguments = (x, Prologue(vector(8), vector(8), act), None, None)
-    compare(merge(*arguments), reference.merge, *arguments)
+    compare(bn_act_add(*arguments), reference.bn_act_add, *arguments)
 
 
 # Samples, channels, squeezed: widths of the released networks, and some that are no multiple of anything.
@@ -157,8 +157,8 @@ def test_activations_over_their_whole_range() -> None:
     values = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([float("inf"), 0.0, -0.0, 1e-30, -1e30])])
     x = values.reshape(1, 1, 1, -1).to("cuda")
     right = torch.nn.functional.silu(values.double())
-    y = merge(x, Prologue(act="silu"), None, None).flatten().cpu()
+    y = bn_act_add(x, Prologue(act="silu"), None, None).flatten().cpu()
     finite = values.abs() < 20
     assert ((y - right).abs()[finite] <= 2e-6 * right.abs()[finite]).all()
     assert torch.equal(y[-5:], torch.nn.functional.silu(values[-5:]))
-    assert torch.isnan(merge(torch.full((1, 1, 1, 1), float("nan")), Prologue(act="silu"), None, None)).all()
+    assert torch.isnan(bn_act_add(torch.full((1, 1, 1, 1), float("nan")), Prologue(act="silu"), None, None)).all()

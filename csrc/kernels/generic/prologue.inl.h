@@ -184,8 +184,8 @@ void act_grad_panel(const effnet::ActGradPanel& call) {
       if (call.sum_kinds == 5) {
         add(0, of_gate);
         add(1, of_shift);
-        add(2, slopes);
-        add(3, of_scale);
+        add(2, of_scale);
+        add(3, slopes);
         add(4, deviations);
       } else {
         add(0, of_shift);

@@ -21,10 +21,10 @@ from effnet_kernels.fusion.spec import OutputGradient
 
 def channel_statistics(y: Tensor) -> Tensor:
     """Partial (count, mean, M2) of each channel: y [N, C, H, W] to [P, 3, C]."""
-    cut, channels = _cut(y, False), y.shape[1]
-    partials = empty(cut[2] * cut[3], 3, channels)
+    partition, channels = _partition(y, False), y.shape[1]
+    partials = empty(partition[2] * partition[3], 3, channels)
     extension().channel_statistics(
-        cut,
+        partition,
         channels,
         map_address("y", y, *y.shape),
         written(partials),
@@ -38,12 +38,12 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     y = gradient.y
     assert y is not None
     samples, channels, height, width = y.shape
-    cut = _cut(y, gradient.by_sample())
-    sums = empty(cut[2] * cut[3], 2, channels)
+    partition = _partition(y, gradient.by_sample())
+    sums = empty(partition[2] * partition[3], 2, channels)
     # Held by name until the call returns: the memory of what is made here would be free again otherwise.
     gradient = with_both(gradient)
     extension().gradient_sums(
-        cut,
+        partition,
         channels,
         gradient_addresses(gradient, samples, channels, height, width),
         address("mean", mean, channels),
@@ -61,7 +61,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
     out = empty_map(samples, channels, height, width)
     gradient = with_both(gradient)
     extension().apply_gradient(
-        _cut(like, gradient.by_sample()),
+        _partition(like, gradient.by_sample()),
         channels,
         gradient_addresses(gradient, samples, channels, height, width),
         map_address("residual", residual, samples, channels, height, width),
@@ -79,7 +79,7 @@ def merge_statistics(partials: Tensor) -> Tensor:
     return stats
 
 
-def fold_batch_norm(
+def finalize_batch_norm(
     partials: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -99,7 +99,7 @@ def fold_batch_norm(
     if count == 0 or (running_mean is None) != (running_var is None):
         raise ValueError("expected at least one partial, and running_mean and running_var together")
     folded = empty(4, channels)
-    extension().fold_batch_norm(
+    extension().finalize_batch_norm(
         address("partials", partials, count, 3, channels),
         count,
         channels,
@@ -115,7 +115,7 @@ def fold_batch_norm(
     return folded
 
 
-def fold_batch_norm_backward(
+def finalize_batch_norm_backward(
     sums: Tensor, count: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm's backward on vectors: partial sums [P, 2, C] of dz and dz * (y - mean) over ``count`` pixels to
@@ -128,7 +128,7 @@ def fold_batch_norm_backward(
     memory, partial_stride, kind_stride, channel_stride = strided_address("sums", sums, partials, 2, channels)
     if channel_stride != 1 and channels > 1:
         raise ValueError(f"sums: expected stride 1 of channels, got strides {sums.stride()}")
-    extension().fold_batch_norm_backward(
+    extension().finalize_batch_norm_backward(
         memory,
         partials,
         partial_stride,
@@ -146,5 +146,5 @@ def fold_batch_norm_backward(
     return coefficients, dweight, dbias
 
 
-def _cut(x: Tensor, by_image: bool) -> Any:
-    return extension().cut_pixels(x.shape[0], x.shape[2] * x.shape[3], by_image)
+def _partition(x: Tensor, by_image: bool) -> Any:
+    return extension().partition_pixels(x.shape[0], x.shape[2] * x.shape[3], by_image)

@@ -47,7 +47,7 @@ def depthwise_conv(
     y = empty_map(samples, channels, out_height, out_width)
     partials = None
     if reduction == "statistics":
-        partials = empty(extension().depthwise_slots(samples), 3, channels)
+        partials = empty(extension().depthwise_shards(samples), 3, channels)
     elif reduction == "pool":
         partials = empty(samples, 1, channels)
     # Held by name until the call returns: the memory of what is made here would be free again otherwise.
@@ -87,7 +87,7 @@ def depthwise_conv_backward(
     if prologue.gate is not None:
         raise ValueError("expected a prologue without a gate")
     dz = empty_map(samples, channels, height, width)
-    sums = None if mean is None else empty(extension().depthwise_slots(samples), 2, channels)
+    sums = None if mean is None else empty(extension().depthwise_shards(samples), 2, channels)
     dweight = empty(channels, 1, kernel, kernel)
     # Held by name until the call returns: the memory of what is made here would be free again otherwise.
     prologue, gradient = folded(prologue), with_both(gradient)

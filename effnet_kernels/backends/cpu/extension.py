@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # What csrc/bindings.cpp has; an extension of another build would misread arguments, or lack functions.
-INTERFACE = 2
+INTERFACE = 3
 FAILURE_FILE = Path(__file__).parents[2] / "_native_build_failure.txt"
 
 

@@ -1,6 +1,6 @@
 """Tensors for the native kernels to write, the addresses that they take, and how they run.
 
-Large maps come from a pool that keeps the memory of those that went: see ``csrc/pool.h``.
+Large maps come from a pool that keeps the memory of those that went: see ``csrc/platform/pool.h``.
 """
 
 import contextlib
@@ -134,7 +134,7 @@ def gradient_addresses(
     gradient: OutputGradient, samples: int, channels: int, height: int, width: int
 ) -> tuple[int, int, int, int, int, int, int, int, int]:
     """Of the gradient of a map of this shape."""
-    grad, y, coefficients, gate, keep, offset, scale, shift, act = gradient
+    grad, y, coefficients, gate, drop_path_scale, offset, scale, shift, act = gradient
     if (scale is None) != (shift is None):
         raise ValueError("gradient: expected scale and shift together")
     if y is None and (act != "none" or coefficients is not None):
@@ -144,7 +144,7 @@ def gradient_addresses(
         map_address("y", y, samples, channels, height, width),
         address("coefficients", coefficients, 3, channels),
         address("gate", gate, samples, channels),
-        address("keep", keep, samples),
+        address("drop_path_scale", drop_path_scale, samples),
         address("offset", offset, samples, channels),
         address("scale", scale, channels),
         address("shift", shift, channels),

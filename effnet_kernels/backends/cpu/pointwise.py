@@ -36,16 +36,16 @@ def pointwise_conv(
     scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
     # Held by name until the call returns, as all that is made here: its memory would be free again otherwise.
     prologue = folded(prologue)
-    cut = extension().cut_pixels(samples, height * width, pools or prologue.gate is not None)
-    parts = cut[2] * cut[3]
+    partition = extension().partition_pixels(samples, height * width, pools or prologue.gate is not None)
+    parts = partition[2] * partition[3]
     y = None if pools else empty_map(samples, outputs, height, width)
     partials = None
     if reduction == "statistics":
         partials = empty(parts, 3, outputs)
     elif pools:
-        partials = empty(samples, cut[3], outputs)
+        partials = empty(samples, partition[3], outputs)
     extension().pointwise_forward(
-        cut,
+        partition,
         channels,
         outputs,
         map_address("x", x, samples, channels, height, width),
@@ -73,28 +73,28 @@ def pointwise_conv_backward(
     prologue: Prologue,
     mean: Tensor | None,
     residual: Tensor | None,
-    through: bool,
+    apply_act_grad: bool,
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of what the convolution read, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
 
-    With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, s its
-    derivative, dq the gradient of the gated u), the second result is five partial sums over each image's pixels,
-    [N, T, 5, C]: of dq * u, dq * s, s, dq * s * (x - mean) and s * (x - mean). Stored is dq, or ``through`` the
-    activation gate * dq * s. The output's gradient is formed once for both products.
+    With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, u' its
+    derivative, dq the gradient of the gated u), the second result is partial :class:`PixelSums` of each image in one
+    tensor, [N, T, 5, C]. Returned is dq, or with ``apply_act_grad`` gate * dq * u'. The output's gradient is formed
+    once for both products.
     """
     samples, channels, height, width = x.shape
     outputs = weight.shape[0]
     sums_needed = needs_input and mean is not None
     by_image = sums_needed or prologue.gate is not None or gradient.by_sample()
-    cut = extension().cut_pixels(samples, height * width, by_image)
+    partition = extension().partition_pixels(samples, height * width, by_image)
     dx = empty_map(samples, channels, height, width) if needs_input else None
-    sums = empty(samples, cut[3], 5, channels) if sums_needed else None
+    sums = empty(samples, partition[3], 5, channels) if sums_needed else None
     dweight = empty(outputs, channels, 1, 1) if needs_weight else None
     prologue, gradient = folded(prologue), with_both(gradient)
     extension().pointwise_backward(
-        cut,
+        partition,
         channels,
         outputs,
         gradient_addresses(gradient, samples, outputs, height, width),
@@ -103,7 +103,7 @@ def pointwise_conv_backward(
         prologue_addresses(prologue, samples, channels),
         address("mean", mean, channels),
         map_address("residual", residual, samples, channels, height, width),
-        through,
+        apply_act_grad,
         written(dx),
         written(sums),
         written(dweight),

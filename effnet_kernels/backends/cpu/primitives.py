@@ -3,14 +3,14 @@
 from effnet_kernels.backends.cpu.batch_norm import (
     apply_gradient,
     channel_statistics,
-    fold_batch_norm,
-    fold_batch_norm_backward,
+    finalize_batch_norm,
+    finalize_batch_norm_backward,
     gradient_sums,
     merge_statistics,
 )
+from effnet_kernels.backends.cpu.bn_act_add import bn_act_add
 from effnet_kernels.backends.cpu.dense import dense_conv, dense_conv_backward
 from effnet_kernels.backends.cpu.depthwise import depthwise_conv, depthwise_conv_backward
-from effnet_kernels.backends.cpu.merge import merge
 from effnet_kernels.backends.cpu.pointwise import pointwise_conv, pointwise_conv_backward
 from effnet_kernels.backends.cpu.squeeze_excite import (
     excite,
@@ -22,6 +22,7 @@ from effnet_kernels.backends.cpu.squeeze_excite import (
 
 __all__ = [
     "apply_gradient",
+    "bn_act_add",
     "channel_statistics",
     "dense_conv",
     "dense_conv_backward",
@@ -30,11 +31,10 @@ __all__ = [
     "excite",
     "excite_backward",
     "excite_backward_weight",
-    "fold_batch_norm",
-    "fold_batch_norm_backward",
+    "finalize_batch_norm",
+    "finalize_batch_norm_backward",
     "gradient_sums",
     "mean_of_sums",
-    "merge",
     "merge_statistics",
     "pointwise_conv",
     "pointwise_conv_backward",

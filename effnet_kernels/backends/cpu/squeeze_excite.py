@@ -17,17 +17,25 @@ from effnet_kernels.backends.cpu.memory import (
     written,
 )
 from effnet_kernels.backends.cpu.pointwise import pointwise_conv, pointwise_conv_backward
-from effnet_kernels.fusion.spec import Activation, Epilogue, Gate, OutputGradient, Prologue
+from effnet_kernels.fusion.spec import (
+    SUMS_OF_NORM,
+    SUMS_OF_SLOPES,
+    Activation,
+    Epilogue,
+    Gate,
+    OutputGradient,
+    Prologue,
+)
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
     """Partial sums over pixels of the deferred activation, times ``factor`` [N, C, H, W]: [N, T, C]."""
     samples, channels, height, width = x.shape
-    cut = extension().cut_pixels(samples, height * width, True)
-    sums = empty(samples, cut[3], channels)
+    partition = extension().partition_pixels(samples, height * width, True)
+    sums = empty(samples, partition[3], channels)
     prologue = folded(prologue)
-    extension().squeeze(
-        cut,
+    extension().pooled_sums(
+        partition,
         channels,
         map_address("x", x, samples, channels, height, width),
         prologue_addresses(prologue, samples, channels),
@@ -76,30 +84,33 @@ def excite_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The squeeze-and-excitation path backwards, on vectors.
 
-    ``sums`` [N, T, 5, C] are those of ``pointwise_conv_backward``, T1 to T5, or [N, T, 1, C] the first alone, which is
-    the gate's gradient. Returns offset [N, C], what each pixel's activation gets by way of the mean over ``count``
-    pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums, those that
-    the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
+    ``sums`` [N, T, 5, C] are the :class:`.PixelSums` of ``pointwise_conv_backward``, or [N, T, 1, C] the gate's
+    gradient alone. Returns
+
+    - offset [N, C], the gradient that each pixel's activation gets through the mean over ``count`` pixels;
+    - the gradients of the gate's logits [N, C] and of the hidden layer [N, S];
+    - from five sums, those for the backward of the BatchNorm before, [N, 2, C]: gate * grad_shift + offset * slope and
+      gate * grad_scale + offset * centred_slope.
     """
     samples, _, kinds, channels = sums.shape
     address("gate", gate, samples, channels)
     address("hidden", hidden, samples, w1.shape[0])
     total = _total(sums)
-    logits = total[:, 0] * gate_slope(gate, kind)
-    dhidden = activation_backward(_linear_backward(logits, w2), hidden, act)
-    offset = _linear_backward(dhidden, w1).mul_(1.0 / count)
+    grad_logits = total[:, 0] * gate_slope(gate, kind)
+    grad_hidden = activation_backward(_linear_backward(grad_logits, w2), hidden, act)
+    offset = _linear_backward(grad_hidden, w1).mul_(1.0 / count)
     if kinds == 1:
-        return offset, logits, dhidden, None
-    norm_sums = gate[:, None] * total[:, 1:4:2] + offset[:, None] * total[:, 2:5:2]
-    return offset, logits, dhidden, norm_sums
+        return offset, grad_logits, grad_hidden, None
+    norm_sums = gate[:, None] * total[:, SUMS_OF_NORM] + offset[:, None] * total[:, SUMS_OF_SLOPES]
+    return offset, grad_logits, grad_hidden, norm_sums
 
 
 def excite_backward_weight(
-    logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+    grad_logits: Tensor, grad_hidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], from those of the logits and the hidden layer."""
-    dw1, dw2 = _weight_gradient(dhidden, pooled, "none"), _weight_gradient(logits, hidden, act)
-    return dw1, dhidden.sum(dim=0), dw2, logits.sum(dim=0)
+    dw1, dw2 = _weight_gradient(grad_hidden, pooled, "none"), _weight_gradient(grad_logits, hidden, act)
+    return dw1, grad_hidden.sum(dim=0), dw2, grad_logits.sum(dim=0)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> Tensor:

@@ -32,7 +32,7 @@ def merge_statistics(partials: Tensor) -> Tensor:
     return torch.stack([count, mean, torch.where(counts > 0, m2s + deviations, 0.0).sum(dim=0)])
 
 
-def fold_batch_norm(
+def finalize_batch_norm(
     partials: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -63,7 +63,7 @@ def fold_batch_norm(
     return torch.stack([*scale_and_shift(mean, rstd, weight, bias), mean, rstd])
 
 
-def fold_batch_norm_backward(
+def finalize_batch_norm_backward(
     sums: Tensor, count: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm's backward on vectors: partial sums [P, 2, C] of dz and dz * (y - mean) over ``count`` pixels to

@@ -14,7 +14,15 @@ from effnet_kernels.backends.reference.operands import (
     output_gradient,
     rounded,
 )
-from effnet_kernels.fusion.spec import Epilogue, OutputGradient, Padding, Prologue, Reduction, accumulation_dtype
+from effnet_kernels.fusion.spec import (
+    Epilogue,
+    OutputGradient,
+    Padding,
+    PixelSums,
+    Prologue,
+    Reduction,
+    accumulation_dtype,
+)
 
 
 def pointwise_conv(
@@ -37,16 +45,15 @@ def pointwise_conv_backward(
     prologue: Prologue,
     mean: Tensor | None,
     residual: Tensor | None,
-    through: bool,
+    apply_act_grad: bool,
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of what the convolution read, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
 
-    With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, s its
-    derivative, dq the gradient of the gated u), the second result is five sums over each image's pixels, [N, 1, 5, C]:
-    of dq * u, dq * s, s, dq * s * (x - mean) and s * (x - mean). Returned is dq, or ``through`` the activation
-    gate * dq * s.
+    With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, u' its
+    derivative, dq the gradient of the gated u), the second result is the :class:`PixelSums` of each image in one
+    tensor, [N, 1, 5, C]. Returned is dq, or with ``apply_act_grad`` gate * dq * u'.
     """
     dy = rounded(output_gradient(gradient), x.dtype)
     dx, sums, dweight = None, None, None
@@ -59,9 +66,11 @@ def pointwise_conv_backward(
             z = normalized(x, prologue)
             u, s = activate(z, prologue.act), activation_backward(torch.ones_like(z), z, prologue.act)
             centred = x - by_channel(mean)
-            products = (dx * u, dx * s, s, dx * s * centred, s * centred)
+            products = PixelSums(
+                grad_gate=dx * u, grad_shift=dx * s, grad_scale=dx * s * centred, slope=s, centred_slope=s * centred
+            )
             sums = torch.stack([product.sum(dim=(2, 3)) for product in products], dim=1)[:, None]
-            if through:
+            if apply_act_grad:
                 dx = dx * s if prologue.gate is None else dx * s * by_channel(prologue.gate)
         dx = _stored(dx, residual, x)
     return dx, sums, dweight

@@ -50,7 +50,7 @@ def norm_gradient(gradient: OutputGradient) -> Tensor:
     dtype = accumulation_dtype(like.dtype)
     dz = torch.zeros_like(like, dtype=dtype) if gradient.grad is None else gradient.grad.to(dtype)
     dz = dz if gradient.gate is None else dz * by_channel(gradient.gate)
-    dz = dz if gradient.keep is None else dz * gradient.keep[:, None, None, None]
+    dz = dz if gradient.drop_path_scale is None else dz * gradient.drop_path_scale[:, None, None, None]
     dz = dz if gradient.offset is None else dz + by_channel(gradient.offset)
     if gradient.act == "none":
         return dz

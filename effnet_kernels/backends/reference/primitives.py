@@ -3,11 +3,12 @@
 from effnet_kernels.backends.reference.batch_norm import (
     apply_gradient,
     channel_statistics,
-    fold_batch_norm,
-    fold_batch_norm_backward,
+    finalize_batch_norm,
+    finalize_batch_norm_backward,
     gradient_sums,
     merge_statistics,
 )
+from effnet_kernels.backends.reference.bn_act_add import bn_act_add
 from effnet_kernels.backends.reference.convolution import (
     dense_conv,
     dense_conv_backward,
@@ -16,7 +17,6 @@ from effnet_kernels.backends.reference.convolution import (
     pointwise_conv,
     pointwise_conv_backward,
 )
-from effnet_kernels.backends.reference.merge import merge
 from effnet_kernels.backends.reference.squeeze_excite import (
     excite,
     excite_backward,
@@ -27,6 +27,7 @@ from effnet_kernels.backends.reference.squeeze_excite import (
 
 __all__ = [
     "apply_gradient",
+    "bn_act_add",
     "channel_statistics",
     "dense_conv",
     "dense_conv_backward",
@@ -35,11 +36,10 @@ __all__ = [
     "excite",
     "excite_backward",
     "excite_backward_weight",
-    "fold_batch_norm",
-    "fold_batch_norm_backward",
+    "finalize_batch_norm",
+    "finalize_batch_norm_backward",
     "gradient_sums",
     "mean_of_sums",
-    "merge",
     "merge_statistics",
     "pointwise_conv",
     "pointwise_conv_backward",

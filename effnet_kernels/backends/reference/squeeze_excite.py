@@ -6,7 +6,7 @@ from torch import Tensor
 
 from effnet_kernels.backends.activation import activate, activation_backward, gate_of, gate_slope
 from effnet_kernels.backends.reference.operands import apply_prologue
-from effnet_kernels.fusion.spec import Activation, Gate, Prologue
+from effnet_kernels.fusion.spec import Activation, Gate, PixelSums, Prologue
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
@@ -52,27 +52,32 @@ def excite_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The squeeze-and-excitation path backwards, on vectors.
 
-    ``sums`` [N, T, 5, C] are those of ``pointwise_conv_backward``, T1 to T5, or [N, T, 1, C] the first alone, which is
-    the gate's gradient. Returns offset [N, C], what each pixel's activation gets by way of the mean over ``count``
-    pixels; the gradients of the gate's logits [N, C] and of the hidden layer [N, S]; and, from five sums, those that
-    the BatchNorm before needs, [N, 2, C]: gate * T2 + offset * T3 and gate * T4 + offset * T5.
+    ``sums`` [N, T, 5, C] are the :class:`PixelSums` of ``pointwise_conv_backward``, or [N, T, 1, C] the gate's
+    gradient alone. Returns
+
+    - offset [N, C], the gradient that each pixel's activation gets through the mean over ``count`` pixels;
+    - the gradients of the gate's logits [N, C] and of the hidden layer [N, S];
+    - from five sums, those for the backward of the BatchNorm before, [N, 2, C]: gate * grad_shift + offset * slope and
+      gate * grad_scale + offset * centred_slope.
     """
     total = sums.sum(dim=1).unbind(dim=1)
-    logits = total[0] * gate_slope(gate, kind)
-    dhidden = activation_backward(_linear(logits, w2.flatten(1).t()), hidden, act)
-    offset = _linear(dhidden, w1.flatten(1).t()) / count
+    grad_logits = total[0] * gate_slope(gate, kind)
+    grad_hidden = activation_backward(_linear(grad_logits, w2.flatten(1).t()), hidden, act)
+    offset = _linear(grad_hidden, w1.flatten(1).t()) / count
     norm_sums = None
     if len(total) == 5:
-        _, t2, t3, t4, t5 = total
-        norm_sums = torch.stack([gate * t2 + offset * t3, gate * t4 + offset * t5], dim=1)
-    return offset, logits, dhidden, norm_sums
+        of = PixelSums(*total)
+        shift, scale = gate * of.grad_shift + offset * of.slope, gate * of.grad_scale + offset * of.centred_slope
+        norm_sums = torch.stack([shift, scale], dim=1)
+    return offset, grad_logits, grad_hidden, norm_sums
 
 
 def excite_backward_weight(
-    logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+    grad_logits: Tensor, grad_hidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], from those of the logits and the hidden layer."""
-    return dhidden.t() @ pooled, dhidden.sum(dim=0), logits.t() @ activate(hidden, act), logits.sum(dim=0)
+    of_first = grad_hidden.t() @ pooled, grad_hidden.sum(dim=0)
+    return *of_first, grad_logits.t() @ activate(hidden, act), grad_logits.sum(dim=0)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ from effnet_kernels.backends.triton.configs.elementwise import stream
 from effnet_kernels.backends.triton.kernels.batch_norm import (
     apply_gradient_kernel,
     channel_statistics_kernel,
-    fold_batch_norm_backward_kernel,
-    fold_batch_norm_kernel,
+    finalize_batch_norm_backward_kernel,
+    finalize_batch_norm_kernel,
     gradient_sums_kernel,
     merge_statistics_kernel,
 )
@@ -18,8 +18,8 @@ from effnet_kernels.fusion.spec import OutputGradient
 
 launch_apply_gradient = launcher(apply_gradient_kernel)
 launch_channel_statistics = launcher(channel_statistics_kernel)
-launch_fold_batch_norm = launcher(fold_batch_norm_kernel)
-launch_fold_batch_norm_backward = launcher(fold_batch_norm_backward_kernel)
+launch_finalize_batch_norm = launcher(finalize_batch_norm_kernel)
+launch_finalize_batch_norm_backward = launcher(finalize_batch_norm_backward_kernel)
 launch_gradient_sums = launcher(gradient_sums_kernel)
 launch_merge_statistics = launcher(merge_statistics_kernel)
 
@@ -64,7 +64,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         grad_ptr=gradient.grad,
         y_ptr=y,
         gate_ptr=gradient.gate,
-        keep_ptr=gradient.keep,
+        drop_path_scale_ptr=gradient.drop_path_scale,
         offset_ptr=gradient.offset,
         scale_ptr=gradient.scale,
         shift_ptr=gradient.shift,
@@ -97,7 +97,7 @@ def apply_gradient(gradient: OutputGradient, residual: Tensor | None) -> Tensor:
         y_ptr=gradient.y,
         coefficients_ptr=gradient.coefficients,
         gate_ptr=gradient.gate,
-        keep_ptr=gradient.keep,
+        drop_path_scale_ptr=gradient.drop_path_scale,
         offset_ptr=gradient.offset,
         scale_ptr=gradient.scale,
         shift_ptr=gradient.shift,
@@ -132,7 +132,7 @@ def merge_statistics(partials: Tensor) -> Tensor:
     return stats
 
 
-def fold_batch_norm(
+def finalize_batch_norm(
     partials: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -150,7 +150,7 @@ def fold_batch_norm(
     """
     count, _, channels = partials.shape
     folded = torch.empty(4, channels, dtype=torch.float32, device=partials.device)
-    launch_fold_batch_norm(
+    launch_finalize_batch_norm(
         (-(-channels // _BLOCK_VECTOR), 1, 1),
         partials_ptr=partials,
         weight_ptr=weight,
@@ -171,7 +171,7 @@ def fold_batch_norm(
     return folded
 
 
-def fold_batch_norm_backward(
+def finalize_batch_norm_backward(
     sums: Tensor, count: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm's backward on vectors: partial sums [P, 2, C] of dz and dz * (y - mean) over ``count`` pixels to
@@ -181,7 +181,7 @@ def fold_batch_norm_backward(
     coefficients = torch.empty(3, channels, dtype=torch.float32, device=sums.device)
     # Two tensors and not rows of one, so that autograd takes them over as gradients without a copy.
     dweight, dbias = (torch.empty(channels, dtype=torch.float32, device=sums.device) for _ in range(2))
-    launch_fold_batch_norm_backward(
+    launch_finalize_batch_norm_backward(
         (-(-channels // _BLOCK_VECTOR), 1, 1),
         sums_ptr=sums,
         weight_ptr=weight,

@@ -108,7 +108,7 @@ def depthwise_conv_backward(
     """
     samples, channels, height, width = x.shape
     assert gradient.grad is not None
-    assert gradient.keep is None
+    assert gradient.drop_path_scale is None
     out_height, out_width = gradient.grad.shape[2:]
     kernel = weight.shape[-1]
     left, _, top, _ = padding

@@ -101,8 +101,8 @@ def pointwise_conv_backward_data(
 
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
-        slope = sum of u'
         grad_scale = sum of dq * u' * (x - mean)
+        slope = sum of u'
         centred_slope = sum of u' * (x - mean)
 
     One launch.
@@ -195,7 +195,7 @@ def pointwise_conv_backward(
     prologue: Prologue,
     mean: Tensor | None,
     residual: Tensor | None,
-    through: bool,
+    apply_act_grad: bool,
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -208,7 +208,7 @@ def pointwise_conv_backward(
     if needs_input:
         raw = None if mean is None else x
         differentiated = Prologue() if mean is None else prologue
-        dx, sums = pointwise_conv_backward_data(gradient, weight, raw, differentiated, mean, residual, through)
+        dx, sums = pointwise_conv_backward_data(gradient, weight, raw, differentiated, mean, residual, apply_act_grad)
     return dx, sums, dweight
 
 
@@ -252,7 +252,7 @@ def _gradient_arguments(gradient: OutputGradient) -> dict[str, Tensor | None]:
         "y_ptr": gradient.y,
         "coefficients_ptr": gradient.coefficients,
         "out_gate_ptr": gradient.gate,
-        "keep_ptr": gradient.keep,
+        "drop_path_scale_ptr": gradient.drop_path_scale,
         "offset_ptr": gradient.offset,
         "out_scale_ptr": gradient.scale,
         "out_shift_ptr": gradient.shift,

@@ -170,16 +170,16 @@ def excite_backward(
 
 
 def excite_backward_weight(
-    logits: Tensor, dhidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
+    grad_logits: Tensor, grad_hidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], in fp32.
 
-    ``logits`` [N, C] and ``dhidden`` [N, S] are the gradients of :func:`excite_backward`; ``hidden`` [N, S] and
-    ``pooled`` [N, C], the mean, are results of :func:`excite`.
+    ``grad_logits`` [N, C] and ``grad_hidden`` [N, S] are the gradients of :func:`excite_backward`; ``hidden`` [N, S]
+    and ``pooled`` [N, C], the mean, are results of :func:`excite`.
     """
-    samples, channels = logits.shape
+    samples, channels = grad_logits.shape
     squeezed = hidden.shape[1]
-    device = logits.device
+    device = grad_logits.device
     dw1 = torch.empty(squeezed, channels, dtype=torch.float32, device=device)
     db1 = torch.empty(squeezed, dtype=torch.float32, device=device)
     dw2 = torch.empty(channels, squeezed, dtype=torch.float32, device=device)
@@ -187,8 +187,8 @@ def excite_backward_weight(
     block_c, block_s = 32, 32
     launch_excite_backward_weight(
         (-(-channels // block_c), -(-squeezed // block_s), 1),
-        grad_logits_ptr=logits,
-        grad_hidden_ptr=dhidden,
+        grad_logits_ptr=grad_logits,
+        grad_hidden_ptr=grad_hidden,
         hidden_ptr=hidden,
         mean_ptr=pooled,
         dw1_ptr=dw1,

@@ -48,7 +48,7 @@ def gradient_sums_kernel(
     grad_ptr,
     y_ptr,
     gate_ptr,
-    keep_ptr,
+    drop_path_scale_ptr,
     offset_ptr,
     scale_ptr,
     shift_ptr,
@@ -64,7 +64,7 @@ def gradient_sums_kernel(
     """sums [G * P, 2, C]: the sums over rows of dz and dz * (y - mean), see :func:`gradient_of_norm`.
 
     Maps: grad and y [R, C].
-    Vectors: scale, shift and mean [C], gate and offset [G, C], keep [G].
+    Vectors: scale, shift and mean [C], gate and offset [G, C], drop_path_scale [G].
     """
     C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
@@ -72,9 +72,9 @@ def gradient_sums_kernel(
     inside = channels < C
     gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
     offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    keep = 1.0
-    if keep_ptr is not None:
-        keep = tl.load(keep_ptr + group).to(tl.float32)
+    drop_path_scale = 1.0
+    if drop_path_scale_ptr is not None:
+        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
     scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
     shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
     mean = load_vector(mean_ptr, channels, inside, 0.0)  # [BLOCK_C]
@@ -87,7 +87,9 @@ def gradient_sums_kernel(
         mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dz = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)  # [BLOCK_M, BLOCK_C]
+        dz = gradient_of_norm(
+            grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT
+        )  # [BLOCK_M, BLOCK_C]
         dz = tl.where(mask, dz, 0.0)
         total += tl.sum(dz, axis=0)
         centred += tl.sum(dz * (y - mean[None, :]), axis=0)
@@ -102,7 +104,7 @@ def apply_gradient_kernel(
     y_ptr,
     coefficients_ptr,
     gate_ptr,
-    keep_ptr,
+    drop_path_scale_ptr,
     offset_ptr,
     scale_ptr,
     shift_ptr,
@@ -118,7 +120,7 @@ def apply_gradient_kernel(
     """out = dy + grad_residual, with dy of :class:`effnet_kernels.fusion.spec.OutputGradient`.
 
     Maps: grad, y, grad_residual and out [R, C].
-    Vectors: coefficients [3, C], scale and shift [C], gate and offset [G, C], keep [G].
+    Vectors: coefficients [3, C], scale and shift [C], gate and offset [G, C], drop_path_scale [G].
     """
     C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
@@ -126,9 +128,9 @@ def apply_gradient_kernel(
     inside = channels < C
     gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
     offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    keep = 1.0
-    if keep_ptr is not None:
-        keep = tl.load(keep_ptr + group).to(tl.float32)
+    drop_path_scale = 1.0
+    if drop_path_scale_ptr is not None:
+        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
     scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
     shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
     base = group.to(tl.int64) * rows
@@ -140,7 +142,9 @@ def apply_gradient_kernel(
         y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)  # [BLOCK_M, BLOCK_C]
+        dy = gradient_of_norm(
+            grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT
+        )  # [BLOCK_M, BLOCK_C]
         if coefficients_ptr is not None:
             alpha = load_vector(coefficients_ptr, channels, inside, 0.0)  # [BLOCK_C]
             beta = load_vector(coefficients_ptr + C, channels, inside, 0.0)  # [BLOCK_C]
@@ -191,7 +195,7 @@ def merge_statistics_kernel(partials_ptr, stats_ptr, P, C, BLOCK_P: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["P", "C"])
-def fold_batch_norm_kernel(
+def finalize_batch_norm_kernel(
     partials_ptr,
     weight_ptr,
     bias_ptr,
@@ -239,7 +243,7 @@ def fold_batch_norm_kernel(
 
 
 @triton.jit(do_not_specialize=["P", "C", "partial_stride", "sum_stride"])
-def fold_batch_norm_backward_kernel(
+def finalize_batch_norm_backward_kernel(
     sums_ptr,
     weight_ptr,
     mean_ptr,

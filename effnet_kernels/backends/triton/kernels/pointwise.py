@@ -130,7 +130,7 @@ def output_gradient(
     y_ptr,
     coefficients_ptr,
     gate_ptr,
-    keep_ptr,
+    drop_path_scale_ptr,
     offset_ptr,
     scale_ptr,
     shift_ptr,
@@ -146,19 +146,21 @@ def output_gradient(
 
     Maps: grad and y [R, C], read at ``offsets`` and ``mask`` [BLOCK_ROWS, BLOCK_C].
     Vectors: coefficients [3, C], scale and shift [C], read at ``channels`` and ``inside`` [BLOCK_C].
-    By group: gate and offset [G, C], keep [G], read at ``group``.
+    By group: gate and offset [G, C], drop_path_scale [G], read at ``group``.
     """
     y = tl.zeros(offsets.shape, tl.float32)  # [BLOCK_ROWS, BLOCK_C]
     if y_ptr is not None:
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
     offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    keep = 1.0
-    if keep_ptr is not None:
-        keep = tl.load(keep_ptr + group).to(tl.float32)
+    drop_path_scale = 1.0
+    if drop_path_scale_ptr is not None:
+        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
     scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
     shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
-    dy = gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT)  # [BLOCK_ROWS, BLOCK_C]
+    dy = gradient_of_norm(
+        grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT
+    )  # [BLOCK_ROWS, BLOCK_C]
     if coefficients_ptr is not None:
         alpha = load_vector(coefficients_ptr, channels, inside, 0.0)  # [BLOCK_C]
         beta = load_vector(coefficients_ptr + C, channels, inside, 0.0)  # [BLOCK_C]
@@ -173,7 +175,7 @@ def pointwise_conv_backward_data_kernel(
     y_ptr,
     coefficients_ptr,
     out_gate_ptr,
-    keep_ptr,
+    drop_path_scale_ptr,
     offset_ptr,
     out_scale_ptr,
     out_shift_ptr,
@@ -205,7 +207,7 @@ def pointwise_conv_backward_data_kernel(
     M rows, N input channels, K output channels; R = owners * groups * rows, P programs share an owner's row tiles.
 
     The output's gradient, see :func:`output_gradient`: grad and y [R, K], coefficients [3, K], out_scale and out_shift
-        [K], out_gate and offset [owners * groups, K], keep [owners * groups].
+        [K], out_gate and offset [owners * groups, K], drop_path_scale [owners * groups].
     weight: [K, N].
     The raw input and its prologue, or None: x [R, N], scale, shift and mean [N], gate [owners * groups, N].
     grad_residual: [R, N], a gradient of the input that is added, or None.
@@ -214,8 +216,8 @@ def pointwise_conv_backward_data_kernel(
 
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
-        slope = sum of u'
         grad_scale = sum of dq * u' * (x - mean)
+        slope = sum of u'
         centred_slope = sum of u' * (x - mean)
     """
     N = in_quotient * IN_DIVISOR
@@ -227,8 +229,8 @@ def pointwise_conv_backward_data_kernel(
     tiles = tl.cdiv(rows, BLOCK_M)
     grad_gate = tl.zeros([BLOCK_N], tl.float32)
     grad_shift = tl.zeros([BLOCK_N], tl.float32)
-    slope = tl.zeros([BLOCK_N], tl.float32)
     grad_scale = tl.zeros([BLOCK_N], tl.float32)
+    slope = tl.zeros([BLOCK_N], tl.float32)
     centred_slope = tl.zeros([BLOCK_N], tl.float32)
     for tile in range(tl.program_id(1), groups * tiles, tl.num_programs(1)):
         group = owner * groups + tile // tiles
@@ -244,7 +246,7 @@ def pointwise_conv_backward_data_kernel(
                 y_ptr,
                 coefficients_ptr,
                 out_gate_ptr,
-                keep_ptr,
+                drop_path_scale_ptr,
                 offset_ptr,
                 out_scale_ptr,
                 out_shift_ptr,
@@ -287,8 +289,8 @@ def pointwise_conv_backward_data_kernel(
         sums = sums_ptr + (owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 5 * N + n  # [BLOCK_N]
         tl.store(sums, grad_gate, mask=n_inside)
         tl.store(sums + N, grad_shift, mask=n_inside)
-        tl.store(sums + 2 * N, slope, mask=n_inside)
-        tl.store(sums + 3 * N, grad_scale, mask=n_inside)
+        tl.store(sums + 2 * N, grad_scale, mask=n_inside)
+        tl.store(sums + 3 * N, slope, mask=n_inside)
         tl.store(sums + 4 * N, centred_slope, mask=n_inside)
 
 
@@ -298,7 +300,7 @@ def pointwise_conv_backward_weight_kernel(
     y_ptr,
     coefficients_ptr,
     out_gate_ptr,
-    keep_ptr,
+    drop_path_scale_ptr,
     offset_ptr,
     out_scale_ptr,
     out_shift_ptr,
@@ -325,7 +327,7 @@ def pointwise_conv_backward_weight_kernel(
     M output channels, N input channels, K rows; R = groups * rows. The grid's third dimension is SPLIT_K.
 
     The output's gradient, see :func:`output_gradient`: grad and y [R, M], coefficients [3, M], out_scale and out_shift
-        [M], out_gate and offset [groups, M], keep [groups].
+        [M], out_gate and offset [groups, M], drop_path_scale [groups].
     The input and its prologue: x [R, N], scale and shift [N], gate [groups, N].
     partials: [SPLIT_K, M, N].
     """
@@ -347,7 +349,7 @@ def pointwise_conv_backward_weight_kernel(
             y_ptr,
             coefficients_ptr,
             out_gate_ptr,
-            keep_ptr,
+            drop_path_scale_ptr,
             offset_ptr,
             out_scale_ptr,
             out_shift_ptr,

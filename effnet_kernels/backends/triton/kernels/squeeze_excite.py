@@ -153,7 +153,7 @@ def excite_backward_kernel(
 ):
     """The gradients of the logits, of the hidden layer and of the mean, and the sums for the BatchNorm before.
 
-    sums [N, T, NUM_SUMS, C]: grad_gate, or with NUM_SUMS of 5 also grad_shift, slope, grad_scale and centred_slope, see
+    sums [N, T, NUM_SUMS, C]: grad_gate, or with NUM_SUMS of 5 also grad_shift, grad_scale, slope and centred_slope, see
         :func:`~effnet_kernels.backends.triton.kernels.pointwise.pointwise_conv_backward_data_kernel`.
     gate [N, C], hidden [N, S], w1 [S, C], w2 [C, S].
 
@@ -190,8 +190,8 @@ def excite_backward_kernel(
         if NUM_SUMS == 5:
             gate = tl.load(gate_ptr + sample * C + channels, mask=inside, other=0.0)  # [BLOCK_C]
             grad_shift = sum_of_partials(sums_ptr + C, T, NUM_SUMS * C, channels, inside)
-            slope = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside)
-            grad_scale = sum_of_partials(sums_ptr + 3 * C, T, NUM_SUMS * C, channels, inside)
+            grad_scale = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside)
+            slope = sum_of_partials(sums_ptr + 3 * C, T, NUM_SUMS * C, channels, inside)
             centred_slope = sum_of_partials(sums_ptr + 4 * C, T, NUM_SUMS * C, channels, inside)
             out = norm_sums_ptr + sample * 2 * C + channels
             tl.store(out, gate * grad_shift + offset * slope, mask=inside)

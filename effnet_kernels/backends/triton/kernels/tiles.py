@@ -25,15 +25,18 @@ def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_norm(grad_ptr, y, offsets, mask, gate, keep, offset, scale, shift, ACT: tl.constexpr):
+def gradient_of_norm(grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT: tl.constexpr):
     """dz of :class:`~effnet_kernels.fusion.spec.OutputGradient` on a tile of rows by channels, [BLOCK_M, BLOCK_C].
 
     grad: a map [R, C], read at ``offsets`` and ``mask`` [BLOCK_M, BLOCK_C], or None for zeros.
     y: the raw output's values, [BLOCK_M, BLOCK_C].
-    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. keep: a scalar.
+    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. drop_path_scale: a scalar.
     """
     if grad_ptr is not None:
-        dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * (gate * keep)[None, :] + offset[None, :]
+        dz = (
+            tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * (gate * drop_path_scale)[None, :]
+            + offset[None, :]
+        )
     else:
         dz = tl.zeros(y.shape, tl.float32) + offset[None, :]
     if ACT != "none":

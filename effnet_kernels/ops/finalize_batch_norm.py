@@ -9,7 +9,7 @@ from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.ops.checks import any_requires_grad, check_shape, check_tensor, fits_kernels
 
 
-def fold_batch_norm(
+def finalize_batch_norm(
     stats: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -65,7 +65,7 @@ def fold_batch_norm(
     ):
         backend = "reference"
     partials = stats[None] if backend == "reference" else stats.contiguous()[None]
-    folded = primitives_of(backend).fold_batch_norm(partials, *vectors, momentum, eps, skip_nonfinite_statistics)
+    folded = primitives_of(backend).finalize_batch_norm(partials, *vectors, momentum, eps, skip_nonfinite_statistics)
     if backend != "reference" and running_mean is not None and running_var is not None:
         # A kernel's writes are invisible to autograd unless it is told.
         torch.autograd.graph.increment_version([running_mean, running_var])

@@ -5,23 +5,23 @@ from torch import Tensor
 
 from effnet_kernels.backends.triton.configs import target_of
 from effnet_kernels.backends.triton.configs.elementwise import stream
-from effnet_kernels.backends.triton.kernels.merge import merge_kernel
+from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
 from effnet_kernels.backends.triton.launch import channel_divisor, launcher
 from effnet_kernels.fusion.spec import Prologue
 
-launch_merge = launcher(merge_kernel)
+launch_bn_act_add = launcher(bn_act_add_kernel)
 
 
-def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor | None) -> Tensor:
-    """``keep[n] * act(scale * x + shift) * gate + residual``: [N, C, H, W] to the same."""
+def bn_act_add(x: Tensor, prologue: Prologue, residual: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
+    """``drop_path_scale[n] * act(scale * x + shift) * gate + residual``: [N, C, H, W] to the same."""
     samples, channels, height, width = x.shape
-    by_sample = prologue.gate is not None or keep is not None
+    by_sample = prologue.gate is not None or drop_path_scale is not None
     groups, rows = (samples, height * width) if by_sample else (1, samples * height * width)
     config = stream(groups, rows, channels, target_of(x))
     out = torch.empty_like(x, memory_format=torch.channels_last)
     scale, shift, act, gate, statistics = prologue
     divisor = channel_divisor(channels)
-    launch_merge(
+    launch_bn_act_add(
         (config.num_programs, -(-channels // config.block_c), groups),
         x_ptr=x,
         scale_ptr=scale,
@@ -29,7 +29,7 @@ def merge(x: Tensor, prologue: Prologue, residual: Tensor | None, keep: Tensor |
         mean_ptr=None if statistics is None else statistics.mean,
         var_ptr=None if statistics is None else statistics.var,
         gate_ptr=gate,
-        keep_ptr=keep,
+        drop_path_scale_ptr=drop_path_scale,
         residual_ptr=residual,
         out_ptr=out,
         rows=rows,

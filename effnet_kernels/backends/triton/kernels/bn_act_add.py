@@ -1,4 +1,4 @@
-"""The kernel of :mod:`effnet_kernels.backends.triton.merge`."""
+"""The kernel of :mod:`effnet_kernels.backends.triton.bn_act_add`."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ from effnet_kernels.backends.triton.kernels.tiles import load_row
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])
-def merge_kernel(
+def bn_act_add_kernel(
     x_ptr,
     scale_ptr,
     shift_ptr,
     mean_ptr,
     var_ptr,
     gate_ptr,
-    keep_ptr,
+    drop_path_scale_ptr,
     residual_ptr,
     out_ptr,
     rows,
@@ -26,12 +26,12 @@ def merge_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = keep * act(scale * x + shift) * gate + residual.
+    """out = drop_path_scale * act(scale * x + shift) * gate + residual.
 
     R = G * rows: G groups of ``rows`` rows (pixels), the samples if a factor is by sample, else the whole batch.
 
     Maps: x, residual and out [R, C].
-    Vectors: scale, shift, mean and var [C], see :func:`load_affine`; gate [G, C], keep [G].
+    Vectors: scale, shift, mean and var [C], see :func:`load_affine`; gate [G, C], drop_path_scale [G].
     """
     C = c_quotient * C_DIVISOR
     group = tl.program_id(2)
@@ -39,8 +39,8 @@ def merge_kernel(
     inside = channels < C
     scale, shift = load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, inside)  # [BLOCK_C]
     factor = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
-    if keep_ptr is not None:
-        factor *= tl.load(keep_ptr + group).to(tl.float32)
+    if drop_path_scale_ptr is not None:
+        factor *= tl.load(drop_path_scale_ptr + group).to(tl.float32)
     base = group.to(tl.int64) * rows
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         start = tile.to(tl.int64) * BLOCK_M

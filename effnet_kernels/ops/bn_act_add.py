@@ -14,19 +14,19 @@ from effnet_kernels.ops.checks import (
     contiguous,
     fits_kernels,
 )
-from effnet_kernels.ops.functions import Merge
+from effnet_kernels.ops.functions import BnActAdd
 
 
-def merge(
-    x: Tensor, prologue: Prologue | None = None, residual: Tensor | None = None, keep: Tensor | None = None
+def bn_act_add(
+    x: Tensor, prologue: Prologue | None = None, residual: Tensor | None = None, drop_path_scale: Tensor | None = None
 ) -> Tensor:
-    """The output of a block: ``keep[n] * act(scale * x + shift) * gate + residual``, [N, C, H, W] in x's dtype.
+    """The output of a block: ``drop_path_scale[n] * act(scale * x + shift) * gate + residual``, in x's dtype.
 
     Args:
         x: [N, C, H, W], the raw output of the block's last convolution.
         prologue: what is applied to it on load.
         residual: [N, C, H, W], the block's input.
-        keep: [N], the stochastic-depth factor of each sample: 0, or 1 / survival probability.
+        drop_path_scale: [N], the stochastic-depth factor of each sample: 0, or 1 / survival probability.
 
     Raises TypeError or ValueError for a dtype, shape or device that does not fit.
     Source: Huang et al. 2016 (stochastic depth), section 3.
@@ -34,18 +34,19 @@ def merge(
     check_map(x)
     check_prologue(prologue, x)
     check_shape(residual, tuple(x.shape), "residual", x)
-    check_shape(keep, (x.shape[0],), "keep", x)
+    check_shape(drop_path_scale, (x.shape[0],), "drop_path_scale", x)
     prologue = prologue or Prologue()
-    recorded = any_requires_grad(x, residual, keep, *prologue)
-    fits = fits_kernels(x, prologue, None, residual, keep)
-    if recorded and (prologue.gate is not None or any_requires_grad(keep)):
+    recorded = any_requires_grad(x, residual, drop_path_scale, *prologue)
+    fits = fits_kernels(x, prologue, None, residual, drop_path_scale)
+    if recorded and (prologue.gate is not None or any_requires_grad(drop_path_scale)):
         fits = False
     backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         x, residual = as_map(x), None if residual is None else as_map(residual)
-        keep, prologue = None if keep is None else as_contiguous(keep), contiguous(prologue)
+        drop_path_scale = None if drop_path_scale is None else as_contiguous(drop_path_scale)
+        prologue = contiguous(prologue)
         if recorded:
             scale, shift, act, _, _ = prologue
-            return Merge.apply(primitives, x, scale, shift, residual, keep, act)
-    return primitives.merge(x, prologue, residual, keep)
+            return BnActAdd.apply(primitives, x, scale, shift, residual, drop_path_scale, act)
+    return primitives.bn_act_add(x, prologue, residual, drop_path_scale)
