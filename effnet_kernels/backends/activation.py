@@ -15,6 +15,14 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "hardswish": F.hardswish,
 }
+_aten = torch.ops.aten
+_ACTIVATIONS_BACKWARD: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda grad, x: grad,
+    "silu": lambda grad, x: _aten.silu_backward(grad, x),
+    "relu": lambda grad, x: _aten.threshold_backward(grad, x, 0),
+    "relu6": lambda grad, x: _aten.hardtanh_backward(grad, x, 0, 6),
+    "hardswish": lambda grad, x: _aten.hardswish_backward(grad, x),
+}
 
 
 def activate(x: Tensor, act: Activation) -> Tensor:
@@ -24,14 +32,7 @@ def activate(x: Tensor, act: Activation) -> Tensor:
 
 def activation_backward(grad: Tensor, x: Tensor, act: Activation) -> Tensor:
     """``grad * act'(x)``, elementwise: the gradient of x from that of ``act(x)``, as autograd has it."""
-    aten = torch.ops.aten
-    if act == "silu":
-        return aten.silu_backward(grad, x)
-    if act == "relu":
-        return aten.threshold_backward(grad, x, 0)
-    if act == "relu6":
-        return aten.hardtanh_backward(grad, x, 0, 6)
-    return aten.hardswish_backward(grad, x) if act == "hardswish" else grad
+    return _ACTIVATIONS_BACKWARD[act](grad, x)
 
 
 def gate_of(logits: Tensor, gate: Gate) -> Tensor:

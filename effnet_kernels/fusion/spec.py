@@ -10,17 +10,17 @@ beforehand, norm and activation are the epilogue of the convolution before, appl
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
 Activation = Literal["none", "silu", "relu", "relu6", "hardswish"]
-ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "relu", "relu6", "hardswish")
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 Gate = Literal["sigmoid", "hardsigmoid"]
 """How squeeze-and-excitation makes its gate of a number; the hard one is ``relu6(z + 3) / 6``."""
-GATES: tuple[Gate, ...] = ("sigmoid", "hardsigmoid")
+GATES: tuple[Gate, ...] = get_args(Gate)
 
 Padding = tuple[int, int, int, int]
 """Zeros added on the (left, right, top, bottom), in the order of ``torch.nn.functional.pad``."""
@@ -106,7 +106,7 @@ SUMS_OF_NORM, SUMS_OF_SLOPES = slice(1, 3), slice(3, 5)
 Reduction = Literal["none", "statistics", "pool"]
 """What a convolution returns beside its output: nothing, the [3, C] statistics (count, mean, M2) of its raw output
 (training), or the [N, C] spatial mean of its activated output (inference)."""
-REDUCTIONS: tuple[Reduction, ...] = ("none", "statistics", "pool")
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 LayerKind = Literal["pointwise", "depthwise", "dense"]

@@ -62,6 +62,7 @@ EFFNET_INLINE void differentiate(F<L> z, F<L>& u, F<L>& s) {
     u = activated<A, L>(z);
     s = z <= -3.0f ? zero : (z < 3.0f ? z * (1.0f / 3.0f) + 0.5f : one);
   } else {
+    static_assert(A == Activation::none, "an activation without a derivative");
     u = z;
     s = one;
   }

@@ -23,6 +23,8 @@ def activate(z, ACT: tl.constexpr):
         z = tl.minimum(tl.maximum(z, 0.0), 6.0)
     elif ACT == "hardswish":
         z = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    else:
+        tl.static_assert(ACT == "none")
     return z
 
 
@@ -44,6 +46,7 @@ def activate_and_differentiate(z, ACT: tl.constexpr):
         inner = tl.where(z < 3.0, z * (1.0 / 3.0) + 0.5, 1.0)
         derivative = tl.where(z <= -3.0, 0.0, inner)
     else:
+        tl.static_assert(ACT == "none")
         u = z
         derivative = tl.full(z.shape, 1.0, tl.float32)
     return u, derivative
