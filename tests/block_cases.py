@@ -1,4 +1,4 @@
-"""Blocks of every kind, and what a backend makes of them against the textbook modules."""
+"""Blocks of every kind, and what a backend makes of them against the eager modules."""
 
 import copy
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def lukemelas_block() -> nn.Module:
     return EfficientNet.from_name("efficientnet-b0")._blocks[2]
 
 
-PEERS_BLOCKS = {
+THIRD_PARTY_BLOCKS = {
     "torchvision": (lambda: accelerate(torchvision_block()), (4, 16, 7, 7)),
     "timm": (lambda: accelerate(timm_block()), (1, 16, 14, 15)),
     "efficientnet_pytorch": (lambda: accelerate(lukemelas_block()), (1, 24, 7, 7)),
@@ -91,8 +91,8 @@ def run(block: nn.Module, x: Tensor, grad: Tensor | None, backend: str) -> tuple
 def compare(
     name: str, backend: str, channels_last: Callable[..., Tensor], dtype: torch.dtype, training: bool, with_grad: bool
 ) -> None:
-    """A block against the textbook modules in float64: the output, every gradient, the running statistics."""
-    make, shape = (BLOCKS | PEERS_BLOCKS)[name]
+    """A block against the eager modules in float64: the output, every gradient, the running statistics."""
+    make, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
     block = randomize(make()).train(training)
     x = channels_last(*shape, dtype=dtype)
     # Parameters stay float32 with lower-precision maps, as under autocast; torch itself wants them alike.
@@ -129,7 +129,7 @@ def check_nonfinite_batches(
         block.conv.weight[:8, 0] = 1.0
     assert block.skip_nonfinite_statistics is False
     block.skip_nonfinite_statistics = skip
-    textbook, before = copy.deepcopy(block), copy.deepcopy(block)
+    eager, before = copy.deepcopy(block), copy.deepcopy(block)
     x = channels_last(2, 8, 5, 5)
     # Its square overflows, and so does the variance of the channels that read it.
     x[0, 0, 0, 0] = 1e25
@@ -137,12 +137,12 @@ def check_nonfinite_batches(
     with torch.no_grad(), select.use_backend(backend):
         layer(x)
     with torch.no_grad(), select.use_backend("torch"):
-        textbook(x)
-    overflows = ~textbook.norm.running_var.isfinite()
+        eager(x)
+    overflows = ~eager.norm.running_var.isfinite()
     assert overflows[:8].all()
     assert not overflows[8:].any()
-    kept = before if skip else textbook
-    for ours, whole, finite in zip(block.norm.buffers(), kept.norm.buffers(), textbook.norm.buffers(), strict=True):
+    kept = before if skip else eager
+    for ours, whole, finite in zip(block.norm.buffers(), kept.norm.buffers(), eager.norm.buffers(), strict=True):
         if ours.dim() == 0:
             assert ours == 1
             continue

@@ -18,9 +18,9 @@ from torch import nn
 import effnet_kernels as ek
 from effnet_kernels.interop.accelerate import Accelerated
 
-tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'peers'")
-timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'peers'")
-lukemelas = pytest.importorskip("efficientnet_pytorch", reason="accelerates its networks, the extra 'peers'")
+tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'third-party'")
+timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'third-party'")
+lukemelas = pytest.importorskip("efficientnet_pytorch", reason="accelerates its networks, the extra 'third-party'")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from block_cases import BLOCKS, PEERS_BLOCKS
+from block_cases import BLOCKS, THIRD_PARTY_BLOCKS
 from conftest import randomize
 from native_cases import needs_native
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def smoke_paths() -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
     """Calls that are made ready under torch's own settings and then made under others."""
 
     def block(name: str, run: Callable) -> Callable:
-        builder, shape = (BLOCKS | PEERS_BLOCKS)[name]
+        builder, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
         return lambda: partial(run, randomize(builder()), torch.randn(shape))
 
     def vectors() -> list[Tensor]:
@@ -107,7 +107,7 @@ def smoke_paths() -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
         "engine, frozen there": lambda: partial(lambda m, x: infer(ek.freeze(m), x), network(), torch.randn(image)),
         "operators": lambda: partial(operators, vectors(), torch.randn(2, 8, 5, 6)),
     }
-    for name in BLOCKS | PEERS_BLOCKS:
+    for name in BLOCKS | THIRD_PARTY_BLOCKS:
         # What stochastic depth draws is drawn in the input's dtype.
         paths[f"{name}, training"] = block(name, train)
         paths[f"{name}, inference"] = block(name, infer)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from block_cases import BLOCKS, PEERS_BLOCKS
+from block_cases import BLOCKS, THIRD_PARTY_BLOCKS
 from conftest import assert_close, assert_gradients_close, randomize
 from native_cases import needs_native
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def calls() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
-    return BLOCKS | PEERS_BLOCKS | {"head, pooled": (lambda: Pooled(BLOCKS["head"][0]()), BLOCKS["head"][1])}
+    return BLOCKS | THIRD_PARTY_BLOCKS | {"head, pooled": (lambda: Pooled(BLOCKS["head"][0]()), BLOCKS["head"][1])}
 
 
 class Pooled(nn.Module):

@@ -31,9 +31,9 @@ def small(**options):
 
 def pair():
     """The same small network of ours and torchvision's, with the same weights."""
-    peer = pytest.importorskip("torchvision.models.efficientnet", reason="compares with torchvision")
+    third_party = pytest.importorskip("torchvision.models.efficientnet", reason="compares with torchvision")
     ours = small()
-    theirs = peer.EfficientNet([peer.MBConvConfig(*row, 1.0, 1.0) for row in ROWS], 0.2, num_classes=10)
+    theirs = third_party.EfficientNet([third_party.MBConvConfig(*row, 1.0, 1.0) for row in ROWS], 0.2, num_classes=10)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

@@ -19,20 +19,20 @@ QUICK = ["bench", "--resolution", "32", "--rounds", "1", "--threads", "1"]
 
 @pytest.fixture(autouse=True)
 def _peers() -> None:
-    pytest.importorskip("torchvision", reason="compares with torchvision, the extra 'peers'")
+    pytest.importorskip("torchvision", reason="compares with torchvision, the extra 'third-party'")
 
 
 def test_rows(monkeypatch):
     monkeypatch.setitem(bench.BASELINES, "openvino", "no_such_module")
     engines = [bench.OURS, CHANNELS_LAST, "openvino"]
     comparison = bench.compare("efficientnet_b0", 2, 32, 1, engines, rounds=1)
-    ours, peer, absent = comparison.rows
+    ours, third_party, absent = comparison.rows
     assert [row.engine for row in comparison.rows] == engines
     assert ours.ratio == 1
-    assert peer.ratio == peer.milliseconds / ours.milliseconds
+    assert third_party.ratio == third_party.milliseconds / ours.milliseconds
     assert 0 <= ours.error <= bench.TOLERANCE
     assert absent == bench.Row("openvino", missing="skipped: no_such_module is not installed")
-    assert comparison.fastest_baseline() == peer
+    assert comparison.fastest_baseline() == third_party
     table = str(comparison).splitlines()
     assert table[0] == "efficientnet_b0 at 32, batch 2, 1 threads, float32"
     assert [line.split()[0] for line in table[2:]] == [bench.OURS, "torchvision", "openvino"]
@@ -46,7 +46,7 @@ def test_workers_import_the_package_that_runs(monkeypatch, tmp_path):
 
 
 def test_timm_where_torchvision_has_no_such_network():
-    pytest.importorskip("timm", reason="compares with timm, the extra 'peers'")
+    pytest.importorskip("timm", reason="compares with timm, the extra 'third-party'")
     assert bench.engines_of("efficientnet_lite0")[1:3] == ("timm accelerated", "timm channels-last")
     (row,) = bench.compare("efficientnet_lite0", 1, 64, 1, [bench.OURS], rounds=1).rows
     assert row.error <= bench.TOLERANCE

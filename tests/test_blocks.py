@@ -1,4 +1,4 @@
-"""Blocks on the operators against the textbook block: forward, every gradient, running statistics."""
+"""Blocks on the operators against the eager block: forward, every gradient, running statistics."""
 
 import copy
 from functools import partial
@@ -86,22 +86,22 @@ def test_every_activation(act):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_cumulative_momentum_and_counts(backend, momentum):
     block = mbconv(norm_layer=partial(nn.BatchNorm2d, momentum=momentum)).train()
-    textbook = copy.deepcopy(block)
+    eager = copy.deepcopy(block)
     for step in range(3):
         x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(step))
         with ek.use_backend(backend):
             block(x)
         with ek.use_backend("torch"):
-            textbook(x)
+            eager(x)
     assert int(block.block[0][1].num_batches_tracked) == 3 + 0
-    assert_buffers_close(block, textbook)
+    assert_buffers_close(block, eager)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_in_float64(momentum, compiled):
     block = mbconv(norm_layer=partial(nn.BatchNorm2d, momentum=momentum)).train().double()
-    textbook = copy.deepcopy(block)
+    eager = copy.deepcopy(block)
     torch.compiler.reset()
     layer = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
     for _ in range(3):
@@ -109,8 +109,8 @@ def test_running_statistics_in_float64(momentum, compiled):
         with ek.use_backend("reference"), torch.no_grad():
             layer(x)
         with ek.use_backend("torch"):
-            textbook(x)
-    assert_buffers_close(block, textbook, 1e-13)
+            eager(x)
+    assert_buffers_close(block, eager, 1e-13)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -247,7 +247,7 @@ def test_a_global_hook_fires_for_inner_modules():
 
 
 def test_stochastic_depth_draws_as_torchvision_does():
-    tv_ops = pytest.importorskip("torchvision.ops", reason="compares with torchvision, the extra 'peers'")
+    tv_ops = pytest.importorskip("torchvision.ops", reason="compares with torchvision, the extra 'third-party'")
     x = torch.randn(64, 3, 2, 2)
     for mode in ("row", "batch"):
         torch.manual_seed(3)

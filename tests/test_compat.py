@@ -12,7 +12,7 @@ from effnet_kernels.models.weights.convert import load_checkpoint
 CHEAP = {"width_coefficient": 0.5, "depth_coefficient": 0.4}
 
 
-def peer():
+def third_party():
     return pytest.importorskip("efficientnet_pytorch", reason="compares with efficientnet_pytorch").EfficientNet
 
 
@@ -38,7 +38,7 @@ def image(channels=3, size=224):
 )
 def test_from_name_is_theirs(overrides):
     overrides = {**CHEAP, **overrides}
-    theirs = randomize(peer().from_name("efficientnet-b0", **overrides)).eval()
+    theirs = randomize(third_party().from_name("efficientnet-b0", **overrides)).eval()
     ours = ek.EfficientNet.from_name("efficientnet-b0", **overrides).eval()
     load_checkpoint(ours, theirs.state_dict())
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
@@ -52,7 +52,7 @@ def test_from_name_is_theirs(overrides):
 @pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b1", "efficientnet-b4", "efficientnet-b8"])
 def test_names_are_theirs(name):
     with torch.device("meta"):
-        theirs = peer().from_name(name)
+        theirs = third_party().from_name(name)
         ours = ek.EfficientNet.from_name(name)
     assert sorted(tuple(p.shape) for p in ours.parameters()) == sorted(tuple(p.shape) for p in theirs.parameters())
     assert {(n.eps, round(n.momentum, 6)) for n in norms(ours)} == {(1e-3, 0.01)}
@@ -65,7 +65,7 @@ def test_lite_names():
 
 
 def test_the_default_network_is_b0():
-    theirs = randomize(peer().from_name("efficientnet-b0")).eval()
+    theirs = randomize(third_party().from_name("efficientnet-b0")).eval()
     ours = ek.EfficientNet.from_name("efficientnet-b0").eval()
     load_checkpoint(ours, theirs.state_dict())
     x = image()
@@ -74,7 +74,7 @@ def test_the_default_network_is_b0():
 
 
 def test_drop_connect_rate_is_the_last_blocks_limit():
-    theirs = peer().from_name("efficientnet-b0", **CHEAP, drop_connect_rate=0.6)
+    theirs = third_party().from_name("efficientnet-b0", **CHEAP, drop_connect_rate=0.6)
     ours = ek.EfficientNet.from_name("efficientnet-b0", **CHEAP, drop_connect_rate=0.6)
     blocks = len(theirs._blocks)
     expected = [0.6 * index / blocks for index in range(blocks)]
@@ -83,7 +83,7 @@ def test_drop_connect_rate_is_the_last_blocks_limit():
 
 
 def test_include_top_false_gives_pooled_features():
-    theirs = randomize(peer().from_name("efficientnet-b0", **CHEAP)).eval()
+    theirs = randomize(third_party().from_name("efficientnet-b0", **CHEAP)).eval()
     ours = ek.EfficientNet.from_name("efficientnet-b0", include_top=False, **CHEAP).eval()
     load_checkpoint(ours, theirs.state_dict())
     x = image()
@@ -104,7 +104,7 @@ def test_from_name_keeps_the_callers_class_and_overrides():
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_from_pretrained_with_a_file_is_theirs(suffix, tmp_path):
-    theirs = randomize(peer().from_name("efficientnet-b0", **CHEAP)).eval()
+    theirs = randomize(third_party().from_name("efficientnet-b0", **CHEAP)).eval()
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save(theirs.state_dict(), path)
@@ -118,7 +118,7 @@ def test_from_pretrained_with_a_file_is_theirs(suffix, tmp_path):
 
 
 def test_from_pretrained_leaves_a_new_classifier_and_stem_alone(tmp_path):
-    theirs = randomize(peer().from_name("efficientnet-b0", **CHEAP))
+    theirs = randomize(third_party().from_name("efficientnet-b0", **CHEAP))
     path = tmp_path / "weights.pth"
     torch.save(theirs.state_dict(), path)
     torch.manual_seed(5)

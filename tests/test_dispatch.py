@@ -105,7 +105,7 @@ def test_the_environment_forces_a_backend_too():
     assert wrong.returncode != 0
 
 
-def test_importing_brings_in_no_peer_no_gpu_runtime_no_compiler_and_no_network():
+def test_importing_brings_in_no_third_party_no_gpu_runtime_no_compiler_and_no_network():
     code = """
 import sys, socket, subprocess, torch
 before = set(sys.modules)

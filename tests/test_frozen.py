@@ -298,8 +298,8 @@ def test_models_that_it_refuses(monkeypatch):
         ek.freeze(small())
 
 
-def peer(package: str, name: str, **options) -> nn.Module:
-    module = pytest.importorskip(package, reason="freezes its networks, the extra 'peers'")
+def third_party(package: str, name: str, **options) -> nn.Module:
+    module = pytest.importorskip(package, reason="freezes its networks, the extra 'third-party'")
     torch.manual_seed(0)
     if package == "torchvision.models":
         model = getattr(module, name)(**options)
@@ -328,7 +328,7 @@ def peer(package: str, name: str, **options) -> nn.Module:
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_networks_of_other_packages(package, name, accelerated):
     """Each keeps its own padding: efficientnet_pytorch's is for the nominal size, whatever an image's is."""
-    model = peer(package, name)
+    model = third_party(package, name)
     images = [torch.randn(2, 3, *size) for size in ((64, 64), (65, 98))]
     with torch.inference_mode():
         expected = [model(x) for x in images]
@@ -340,12 +340,12 @@ def test_networks_of_other_packages(package, name, accelerated):
 def test_feature_maps_of_other_packages():
     x = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
-        maps, model = peer("timm", "efficientnet_b0", features_only=True), peer("timm", "efficientnet_b0")
+        maps, model = third_party("timm", "efficientnet_b0", features_only=True), third_party("timm", "efficientnet_b0")
         maps.load_state_dict(model.state_dict(), strict=False)
         for engine in (ek.freeze(maps), ek.freeze(model, features_only=True)):
             for actual, expected in zip(engine(x), maps(x), strict=True):
                 assert_close(actual, expected)
-        model = peer("efficientnet_pytorch", "efficientnet-b0")
+        model = third_party("efficientnet_pytorch", "efficientnet-b0")
         expected = list(model.extract_endpoints(x).values())[:5]
         for actual, y in zip(ek.freeze(model, features_only=True)(x), expected, strict=True):
             assert_close(actual, y)
@@ -374,7 +374,7 @@ def test_a_cut_backbone_is_refused_by_name():
 
 
 def test_parts_of_other_packages_that_it_refuses():
-    model = peer("timm", "efficientnet_b0")
+    model = third_party("timm", "efficientnet_b0")
     model.blocks[2][0].bn2.act = nn.GELU()
     with pytest.raises(ValueError, match=r"blocks\.2\.0: bn2\.act is a GELU|blocks\.2\.0: act is a GELU"):
         ek.freeze(model)
@@ -382,9 +382,9 @@ def test_parts_of_other_packages_that_it_refuses():
 
 def test_networks_without_a_classifier():
     x = torch.randn(2, 3, 64, 64)
-    model = peer("efficientnet_pytorch", "efficientnet-b0", include_top=False)
+    model = third_party("efficientnet_pytorch", "efficientnet-b0", include_top=False)
     assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
     assert ek.freeze(model)(x).shape == (2, 1280, 1, 1)
     assert len(ek.freeze(model, features_only=True)(x)) == 5
-    model = peer("timm", "efficientnet_b0", num_classes=0, global_pool="")
+    model = third_party("timm", "efficientnet_b0", num_classes=0, global_pool="")
     assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE

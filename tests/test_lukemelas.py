@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from conftest import assert_close, calibrate, copies, relative_rms
-from test_compat import CHEAP, image, peer
+from test_compat import CHEAP, image, third_party
 from torch import nn
 
 import effnet_kernels as ek
@@ -83,7 +83,7 @@ def test_their_endpoints(net, size):
 
 
 def both(size=64, **overrides):
-    theirs = calibrate(peer().from_name("efficientnet-b0", image_size=size, **{**CHEAP, **overrides}), size)
+    theirs = calibrate(third_party().from_name("efficientnet-b0", image_size=size, **{**CHEAP, **overrides}), size)
     ours = ek.EfficientNet.from_name("efficientnet-b0", image_size=size, **{**CHEAP, **overrides}).eval()
     load_checkpoint(ours, theirs.state_dict())
     return ours, theirs
@@ -110,7 +110,7 @@ def test_global_params_are_theirs(overrides):
 
 @pytest.mark.parametrize("name", [f"efficientnet-{number}" for number in ("b0", "b3", "b7", "b8", "l2")])
 def test_image_sizes_are_theirs(name):
-    assert ek.EfficientNet.get_image_size(name) == peer().get_image_size(name)
+    assert ek.EfficientNet.get_image_size(name) == third_party().get_image_size(name)
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b9", "resnet50", None])

@@ -385,7 +385,7 @@ def test_a_lukemelas_checkpoint_in_a_symmetric_network_is_warned_of(tmp_path: Pa
     "given", ["IMAGENET1K_V1", "EfficientNet_B0_Weights.DEFAULT", "DEFAULT", None, "V9", "", 3, []]
 )
 def test_members_are_verified_as_torchvisions_are(given):
-    theirs = pytest.importorskip("torchvision.models", reason="compares with torchvision, the extra 'peers'")
+    theirs = pytest.importorskip("torchvision.models", reason="compares with torchvision, the extra 'third-party'")
     enums = ek.EfficientNet_B0_Weights, theirs.EfficientNet_B0_Weights
     outcomes = []
     for enum in enums:

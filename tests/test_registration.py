@@ -45,14 +45,14 @@ def train(model: nn.Module, run, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
     model = network().double().train(training)
-    textbook = copy.deepcopy(model)
+    eager = copy.deepcopy(model)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     x = torch.randn(3, 3, 33, 30, dtype=torch.float64)
     with select.use_backend("torch"):
-        expected = train(textbook, textbook, x)
+        expected = train(eager, eager, x)
     torch.testing.assert_close(train(model, run, x), expected, rtol=1e-9, atol=1e-9)
-    assert_gradients_close(model, textbook)
-    assert_buffers_close(model, textbook)
+    assert_gradients_close(model, eager)
+    assert_buffers_close(model, eager)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.9 compiles is_exporting() to True")

@@ -8,7 +8,7 @@ from conftest import assert_buffers_close, assert_close, assert_gradients_close,
 
 import effnet_kernels as ek
 
-tv = pytest.importorskip("torchvision.models", reason="compares with torchvision, the extra 'peers'")
+tv = pytest.importorskip("torchvision.models", reason="compares with torchvision, the extra 'third-party'")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

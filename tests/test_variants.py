@@ -35,7 +35,7 @@ def test_parameter_counts(name):
 
 @pytest.mark.parametrize("name", ek.VARIANTS)
 def test_same_shapes_and_settings_as_timms(name):
-    timm = pytest.importorskip("timm", reason="compares with timm, the extra 'peers'")
+    timm = pytest.importorskip("timm", reason="compares with timm, the extra 'third-party'")
     plain = name.removeprefix("tf_").replace("efficientnet_v2_", "efficientnetv2_")
     # timm has V2-B only as TensorFlow's.
     tensorflow = name.startswith("tf_") or "v2_b" in name

@@ -1,7 +1,7 @@
 """Depthwise convolution, BatchNorm, SiLU and pooled mean of each B0 layer: the native kernel and torch's four passes.
 
 ``pytest benchmarks/ --benchmark-only``; a number is taken only after both agree. Medians of one process tell layers
-apart; ``effnet_kernels`` against its peers as whole networks is timed with a process for each.
+apart; ``effnet_kernels`` against the baselines as whole networks is timed with a process for each.
 """
 
 import pytest

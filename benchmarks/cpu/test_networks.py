@@ -1,4 +1,4 @@
-"""Frozen networks and the training step against each peer that is installed: a process each, asked in turn, medians.
+"""Frozen networks and the training step against the baselines installed: a process each, asked in turn, medians.
 
     pytest benchmarks/ --benchmark-only
 

@@ -6,7 +6,7 @@ from functools import partial
 import block_cases
 import pytest
 import torch
-from block_cases import BLOCKS, PEERS_BLOCKS, BatchNorm, mbconv, run
+from block_cases import BLOCKS, THIRD_PARTY_BLOCKS, BatchNorm, mbconv, run
 from conftest import assert_buffers_close, randomize
 from torch import nn
 
@@ -40,9 +40,9 @@ def test_inference_in_half_precision(name: str) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", PEERS_BLOCKS)
+@pytest.mark.parametrize("name", THIRD_PARTY_BLOCKS)
 def test_accelerated_blocks(name: str, training: bool) -> None:
-    pytest.importorskip(name, reason="accelerates its blocks, the extra 'peers'")
+    pytest.importorskip(name, reason="accelerates its blocks, the extra 'third-party'")
     compare(name, dtype=torch.float32, training=training, with_grad=training)
 
 
