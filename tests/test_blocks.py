@@ -179,7 +179,7 @@ def test_outputs_come_in_the_inputs_memory_format(backend):
         assert block(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
-def obstacles():
+def unknown_parts():
     def group_norm():
         return mbconv(norm_layer=lambda channels: nn.GroupNorm(4, channels))
 
@@ -207,9 +207,9 @@ def obstacles():
     }
 
 
-@pytest.mark.parametrize("name", obstacles())
+@pytest.mark.parametrize("name", unknown_parts())
 def test_what_the_operators_do_not_know_takes_the_module_path_and_says_so(name):
-    block = obstacles()[name]().eval()
+    block = unknown_parts()[name]().eval()
     x = torch.randn(2, 8, 6, 6)
     with ek.use_backend("reference"):
         (row,) = ek.explain(block, x)

@@ -89,7 +89,7 @@ def _checked(name: str) -> Backend:
 
 
 class Call(NamedTuple):
-    """What a decision needs to know of a call's input."""
+    """What a decision needs to know of a call's input; ``unusual`` is why no kernel takes an input like it, or None."""
 
     device: str
     dtype: torch.dtype
@@ -97,10 +97,11 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Call":
-        unusual = interception(x)
-        if unusual is None and x.dim() != 4:
+        """The facts of an input whose calls are not intercepted."""
+        unusual = None
+        if x.dim() != 4:
             unusual = f"the input has {x.dim()} dimensions, not 4"
-        if unusual is None and x.numel() == 0:
+        elif x.numel() == 0:
             unusual = "the batch is empty"
         return cls(x.device.type, x.dtype, unusual)
 

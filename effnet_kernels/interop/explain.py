@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels.backends import select
 from effnet_kernels.backends.select import Backend, Call
 from effnet_kernels.interop.accelerate import AcceleratedNetwork, why_left_alone
 from effnet_kernels.interop.blocks import adapter_of
@@ -48,7 +49,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         BackendError: a backend is forced that cannot run one of the layers.
     """
     rows = Explanation()
-    call = _call(model) if x is None else Call.of(x)
+    call = _call(model, x)
     for name, layer in _layers(model, ""):
         row: tuple[Backend, str]
         if isinstance(layer, FusedModule):
@@ -63,7 +64,10 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     return rows
 
 
-def _call(model: nn.Module) -> Call:
+def _call(model: nn.Module, x: Tensor | None) -> Call:
+    if x is not None:
+        intercepted = select.interception(x)
+        return Call.of(x) if intercepted is None else Call(x.device.type, x.dtype, intercepted)
     parameter = next(model.parameters(), None)
     if parameter is None:
         return Call("cpu", torch.float32, None)
