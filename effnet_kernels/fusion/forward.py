@@ -1,7 +1,7 @@
 """A chain's forward pass on a backend's primitives, which know no autograd: at inference and in training.
 
-Activations stay deferred within a chain: a convolution stores its raw output, and the norm, the activation and the gate
-behind it are the prologue of the next one. At the chain's end ``bn_act_add`` applies them once, with stochastic depth
+In training a convolution stores its raw output, and the norm, the activation and the gate behind it are the prologue of
+the next one. At the chain's end ``bn_act_add`` applies them once, with stochastic depth
 and the residual, or the map is pooled away.
 """
 
@@ -105,7 +105,7 @@ def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
 def forward(
     primitives: Primitives, chain: Chain, x: Tensor, drop_path_scale: Tensor | None
 ) -> tuple[Tensor, list[Saved]]:
-    """The chain with activations deferred, and what backward needs.
+    """The chain in training: its output, and what backward needs.
 
     x [N, C, H, W] in channels-last strides, ``drop_path_scale`` [N], to :func:`infer`'s output. Running statistics are
     updated where their norms track them.

@@ -1,4 +1,4 @@
-"""The depthwise convolution of a deferred activation."""
+"""The depthwise convolution, with a prologue and an epilogue."""
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def depthwise_conv(
     epilogue: Epilogue | None = None,
     reduction: Reduction = "none",
 ) -> tuple[Tensor, Tensor | None]:
-    """k x k depthwise convolution of a deferred activation.
+    """k x k depthwise convolution, with a prologue and an epilogue.
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64; channels-last is fastest.

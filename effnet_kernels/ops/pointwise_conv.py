@@ -1,4 +1,4 @@
-"""The 1x1 convolution of a deferred activation."""
+"""The 1x1 convolution, with a prologue and an epilogue."""
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def pointwise_conv(
     epilogue: Epilogue | None = None,
     reduction: Reduction = "none",
 ) -> tuple[Tensor, Tensor | None]:
-    """1x1 convolution of a deferred activation (the expand and project convolutions of MBConv).
+    """1x1 convolution, with a prologue and an epilogue (the expand and project convolutions of MBConv).
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64; channels-last is fastest.

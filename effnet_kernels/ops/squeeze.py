@@ -1,4 +1,4 @@
-"""The squeeze: a global average pool of a deferred activation."""
+"""The squeeze: a global average pool, with a prologue."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from effnet_kernels.ops.functions import Squeeze
 
 
 def squeeze(x: Tensor, prologue: Prologue | None = None) -> Tensor:
-    """Global average pool of a deferred activation: x [N, C, H, W] to [N, C] in fp32 (fp64 for fp64).
+    """Global average pool, with a prologue: x [N, C, H, W] to [N, C] in fp32 (fp64 for fp64).
 
     Raises TypeError or ValueError for a dtype, shape or device that does not fit.
     Source: Hu et al. 2018 (squeeze-and-excitation), equation 2.

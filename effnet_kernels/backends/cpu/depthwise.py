@@ -1,4 +1,4 @@
-"""Depthwise convolution of a deferred activation on the CPU, forward and backward."""
+"""Depthwise convolution with a prologue on the CPU, forward and backward."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Pointwise (1x1) convolution of a deferred activation on the CPU, forward and backward."""
+"""Pointwise (1x1) convolution with a prologue on the CPU, forward and backward."""
 
 from torch import Tensor
 

@@ -29,7 +29,7 @@ from effnet_kernels.fusion.spec import (
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
-    """Partial sums over pixels of the deferred activation, times ``factor`` [N, C, H, W]: [N, T, C]."""
+    """Partial sums over pixels of the activation, times ``factor`` [N, C, H, W]: [N, T, C]."""
     samples, channels, height, width = x.shape
     partition = extension().partition_pixels(samples, height * width, True)
     sums = empty(samples, partition[3], channels)
