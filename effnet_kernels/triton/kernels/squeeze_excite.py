@@ -176,7 +176,7 @@ def excite_backward_kernel(
         weight_mask = inside[:, None] & (s < S)[None, :]  # [BLOCK_C, BLOCK_S]
         w2 = tl.load(w2_ptr + channels[:, None] * S + s[None, :], mask=weight_mask, other=0.0).to(tl.float32)
         grad_active += tl.sum(w2 * grad_logits[:, None], axis=0)
-    hidden = tl.load(hidden_ptr + sample * S + s, mask=s < S, other=0.0)
+    hidden = tl.load(hidden_ptr + sample * S + s, mask=s < S, other=0.0)  # [BLOCK_S]
     _, derivative = activate_and_differentiate(hidden, ACT)  # [BLOCK_S]
     grad_hidden = grad_active * derivative  # [BLOCK_S]
     tl.store(grad_hidden_ptr + sample * S + s, grad_hidden, mask=(s < S) & (program == 0))
@@ -189,10 +189,10 @@ def excite_backward_kernel(
         tl.store(offset_ptr + sample * C + channels, offset, mask=inside)
         if NUM_SUMS == 5:
             gate = tl.load(gate_ptr + sample * C + channels, mask=inside, other=0.0)  # [BLOCK_C]
-            grad_shift = sum_of_partials(sums_ptr + C, T, NUM_SUMS * C, channels, inside)
-            slope = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside)
-            grad_scale = sum_of_partials(sums_ptr + 3 * C, T, NUM_SUMS * C, channels, inside)
-            centred_slope = sum_of_partials(sums_ptr + 4 * C, T, NUM_SUMS * C, channels, inside)
+            grad_shift = sum_of_partials(sums_ptr + C, T, NUM_SUMS * C, channels, inside)  # [BLOCK_C]
+            slope = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside)  # [BLOCK_C]
+            grad_scale = sum_of_partials(sums_ptr + 3 * C, T, NUM_SUMS * C, channels, inside)  # [BLOCK_C]
+            centred_slope = sum_of_partials(sums_ptr + 4 * C, T, NUM_SUMS * C, channels, inside)  # [BLOCK_C]
             out = norm_sums_ptr + sample * 2 * C + channels
             tl.store(out, gate * grad_shift + offset * slope, mask=inside)
             tl.store(out + C, gate * grad_scale + offset * centred_slope, mask=inside)
