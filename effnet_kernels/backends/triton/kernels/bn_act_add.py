@@ -47,8 +47,8 @@ def bn_act_add_kernel(
         row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
         mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        y = activate(x * scale[None, :] + shift[None, :], ACT) * factor[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        y = activate(x * scale[None, :] + shift[None, :], ACT) * factor[None, :]  # [BLOCK_M, BLOCK_C]
         if residual_ptr is not None:
             y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
