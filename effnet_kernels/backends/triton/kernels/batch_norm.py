@@ -34,8 +34,8 @@ def channel_statistics_kernel(
         mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
         y = tl.load(y_ptr + start * C + (row[:, None] * C + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
         tile_count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
-        tile_mean = tl.sum(y, axis=0) / tile_count
-        deviation = tl.where(mask, y - tile_mean[None, :], 0.0)
+        tile_mean = tl.sum(y, axis=0) / tile_count  # [BLOCK_C]
+        deviation = tl.where(mask, y - tile_mean[None, :], 0.0)  # [BLOCK_M, BLOCK_C]
         count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tl.sum(deviation * deviation, axis=0))
     out = partials_ptr + tl.program_id(0) * 3 * C + channels
     tl.store(out, tl.zeros([BLOCK_C], tl.float32) + count, mask=inside)
@@ -164,7 +164,7 @@ def merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P: tl.constexpr, 
     p = tl.arange(0, BLOCK_P)  # [BLOCK_P]
     count = tl.zeros([BLOCK_C], tl.float32)
     total = tl.zeros([BLOCK_C], tl.float32)
-    pivot = tl.load(partials_ptr + C + channels, mask=inside, other=0.0)
+    pivot = tl.load(partials_ptr + C + channels, mask=inside, other=0.0)  # [BLOCK_C]
     for start in range(0, P, BLOCK_P):
         mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
         at = partials_ptr + (start + p)[:, None] * (3 * C) + channels[None, :]  # [BLOCK_P, BLOCK_C]
@@ -172,7 +172,7 @@ def merged_moments(partials_ptr, P, C, channels, inside, BLOCK_P: tl.constexpr, 
         # Means are summed relative to one of them, so that a large mean costs no digits.
         total += tl.sum(n * (tl.load(at + C, mask=mask, other=0.0) - pivot[None, :]), axis=0)
         count += tl.sum(n, axis=0)
-    mean = pivot + total / count
+    mean = pivot + total / count  # [BLOCK_C]
     m2 = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
         mask = (start + p < P)[:, None] & inside[None, :]  # [BLOCK_P, BLOCK_C]
@@ -229,8 +229,8 @@ def finalize_batch_norm_kernel(
     if running_mean_ptr is not None:
         if batches_ptr is not None:
             momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
-        old_mean = tl.load(running_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-        old_var = tl.load(running_var_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        old_mean = tl.load(running_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_C]
+        old_var = tl.load(running_var_ptr + channels, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_C]
         variance = m2 / tl.maximum(count - 1.0, 1.0)
         # An empty batch moves nothing, as in torch.
         written = inside & (count > 0.0)
@@ -275,8 +275,8 @@ def finalize_batch_norm_backward_kernel(
         at = sums_ptr + (start + p)[:, None] * partial_stride + channels[None, :]  # [BLOCK_P, BLOCK_C]
         total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
         centred += tl.sum(tl.load(at + sum_stride, mask=mask, other=0.0), axis=0)
-    rstd = tl.load(rstd_ptr + channels, mask=inside, other=0.0)
-    mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)
+    rstd = tl.load(rstd_ptr + channels, mask=inside, other=0.0)  # [BLOCK_C]
+    mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)  # [BLOCK_C]
     alpha = rstd * load_vector(weight_ptr, channels, inside, 1.0)
     beta = tl.zeros([BLOCK_C], tl.float32)
     gamma = tl.zeros([BLOCK_C], tl.float32)

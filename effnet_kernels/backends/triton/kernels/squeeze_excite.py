@@ -176,7 +176,7 @@ def excite_backward_kernel(
         weight_mask = inside[:, None] & (s < S)[None, :]  # [BLOCK_C, BLOCK_S]
         w2 = tl.load(w2_ptr + channels[:, None] * S + s[None, :], mask=weight_mask, other=0.0).to(tl.float32)
         grad_active += tl.sum(w2 * grad_logits[:, None], axis=0)
-    hidden = tl.load(hidden_ptr + sample * S + s, mask=s < S, other=0.0)
+    hidden = tl.load(hidden_ptr + sample * S + s, mask=s < S, other=0.0)  # [BLOCK_S]
     _, derivative = activate_and_differentiate(hidden, ACT)  # [BLOCK_S]
     grad_hidden = grad_active * derivative  # [BLOCK_S]
     tl.store(grad_hidden_ptr + sample * S + s, grad_hidden, mask=(s < S) & (program == 0))
