@@ -126,7 +126,7 @@ def test_stochastic_depth_in_both_modes(mode: str) -> None:
     exact, input = copy.deepcopy(block).double(), x.double().requires_grad_()
     with select.use_backend("torch"):
         # The draws of the two dtypes differ.
-        drawn = block.stochastic_depth.keep(x)
+        drawn = block.stochastic_depth.drop_path_scale(x)
         exact.stochastic_depth.forward = lambda y: y * drawn.double().view(-1, 1, 1, 1)
         y = exact(input)
     y.backward(torch.linspace(-1, 1, y.numel()).double().reshape(y.shape))

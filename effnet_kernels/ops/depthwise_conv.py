@@ -66,8 +66,9 @@ def depthwise_conv(
     rows, columns = output_map(height, width, kernel, stride, pads)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (samples, channels, rows, columns))
+    fits = fits_kernels(x, prologue, epilogue, weight)
     prologue, epilogue = prologue or Prologue(), epilogue or Epilogue()
-    fits = prologue.gate is None and epilogue.residual is None and fits_kernels(x, prologue, epilogue, weight)
+    fits = fits and prologue.gate is None and epilogue.residual is None
     fits = fits and fits_reduction(reduction, x, None, weight, *prologue)
     backend = select.operator_backend(x) if fits else "reference"
     if not has_depthwise(backend, kernel, stride):

@@ -12,7 +12,16 @@ from torch import Tensor
 from effnet_kernels.backends.base import Primitives
 from effnet_kernels.backends.operands import as_contiguous, as_map
 from effnet_kernels.fusion.first_order import first_order
-from effnet_kernels.fusion.spec import Activation, Epilogue, Gate, OutputGradient, Padding, Prologue, Reduction
+from effnet_kernels.fusion.spec import (
+    Activation,
+    Epilogue,
+    Gate,
+    OutputGradient,
+    Padding,
+    PixelSums,
+    Prologue,
+    Reduction,
+)
 
 
 class PointwiseConv(torch.autograd.Function):
@@ -55,7 +64,7 @@ class PointwiseConv(torch.autograd.Function):
             gradient, weight, x, prologue, zero, None, not plain, needs_input, needs[1]
         )
         if sums is not None:
-            of_gate, of_shift, _, of_scale, _ = sums.sum(dim=1).unbind(1)  # [N, C] each
+            of_gate, of_shift, of_scale, _, _ = PixelSums(*sums.sum(dim=1).unbind(1))
             factor = torch.ones_like(of_gate) if gate is None else gate
             grad_gate = of_gate
             grad_shift, grad_scale = (factor * of_shift).sum(dim=0), (factor * of_scale).sum(dim=0)

@@ -55,8 +55,8 @@ def pointwise_conv(
     check_shape(bias, (weight.shape[0],), "bias", x)
     check_prologue(prologue, x)
     check_epilogue(epilogue, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
-    prologue, epilogue = prologue or Prologue(), epilogue or Epilogue()
     fits = fits_kernels(x, prologue, epilogue, weight, bias)
+    prologue, epilogue = prologue or Prologue(), epilogue or Epilogue()
     fits = fits and fits_reduction(reduction, x, epilogue.residual, weight, bias, *prologue)
     backend = select.operator_backend(x) if fits else "reference"
     primitives = primitives_of(backend)
