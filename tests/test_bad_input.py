@@ -326,7 +326,7 @@ BAD_PARTS = {
         lambda: ek.MBConv(ek.MBConvConfig(1, 3, 2, 8, 8, 1, padding="valid"), 0.0, nn.BatchNorm2d),
         "padding: expected 'symmetric' or 'same', got 'valid'",
     ),
-    "convolution activation": (lambda: ek.ConvBnAct(3, 8, activation="elu"), "expected one of none, silu.*got 'elu'"),
+    "convolution activation": (lambda: ek.ConvBnAct(3, 8, activation="tan"), "expected one of none, silu.*got 'tan'"),
     "groups": (lambda: ek.ConvBnAct(3, 8, groups=2), "divisible by groups"),
     "drop 2": (lambda: ek.StochasticDepth(2), "p: expected a probability between 0 and 1, got 2"),
     "drop nan": (lambda: ek.StochasticDepth(float("nan")), "p: expected a probability between 0 and 1, got nan"),

@@ -131,7 +131,7 @@ def output_gradient(y: Tensor, act: str) -> tuple[OutputGradient, Tensor]:
         *(t.detach() for t in (grad, y, coefficients, gate, drop_path_scale, offset, scale, shift)), act
     )
     leaf = y.detach().requires_grad_()
-    plain = {"none": lambda z: z, "silu": F.silu, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}[act]
+    plain = (lambda z: z) if act == "none" else getattr(F, act)
     z = scale.detach().view(-1, 1, 1) * leaf + shift.detach().view(-1, 1, 1)
     at_activation = grad * gate[:, :, None, None] * drop_path_scale.view(-1, 1, 1, 1) + offset[:, :, None, None]
     (dz,) = torch.autograd.grad(plain(z), z, at_activation.detach())

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 import effnet_kernels as ek
 from effnet_kernels.backends import select
+from effnet_kernels.fusion import inspection
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -254,3 +255,17 @@ def test_a_sequence_of_the_users_is_walked(backend: str) -> None:
         change(backbone)
         for actual, y in zip(backbone(X), expected, strict=True):
             assert_close(actual, y)
+
+
+def test_activations_with_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a class that is taken for an activation of the kernels later, whose settings nobody listed."""
+    monkeypatch.setitem(inspection.ACTIVATIONS_OF, nn.ELU, "silu")
+    monkeypatch.setattr(inspection, "ELEMENTWISE", {*inspection.ELEMENTWISE, nn.ELU})
+    for kind, setting in ((nn.ReLU6, "max_val"), (nn.ReLU6, "min_val"), (nn.ELU, "alpha")):
+        usual, other = kind(), kind()
+        setattr(other, setting, 0.5)
+        assert inspection.deviation("it", usual) is None
+        assert inspection.deviation("it", other) == f"it has the {setting} 0.5, which no kernel computes"
+        # What does not change the computation may differ.
+        usual.inplace, usual.note = True, "mine"
+        assert inspection.deviation("it", usual) is None

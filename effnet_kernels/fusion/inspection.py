@@ -9,8 +9,20 @@ from torch import nn
 
 from effnet_kernels.backends import select
 from effnet_kernels.fusion.cache import forward_methods, original_of, static_method
+from effnet_kernels.fusion.spec import Activation, Gate
 
 Module = TypeVar("Module", bound=nn.Module)
+
+ACTIVATIONS_OF: dict[type[nn.Module], Activation] = {
+    nn.Identity: "none",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+}
+GATES_OF: dict[type[nn.Module], Gate] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+# Modules that are known with their constructors' default settings alone.
+ELEMENTWISE = {*ACTIVATIONS_OF, *GATES_OF} - {nn.Identity}
 
 
 class Unsupported(Exception):
@@ -110,6 +122,17 @@ def _unknown_setting(module: nn.Module) -> str | None:
             # torch takes a number too, where somebody sets one.
             if not isinstance(value, str) and (not isinstance(value, tuple | list) or len(value) != 2):
                 return f"the {setting} {value!r}, which is no pair"
-    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
-        return f"the bounds {module.min_val} and {module.max_val}"
+    if type(module) in ELEMENTWISE:
+        for setting, usual in _settings_of(type(module)):
+            value = getattr(module, setting)
+            if value != usual:
+                return f"the {setting} {value!r}"
     return None
+
+
+# A tracer cannot follow the making of a module.
+@select.constant_when_traced
+def _settings_of(kind: type[nn.Module]) -> tuple[tuple[str, object], ...]:
+    """The attributes that a class's constructor sets, with their defaults, but for those that compute nothing."""
+    attributes = vars(kind()).items()
+    return tuple((name, value) for name, value in attributes if name[0] != "_" and name not in ("training", "inplace"))

@@ -9,15 +9,6 @@ from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.spec import Activation, BatchNorm, Chain, Excitation, Gate, Layer, LayerKind, Padding
 
-ACTIVATIONS_OF: dict[type[nn.Module], Activation] = {
-    nn.Identity: "none",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-}
-GATES_OF: dict[type[nn.Module], Gate] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
-
 
 class ChainSpec(NamedTuple):
     """What a module computes: a chain of convolutions, and the stochastic depth of its residual branch.

@@ -8,16 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
-from effnet_kernels.fusion.inspection import Unsupported, deviation, unknown
-from effnet_kernels.fusion.lowering import (
-    ACTIVATIONS_OF,
-    GATES_OF,
-    ChainSpec,
-    check_convolution,
-    lower_chain,
-    lower_excitation,
-    lower_layer,
-)
+from effnet_kernels.fusion.inspection import ACTIVATIONS_OF, GATES_OF, Unsupported, deviation, unknown
+from effnet_kernels.fusion.lowering import ChainSpec, check_convolution, lower_chain, lower_excitation, lower_layer
 from effnet_kernels.fusion.spec import Activation, Chain, Excitation, Gate, Layer, Padding
 from effnet_kernels.models.features import Features
 

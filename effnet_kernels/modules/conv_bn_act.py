@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_kernels.fusion.geometry import same_padding
-from effnet_kernels.fusion.inspection import Unsupported, checked
-from effnet_kernels.fusion.lowering import ACTIVATIONS_OF, ChainSpec, lower_chain, lower_layer
+from effnet_kernels.fusion.inspection import ACTIVATIONS_OF, Unsupported, checked
+from effnet_kernels.fusion.lowering import ChainSpec, lower_chain, lower_layer
 from effnet_kernels.fusion.spec import Activation, Layer
 from effnet_kernels.modules.fused_module import FusedModule
 

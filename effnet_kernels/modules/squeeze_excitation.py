@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from effnet_kernels.fusion.inspection import checked
-from effnet_kernels.fusion.lowering import ACTIVATIONS_OF, GATES_OF, lower_excitation
+from effnet_kernels.fusion.inspection import ACTIVATIONS_OF, GATES_OF, checked
+from effnet_kernels.fusion.lowering import lower_excitation
 from effnet_kernels.fusion.spec import Excitation
 
 
