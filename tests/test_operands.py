@@ -97,11 +97,16 @@ def primitive_calls() -> dict[str, tuple[Any, ...]]:
         "finalize_batch_norm": (partials, *of_8, mean.clone(), torch.rand(8), 0.1, 1e-5, False),
         "finalize_batch_norm_backward": (torch.randn(2, 2, 8), 90, of_8[0], mean, of_8[1], True),
         "squeeze": (x, prologue, residual),
+        "mean_of_sums": (torch.randn(3, 2, 8), 30),
         "excite": (torch.randn(3, 2, 8), 30, w1, b1, w2, b2, "silu", "sigmoid"),
         "excite_backward": (five, 30, gate, torch.randn(3, 4), w1, w2, "silu", "sigmoid"),
         "excite_backward_weight": (torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4), gate, "silu"),
         "bn_act_add": (x, prologue, residual, drop_path_scale),
     }
+
+
+def test_every_primitive_is_called() -> None:
+    assert {name.split(",")[0] for name in primitive_calls()} == set(primitives.__all__)
 
 
 def operands(arguments: tuple[Any, ...], path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -129,6 +134,7 @@ def flat(result: Any) -> list[Tensor]:
 
 # Dimensions that may have any size: of partial results, and of what a weight's gradient is taken of.
 FREE = {
+    "mean_of_sums": {(0,)},
     "excite": {(0,)},
     "excite_backward": {(0,)},
     "excite_backward_weight": {(0,), (1,), (2,), (3,)},
