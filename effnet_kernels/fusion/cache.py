@@ -94,11 +94,6 @@ class Snapshots(Generic[Finding]):
         snapshot = self._of.get(module)
         return snapshot.finding if snapshot is not None and snapshot.holds() else None
 
-    def latest(self, module: nn.Module) -> Finding | None:
-        """What was found about the module, for a caller that has just asked whether it holds."""
-        snapshot = self._of.get(module)
-        return None if snapshot is None else snapshot.finding
-
     def keep(self, module: nn.Module, finding: Finding) -> Finding:
         self._of[module] = Snapshot(module, finding)
         return finding

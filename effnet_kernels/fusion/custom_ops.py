@@ -19,7 +19,7 @@ from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.forward import flatten, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
-from effnet_kernels.fusion.spec import BatchNorm, Chain, Excitation, Layer, accumulation_dtype
+from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 
 _library = library.Library("effnet_kernels", "DEF")
 _library.define("chain_inference(Tensor x, Tensor[] parameters, Tensor[] running, str chain) -> Tensor")
@@ -91,15 +91,15 @@ class Decoded:
     def __init__(self, text: str) -> None:
         backend, self.residual, self.pool, self.layers = ast.literal_eval(text)
         self.primitives: Primitives = primitives_of(backend)
-        self.present = [p for *_, present in self.layers for p in present[:8]]
+        self.present = [p for *_, present in self.layers for p in present[:PARAMETERS_OF_A_LAYER]]
 
     def chain(self, parameters: Sequence[Tensor], running: Sequence[Tensor]) -> Chain:
         """The chain with these tensors in their places."""
         own, read = iter(parameters), iter(running)
         layers: list[Layer] = []
         for (kind, stride, padding, act), norm, excitation, present in self.layers:
-            weight, bias, gamma, beta, *rest = (next(own) if p else None for p in present[:8])
-            mean, var = (next(read, None) if p else None for p in present[8:])
+            weight, bias, gamma, beta, *rest = (next(own) if p else None for p in present[:PARAMETERS_OF_A_LAYER])
+            mean, var = (next(read, None) if p else None for p in present[PARAMETERS_OF_A_LAYER:])
             assert weight is not None
             layers.append(
                 Layer(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.activation import activate, gate_of
-from effnet_kernels.backends.base import has_depthwise
+from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
@@ -36,6 +36,8 @@ class FoldedNetwork(nn.Module):
         self.generation = 0
         # The chains' settings; their tensors are meta tensors here, and the buffers take their places.
         self._settings: list[Chain] = []
+        layers = [layer for chain in chains for layer in chain.layers]
+        self._depthwise = {(layer.kernel_size, layer.stride) for layer in layers if layer.kind == "depthwise"}
         number = 0
         for chain in chains:
             self._settings.append(chain.with_parameters([_setting(t) for t in chain.parameters()]))
@@ -110,9 +112,8 @@ class FoldedNetwork(nn.Module):
         for chain in self.chains():
             size = profiling.record_convolutions(chain, size, dense=True)
 
-    def _has_kernels(self, backend: select.PrimitivesBackend) -> bool:
-        layers = [layer for chain in self._settings for layer in chain.layers if layer.kind == "depthwise"]
-        return all(has_depthwise(backend, layer.kernel_size, layer.stride) for layer in layers)
+    def _has_kernels(self, backend: PrimitivesBackend) -> bool:
+        return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
 
     def _buffer(self, name: str, number: int) -> Tensor:
         # As an attribute, which older tracers know.

@@ -5,8 +5,8 @@ what it computes of that map stays its own modules.
 """
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from effnet_kernels.backends import select
 from effnet_kernels.fusion.inspection import Unsupported, deviation
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.interop import accelerate, efficientnet_pytorch, timm, torchvision
@@ -40,8 +40,7 @@ def read_network(model: nn.Module) -> Network:
     replaced = next((method for method in kind.methods if method in model.__dict__), None)
     if reason is None and replaced is not None:
         reason = f"the model had its {replaced} replaced"
-    if reason is None and _has_any_global_hook():
-        reason = "a global module hook is registered"
+    reason = reason or select.global_hook()
     if reason is not None:
         raise ValueError(reason)
     return kind.read(model, read_block)

@@ -7,7 +7,6 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_kernels.backends import select
 from effnet_kernels.fusion.inspection import is_plain
@@ -135,7 +134,7 @@ class EfficientNet(LukemelasInterface):
     @torch.jit.unused
     def _pools_in_head(self, x: Tensor) -> bool:
         """Whether the head may pool its output before storing it: nothing observes the calls that are left out."""
-        if select.chain_backend(x) is None or _has_any_global_hook():
+        if select.chain_backend(x) is None or select.global_hook() is not None:
             return False
         if type(self).extract_features is not EfficientNet.extract_features or "extract_features" in self.__dict__:
             return False

@@ -12,6 +12,7 @@ from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
+from effnet_kernels.fusion.spec import Chain
 
 
 class Decision(NamedTuple):
@@ -26,27 +27,6 @@ class Decision(NamedTuple):
     backend: Backend
     fallback_reason: str | None = None
     spec: ChainSpec | None = None
-
-
-class Lowered:
-    """What is inside a module, for as long as it stays so: a chain, or the reason why there is none."""
-
-    def __init__(self, spec: ChainSpec | None, fallback_reason: str | None) -> None:
-        self.spec, self.fallback_reason = spec, fallback_reason
-        self._kernel_fallback_reasons: dict[PrimitivesBackend, str | None] = {}
-
-    def kernel_fallback_reason(self, backend: PrimitivesBackend) -> str | None:
-        """Why the kernels of ``backend`` cannot compute the chain, or None."""
-        if backend not in self._kernel_fallback_reasons:
-            self._kernel_fallback_reasons[backend] = self._missing_kernel(backend)
-        return self._kernel_fallback_reasons[backend]
-
-    def _missing_kernel(self, backend: PrimitivesBackend) -> str | None:
-        assert self.spec is not None
-        for layer in self.spec.chain.layers:
-            if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
-                return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
-        return None
 
 
 class FusedModule(nn.Module):
@@ -92,31 +72,39 @@ class FusedModule(nn.Module):
         reason = call.unusual or select.global_hook()
         if reason is not None:
             return Decision("torch", reason)
-        lowered = self.lowered()
-        if lowered.fallback_reason is not None:
-            return Decision("torch", lowered.fallback_reason)
+        spec = self.lowered()
+        if isinstance(spec, str):
+            return Decision("torch", spec)
         backend = select.backend_for(call, force)
         reason = select.fallback_reason(backend, call)
         if reason is not None and force == backend:
             raise BackendError(f"backend {force!r} was forced but cannot run {type(self).__name__}: {reason}")
-        reason = reason or lowered.kernel_fallback_reason(backend)
-        return Decision("torch", reason) if reason is not None else Decision(backend, None, lowered.spec)
+        reason = reason or _missing_kernel(backend, spec.chain)
+        return Decision("torch", reason) if reason is not None else Decision(backend, None, spec)
 
-    def lowered(self) -> Lowered:
-        """What is inside the module, found out anew where that has changed."""
+    def lowered(self) -> ChainSpec | str:
+        """:meth:`chain_spec`, or the reason why there is none; found out anew where the module's inside has changed."""
         if torch.compiler.is_compiling():
             return self._lower()
         return _lowered.get(self) or _lowered.keep(self, self._lower())
 
-    def _lower(self) -> Lowered:
+    def _lower(self) -> ChainSpec | str:
         try:
-            return Lowered(self.chain_spec(), None)
+            return self.chain_spec()
         except Unsupported as reason:
-            return Lowered(None, str(reason))
+            return str(reason)
 
 
 # Beside the modules, so that it is not copied, written or listed with them.
-_lowered: Snapshots[Lowered] = Snapshots()
+_lowered: Snapshots[ChainSpec | str] = Snapshots()
+
+
+def _missing_kernel(backend: PrimitivesBackend, chain: Chain) -> str | None:
+    """Which of a chain's convolutions the kernels of ``backend`` do not have, or None."""
+    for layer in chain.layers:
+        if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
+            return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
+    return None
 
 
 def description(decision: Decision) -> str:
