@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from block_cases import BLOCKS, THIRD_PARTY_BLOCKS
 from conftest import assert_close, assert_gradients_close, randomize
 from native_cases import needs_native
+from operator_arguments import recorded_outputs
 from torch import Tensor, nn
 
 import effnet_kernels as ek
@@ -100,6 +101,12 @@ def test_public_operators_return_no_views() -> None:
                 ops.channel_statistics(input.detach()),
             ]
         assert not any(y._is_view() for y in outputs)
+
+
+def test_recorded_operators_run_on_the_kernels() -> None:
+    with select.use_backend("cpu"):
+        for name, y in recorded_outputs("cpu").items():
+            assert type(y.grad_fn).__name__ == f"{name}Backward"
 
 
 def surroundings() -> dict[str, Callable[[nn.Module], object]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCES, randomize, relative_rms
+from operator_arguments import recorded_outputs
 from torch import Tensor, nn
 from variations import other_memory
 
@@ -182,3 +183,8 @@ def test_prologues_of_one_part(scale: bool, shift: bool) -> None:
             y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype, device=y.device).reshape(y.shape))
             outcomes.append([y, *(v.grad for v in inputs if v is not None)])
         assert_same(outcomes[0], outcomes[1], "a prologue of one part")
+
+
+def test_recorded_operators_run_on_the_kernels() -> None:
+    for name, y in recorded_outputs("cuda").items():
+        assert type(y.grad_fn).__name__ == f"{name}Backward"
