@@ -1,8 +1,8 @@
 """A chain's forward pass on a backend's primitives, which know no autograd: at inference and in training.
 
 In training a convolution stores its raw output, and the norm, the activation and the gate behind it are the prologue of
-the next one. At the chain's end ``bn_act_add`` applies them once, with stochastic depth
-and the residual, or the map is pooled away.
+the next one. At the chain's end ``bn_act_add`` applies them once, with stochastic depth and the residual, or the map is
+pooled away.
 """
 
 import itertools
