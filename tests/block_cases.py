@@ -93,8 +93,8 @@ def compare(
 ) -> None:
     """A block against the eager modules in float64: the output, every gradient, the running statistics."""
     make, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
-    block = randomize(make()).train(training)
     x = channels_last(*shape, dtype=dtype)
+    block = randomize(make()).train(training).to(x.device)
     # Parameters stay float32 with lower-precision maps, as under autocast; torch itself wants them alike.
     exact, alike = copy.deepcopy(block).double(), copy.deepcopy(block).to(dtype)
     with torch.no_grad(), select.use_backend("torch"):
@@ -129,8 +129,9 @@ def check_nonfinite_batches(
         block.conv.weight[:8, 0] = 1.0
     assert block.skip_nonfinite_statistics is False
     block.skip_nonfinite_statistics = skip
-    eager, before = copy.deepcopy(block), copy.deepcopy(block)
     x = channels_last(2, 8, 5, 5)
+    block.to(x.device)
+    eager, before = copy.deepcopy(block), copy.deepcopy(block)
     # Its square overflows, and so does the variance of the channels that read it.
     x[0, 0, 0, 0] = 1e25
     layer = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block

@@ -14,7 +14,7 @@ from gpu.compare import assert_accurate, channels_last
 
 def block() -> nn.Module:
     config = MBConvConfig(2, 3, 1, 16, 16, 1)
-    return randomize(config.block(config, 0.0, nn.BatchNorm2d)).eval()
+    return randomize(config.block(config, 0.0, nn.BatchNorm2d)).eval().cuda()
 
 
 def test_channels_that_do_not_match() -> None:
@@ -52,7 +52,7 @@ def test_an_empty_batch() -> None:
 @pytest.mark.parametrize(("kernel", "stride"), [(9, 1), (3, 3)])
 def test_kernel_sizes_that_no_kernel_has(kernel: int, stride: int) -> None:
     x = channels_last(1, 16, 11, 11)
-    layer = ConvBnAct(16, 16, kernel, stride, groups=16).eval()
+    layer = ConvBnAct(16, 16, kernel, stride, groups=16).eval().cuda()
     (row, *_) = explain(layer, x)
     assert row.backend == "torch"
     assert f"size {kernel} and stride {stride}" in row.reason
@@ -78,7 +78,7 @@ def test_an_unknown_architecture_gets_a_configuration(target: Target) -> None:
 
 
 def test_a_model_takes_every_memory_format() -> None:
-    model = EfficientNet([MBConvConfig(2, 3, 2, 8, 16, 1)], 0.0, num_classes=3).eval()
+    model = EfficientNet([MBConvConfig(2, 3, 2, 8, 16, 1)], 0.0, num_classes=3).eval().cuda()
     x = torch.randn(2, 3, 20, 22, device="cuda")
     with torch.no_grad(), select.use_backend("triton"):
         expected = model(x)

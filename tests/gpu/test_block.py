@@ -58,18 +58,18 @@ def test_statistics_without_gradients() -> None:
 
 def test_repeats_bitwise() -> None:
     make, shape = BLOCKS["expand"]
-    block, x = randomize(make()), channels_last(*shape)
+    block, x = randomize(make()).cuda(), channels_last(*shape)
     results = []
     for _ in range(2):
         copied = copy.deepcopy(block)
-        y, grad_x = run(copied, x, torch.ones(3, 16, 15, 17), "triton")
+        y, grad_x = run(copied, x, torch.ones(3, 16, 15, 17, device="cuda"), "triton")
         results.append([y, grad_x, *(p.grad for p in copied.parameters()), *copied.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_cumulative_average() -> None:
     """momentum=None averages over all batches, with the count read on the device."""
-    block = randomize(ConvBnAct(16, 24, 1, 1, 1, partial(nn.BatchNorm2d, momentum=None)))
+    block = randomize(ConvBnAct(16, 24, 1, 1, 1, partial(nn.BatchNorm2d, momentum=None))).cuda()
     exact = copy.deepcopy(block)
     for step in range(3):
         x = channels_last(2, 16, 5, 7) + step
@@ -80,13 +80,13 @@ def test_cumulative_average() -> None:
 
 def test_parts_that_need_no_gradient() -> None:
     make, shape = BLOCKS["expand"]
-    block, x = randomize(make()), channels_last(*shape)
+    block, x = randomize(make()).cuda(), channels_last(*shape)
     exact = copy.deepcopy(block)
     for model in (block, exact):
         for name, p in model.named_parameters():
             p.requires_grad_("block.3" in name)
-    _, grad_x = run(block, x, torch.ones(3, 16, 15, 17), "triton")
-    _, grad_exact = run(exact, x, torch.ones(3, 16, 15, 17), "torch")
+    _, grad_x = run(block, x, torch.ones(3, 16, 15, 17, device="cuda"), "triton")
+    _, grad_exact = run(exact, x, torch.ones(3, 16, 15, 17, device="cuda"), "torch")
     assert_accurate(grad_x, grad_exact)
     assert all((p.grad is None) == (not p.requires_grad) for p in block.parameters())
 
@@ -98,7 +98,7 @@ def test_running_statistics_of_nonfinite_batches(skip: bool) -> None:
 
 def test_contiguous_input_gives_contiguous_output() -> None:
     make, shape = BLOCKS["expand"]
-    block, x = randomize(make()).eval(), channels_last(*shape)
+    block, x = randomize(make()).eval().cuda(), channels_last(*shape)
     y, _ = run(block, x, None, "triton")
     z, _ = run(block, x.contiguous(), None, "triton")
     assert z.is_contiguous()
@@ -106,24 +106,24 @@ def test_contiguous_input_gives_contiguous_output() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    block = randomize(BLOCKS["head"][0]())
+    block = randomize(BLOCKS["head"][0]()).cuda()
     x = channels_last(3, 40, 7, 7).requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
 
 
 def test_a_single_value_a_channel_is_refused() -> None:
-    block = mbconv(6, 3, 2, 16, 24)
+    block = mbconv(6, 3, 2, 16, 24).cuda()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         block(channels_last(1, 16, 2, 2))
 
 
 def test_public_functions_give_the_modules_gradients() -> None:
     """depthwise_conv_bn_silu, squeeze_excite and torch's projection against the block's own chain of kernels."""
-    block = randomize(mbconv(1, 3, 1, 24, 24))
+    block = randomize(mbconv(1, 3, 1, 24, 24)).cuda()
     depthwise, excitation, project = block.block
     x = channels_last(2, 24, 9, 7)
-    grad = torch.randn(2, 24, 9, 7)
+    grad = torch.randn(2, 24, 9, 7, device="cuda")
     y, grad_x = run(block, x, grad, "triton")
     expected = [p.grad.clone() for p in block.parameters()]
     block.zero_grad()
@@ -144,7 +144,7 @@ def test_public_functions_give_the_modules_gradients() -> None:
 
 def test_pooling_head() -> None:
     """The head pools without storing its map, at inference and in training."""
-    head = randomize(ConvBnAct(40, 96, 1, 1, 1, BatchNorm))
+    head = randomize(ConvBnAct(40, 96, 1, 1, 1, BatchNorm)).cuda()
     for training in (False, True):
         head.train(training)
         exact = copy.deepcopy(head).double()
@@ -167,7 +167,9 @@ def test_pooling_head() -> None:
 def test_explain_names_the_kernels() -> None:
     from effnet_kernels import explain
 
-    model = EfficientNet([FusedMBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(6, 3, 2, 8, 16, 1)], 0.0, num_classes=4)
+    model = EfficientNet(
+        [FusedMBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(6, 3, 2, 8, 16, 1)], 0.0, num_classes=4
+    ).cuda()
     rows = explain(model, channels_last(1, 3, 32, 32))
     reasons = {row.name: (row.backend, row.reason) for row in rows}
     assert reasons["features.1.0"] == ("triton", "the dense convolution by torch, the rest by fused Triton kernels")

@@ -18,7 +18,7 @@ def trimmed_b0() -> EfficientNet:
     settings = VARIANTS["efficientnet_b0"].block_configs()
     for index, config in enumerate(settings):
         config.num_layers = 2 if index == 2 else 1
-    return randomize(EfficientNet(settings, 0.0, num_classes=10))
+    return randomize(EfficientNet(settings, 0.0, num_classes=10)).cuda()
 
 
 def logits_and_loss(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, backend: str) -> tuple:
@@ -60,7 +60,7 @@ def test_five_steps_have_the_eager_losses() -> None:
     settings = VARIANTS["efficientnet_b0"].block_configs()[:3]
     for config, layers in zip(settings, (1, 1, 2), strict=True):
         config.num_layers = layers
-    start = randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.2, num_classes=10))
+    start = randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.2, num_classes=10)).cuda()
     x, labels = channels_last(4, 3, 40, 40), torch.tensor([1, 7, 3, 3], device="cuda")
     for backend in ("triton", "torch"):
         model = copy.deepcopy(start)

@@ -68,8 +68,8 @@ def test_rules_follow_what_tuning_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
     times = iter([2.0, 1.0] * 10_000)
     monkeypatch.setattr("effnet_kernels.tools.tune.measure", lambda launch: (launch(), next(times))[1])
     monkeypatch.setattr("effnet_kernels.tools.tune.GAIN", 0.0)
-    model, x = network(), channels_last(1, 3, 16, 16)
-    winners = tune(model.cuda(), tuple(x.shape), torch.float32, repeats=1)
+    model, x = network().cuda(), channels_last(1, 3, 16, 16)
+    winners = tune(model, tuple(x.shape), torch.float32, repeats=1)
     assert winners
     path = tmp_path / "table.json"
     monkeypatch.setenv("EFFNET_KERNELS_TABLE", str(path))

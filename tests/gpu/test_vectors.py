@@ -33,7 +33,9 @@ def test_statistics(shape) -> None:
 @pytest.mark.parametrize("channels", [16, 7, 1152])
 def test_fold(channels: int, affine: bool) -> None:
     x = channels_last(3, channels, 5, 7)
-    partials = torch.cat([moments(x[:2])[None], moments(x[2:])[None], torch.zeros(1, 3, channels)]).float()
+    partials = torch.cat(
+        [moments(x[:2])[None], moments(x[2:])[None], torch.zeros(1, 3, channels, device="cuda")]
+    ).float()
     weight, bias = (vector(channels), vector(channels)) if affine else (None, None)
     mean, var = vector(channels), vector(channels).abs()
     arguments = (partials, weight, bias, mean.clone(), var.clone(), 0.3, 1e-3, False)
@@ -65,7 +67,7 @@ def test_fold_of_nonfinite_statistics(skip: bool) -> None:
     partials[0, 1, 2], partials[0, 2, 5] = float("nan"), float("inf")
     mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
     batch_norm.finalize_batch_norm(partials, None, None, mean, var, 0.1, 1e-3, skip)
-    kept = torch.tensor([c in (2, 5) for c in range(8)])
+    kept = torch.tensor([c in (2, 5) for c in range(8)], device="cuda")
     assert torch.equal(mean == 0, kept) if skip else not torch.isfinite(var).all()
     assert torch.isfinite(mean[~kept]).all()
 
@@ -161,4 +163,6 @@ def test_activations_over_their_whole_range() -> None:
     finite = values.abs() < 20
     assert ((y - right).abs()[finite] <= 2e-6 * right.abs()[finite]).all()
     assert torch.equal(y[-5:], torch.nn.functional.silu(values[-5:]))
-    assert torch.isnan(bn_act_add(torch.full((1, 1, 1, 1), float("nan")), Prologue(act="silu"), None, None)).all()
+    assert torch.isnan(
+        bn_act_add(torch.full((1, 1, 1, 1), float("nan"), device="cuda"), Prologue(act="silu"), None, None)
+    ).all()
