@@ -171,3 +171,51 @@ seen.append(dot_precision(torch.float32))
 print(*seen)
 """)
     assert result.stdout.split() == ["tf32", "ieee", "ieee", "tf32", "ieee"], result.stderr
+
+
+def test_a_trace_takes_the_launches_of_its_own_thread_alone() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from stub_driver import stub_driver
+
+    from effnet_kernels.backends.triton.launch import capture_launches
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    with stub_driver() as driver, capture_launches() as launches, ThreadPoolExecutor(1) as pool:
+        bn_act_add(x)
+        pool.submit(bn_act_add, x).result()
+        assert len(launches) == len(driver.launched) == 1
+
+
+def test_a_first_launch_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stub_driver import stub_driver
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    with stub_driver() as driver:
+        bn_act_add(x)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        bn_act_add(x)
+        with pytest.raises(RuntimeError, match="first launch before a CUDA graph is captured"):
+            bn_act_add(x.half())
+        assert len(driver.launched) == 2
+
+
+def test_a_cached_launch_keeps_its_binary_loaded() -> None:
+    """Triton unloads a binary when the object of it goes."""
+    import gc
+    import weakref
+
+    from stub_driver import stub_driver
+
+    from effnet_kernels.backends.triton import launch as seam
+    from effnet_kernels.backends.triton.kernels.bn_act_add import bn_act_add_kernel
+
+    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    with stub_driver():
+        bn_act_add(x)
+        (handle,) = seam._handles.values()
+        compiled = weakref.ref(handle[-1])
+        del handle
+        bn_act_add_kernel.device_caches.clear()
+        gc.collect()
+        assert compiled() is not None

@@ -13,7 +13,14 @@ PACKAGE = Path(effnet_kernels.__file__).parent
 # From the bottom up; a module belongs to the longest name that it begins with. The package itself is the public names.
 LAYERS = [
     ["fusion.spec", "fusion.geometry"],
-    ["backends.base", "backends.operands", "backends.activation", "backends.batch_norm", "backends.dense"],
+    [
+        "backends.base",
+        "backends.scoped_value",
+        "backends.operands",
+        "backends.activation",
+        "backends.batch_norm",
+        "backends.dense",
+    ],
     ["backends.profiling"],
     ["backends.reference", "backends.cpu", "backends.triton"],
     ["backends"],

@@ -9,7 +9,6 @@ forces one. A module asks at each call what its input allows (:class:`Call`); a 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -20,14 +19,15 @@ from torch.utils._device import DeviceContext
 
 from effnet_kernels.backends import cpu, triton
 from effnet_kernels.backends.base import Primitives, PrimitivesBackend
+from effnet_kernels.backends.scoped_value import ScopedValue
 
 Backend = Literal["torch", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-_override: ContextVar[Backend | None] = ContextVar("effnet_kernels_backend", default=None)
-# The same for a tracer, which older versions of torch.compile want without context variables.
+_override: ScopedValue[Backend] = ScopedValue("backend")
+# The same for a tracer, which cannot look into a thread's state.
 _traced_override: Backend | None = None
 
 
@@ -67,15 +67,18 @@ def forced() -> Backend | None:
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Forces a backend for the calls inside the ``with`` block; raises BackendError where it cannot run at all."""
+    """Forces a backend for the calls inside the ``with`` block; raises BackendError where it cannot run at all.
+
+    Like ``torch.autocast`` it holds for the thread of the block. A backward pass that recomputes a forward (activation
+    checkpointing) has to be started inside the block too.
+    """
     global _traced_override
-    token, traced = _override.set(_checked(name)), _traced_override
-    _traced_override = name
-    try:
-        yield
-    finally:
-        _override.reset(token)
-        _traced_override = traced
+    with _override.bound_to(_checked(name)):
+        traced, _traced_override = _traced_override, name
+        try:
+            yield
+        finally:
+            _traced_override = traced
 
 
 @constant_when_traced

@@ -5,7 +5,6 @@ Large maps come from a pool that keeps the memory of those that went: see ``csrc
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from effnet_kernels.backends.batch_norm import scale_and_shift
 from effnet_kernels.backends.cpu.extension import extension
+from effnet_kernels.backends.scoped_value import ScopedValue
 from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue
 
 ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
@@ -20,7 +20,7 @@ ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
 _POOLED_BYTES = 128 * 1024
 _FLOAT, _CHANNELS_LAST = torch.float32, torch.channels_last
 
-_isa: ContextVar[str | None] = ContextVar("effnet_kernels_isa", default=None)
+_isa: ScopedValue[str] = ScopedValue("isa")
 
 
 @contextlib.contextmanager
@@ -29,11 +29,8 @@ def use_isa(name: str) -> Iterator[None]:
 
     Calls raise ValueError for a name that is not in the table of kernels or that this machine does not support.
     """
-    token = _isa.set(name)
-    try:
+    with _isa.bound_to(name):
         yield
-    finally:
-        _isa.reset(token)
 
 
 def execution() -> tuple[int, str | None]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from effnet_kernels.backends.scoped_value import ScopedValue
+
 Argument = Tensor | int | float | bool | None
 Grid = tuple[int, int, int]
 Timer = Callable[[JITFunction, Callable[[], None]], None]
@@ -41,16 +43,16 @@ Options = tuple[int, int, int | None]
 Key = tuple[Any, ...]
 
 _TRITONS_FILE = inspect.getfile(JITFunction)
-# The launch traces that are being captured; launches go to the last one.
-_traces: list[list[Launch]] = []
+_trace: ScopedValue[list[Launch]] = ScopedValue("launch_trace")
 _timers: list[Timer] = []
 # The names that a generated launcher uses itself.
 _OWN_NAMES = {
     *("grid", "num_warps", "num_stages", "max_registers", "parameters", "constants", "options", "key"),
-    *("kernel", "function", "traces", "capture", "simulated", "timers", "run", "type"),
+    *("kernel", "function", "current_trace", "trace", "capture", "simulated", "timers", "run", "type"),
 }
-# The device of each compiled binary and how Triton runs it. A binary's key has all that tells it from others.
-_handles: dict[Key, tuple[int, Callable[..., None], Any, Any]] = {}
+# The device of each compiled binary, how Triton runs it, and Triton's own object, at whose end the binary is unloaded.
+# A binary's key has all that tells it from others.
+_handles: dict[Key, tuple[int, Callable[..., None], Any, Any, Any]] = {}
 
 
 def launcher(kernel: JITFunction) -> Callable[..., None]:
@@ -80,8 +82,8 @@ def launcher(kernel: JITFunction) -> Callable[..., None]:
 def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, max_registers=None):
     parameters, constants = ({", ".join(parameters)},), ({", ".join(constants)},)
     options = num_warps, num_stages, max_registers
-    if traces:
-        return capture(kernel, grid, parameters, constants, options)
+    if (trace := current_trace()) is not None:
+        return capture(trace, kernel, grid, parameters, constants, options)
     key = None if simulated() else (function, options, constants, {", ".join(tokens)})
     if timers:
         return timers[-1](kernel, lambda: run(key, kernel, grid, parameters, constants, options))
@@ -91,7 +93,7 @@ def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, ma
         "kernel": kernel,
         # Hashing the kernel itself computes its cache key.
         "function": kernel.fn,
-        "traces": _traces,
+        "current_trace": _trace.get,
         "capture": _capture,
         "simulated": simulated,
         "timers": _timers,
@@ -124,7 +126,12 @@ def _is_empty(kernel: JITFunction, grid: Grid) -> bool:
 
 
 def _capture(
-    kernel: JITFunction, grid: Grid, parameters: tuple[Argument, ...], constants: tuple[Any, ...], options: Options
+    trace: list[Launch],
+    kernel: JITFunction,
+    grid: Grid,
+    parameters: tuple[Argument, ...],
+    constants: tuple[Any, ...],
+    options: Options,
 ) -> None:
     """Adds a launch to the trace that is being captured."""
     if _is_empty(kernel, grid):
@@ -133,7 +140,7 @@ def _capture(
     detached = [a.detach() if isinstance(a, Tensor) else a for a in parameters]
     arguments = dict(zip(kernel.arg_names, detached, strict=False))
     by_name = dict(zip(kernel.arg_names[len(detached) :], constants, strict=True))
-    _traces[-1].append(Launch(kernel, grid, arguments, by_name, _named(options)))
+    trace.append(Launch(kernel, grid, arguments, by_name, _named(options)))
 
 
 def _run(
@@ -153,7 +160,7 @@ def _run(
     if handle is None:
         _run_first(key, kernel, grid, parameters, constants, options)
         return
-    device, run, function, metadata = handle
+    device, run, function, metadata, _ = handle
     arguments = (function, metadata, None, None, None, *parameters, *constants)
     if device == torch.cuda.current_device():
         run(x, y, z, torch._C._cuda_getCurrentRawStream(device), *arguments)
@@ -183,25 +190,33 @@ def _run_first(
         names = ", ".join(f"cuda:{index}" if index >= 0 else "the CPU" for index in devices)
         raise ValueError(f"{kernel.__name__}: expected tensors on one device, got {names}")
     (device,) = devices
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel.__name__}: expected a first launch before a CUDA graph is captured, because it compiles and loads "
+            "the kernel; run the same step once before the capture"
+        )
     with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
         compiled = kernel[grid](*parameters, *constants, **dict(_named(options)))
-    _handles[key] = (device, compiled.run, compiled.function, compiled.packed_metadata)
+    _handles[key] = (device, compiled.run, compiled.function, compiled.packed_metadata, compiled)
 
 
 @contextlib.contextmanager
 def capture_launches() -> Iterator[list[Launch]]:
-    """The launch trace of the ``with`` block: its launches in order, none of which runs."""
+    """The launch trace of the ``with`` block: its launches in order, none of which runs.
+
+    Launches of other threads run as ever.
+    """
     trace: list[Launch] = []
-    _traces.append(trace)
-    try:
+    with _trace.bound_to(trace):
         yield trace
-    finally:
-        _traces.pop()
 
 
 @contextlib.contextmanager
 def timed_by(timer: Timer) -> Iterator[None]:
-    """Inside the ``with`` block ``timer`` is called for each launch, with the kernel and a function that runs it."""
+    """Inside the ``with`` block ``timer`` is called for each launch, with the kernel and a function that runs it.
+
+    It is called for launches of all threads.
+    """
     _timers.append(timer)
     try:
         yield
@@ -210,8 +225,8 @@ def timed_by(timer: Timer) -> Iterator[None]:
 
 
 def is_capturing() -> bool:
-    """Whether a launch trace is being captured."""
-    return bool(_traces)
+    """Whether this thread captures a launch trace."""
+    return _trace.get() is not None
 
 
 def simulated() -> bool:

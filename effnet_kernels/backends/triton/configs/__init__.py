@@ -3,11 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from effnet_kernels.backends.scoped_value import ScopedValue
 
 
 class Target(NamedTuple):
@@ -23,7 +24,7 @@ class Target(NamedTuple):
 
 
 H100 = Target("cuda", 90, 132)
-_forced: ContextVar[Target | None] = ContextVar("effnet_kernels_target", default=None)
+_forced: ScopedValue[Target] = ScopedValue("target")
 
 
 def target_of(x: Tensor) -> Target:
@@ -42,11 +43,8 @@ def device_target(device: torch.device) -> Target:
 @contextlib.contextmanager
 def use_target(target: Target) -> Iterator[None]:
     """Inside the ``with`` block configurations are chosen for ``target``, whatever device there is."""
-    token = _forced.set(target)
-    try:
+    with _forced.bound_to(target):
         yield
-    finally:
-        _forced.reset(token)
 
 
 @functools.cache

@@ -1,0 +1,85 @@
+"""Values that hold inside a ``with`` block: in its thread, in autograd's, and in no other."""
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from effnet_kernels.backends import select
+from effnet_kernels.backends.scoped_value import ScopedValue
+from effnet_kernels.modules import ConvBnAct
+
+
+def test_blocks_nest_and_end() -> None:
+    value: ScopedValue[str] = ScopedValue("test")
+    assert value.get() is None
+    with value.bound_to("outer"):
+        with value.bound_to("inner"):
+            assert value.get() == "inner"
+        assert value.get() == "outer"
+        with contextlib.suppress(KeyError), value.bound_to("inner"):
+            raise KeyError
+        assert value.get() == "outer"
+    assert value.get() is None
+
+
+def test_other_threads_do_not_see_it() -> None:
+    value: ScopedValue[str] = ScopedValue("test")
+    with value.bound_to("mine"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(value.get).result() is None
+
+        def other() -> str | None:
+            with value.bound_to("theirs"):
+                return value.get()
+
+        assert pool.submit(other).result() == "theirs"
+        assert value.get() == "mine"
+
+
+class Nested(torch.autograd.Function):
+    """Starts a backward pass inside of its own, ``depth`` times; so deep ones go to other threads of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, observe: Any) -> Tensor:
+        ctx.depth, ctx.observe = depth, observe
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.observe()
+        if ctx.depth > 0:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.observe).backward()
+        return grad, None, None
+
+
+def test_autograds_threads_see_it() -> None:
+    value: ScopedValue[str] = ScopedValue("test")
+    seen = set()
+
+    def observe() -> None:
+        seen.add((threading.get_ident(), value.get(), select.forced()))
+
+    with value.bound_to("mine"), select.use_backend("torch"):
+        Nested.apply(torch.ones(1, requires_grad=True), 100, observe).backward()
+    threads = {thread for thread, *_ in seen}
+    assert len(threads) > 1
+    assert {entry[1:] for entry in seen} == {("mine", "torch")}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_forward_runs_on_the_forced_backend(backend: str, use_reentrant: bool) -> None:
+    layer = randomize(ConvBnAct(8, 16, 1))
+    chosen = []
+    layer.register_forward_pre_hook(lambda module, inputs: chosen.append(layer.choose(inputs[0]).backend))
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    with select.use_backend(backend):
+        checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert chosen == [backend, backend]
