@@ -124,10 +124,24 @@ def test_a_broken_triton_means_torch_and_one_warning(monkeypatch, model):
     monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton cannot be imported: planted")
     triton.warn_if_unavailable.cache_clear()
     block = model.features[1][0]
-    call = Call("cuda", torch.float32, None)
+    call = Call(torch.device("cuda"), torch.float32, None)
     with pytest.warns(triton.TritonWarning, match="planted") as warned:
         decisions = [block.decide(call) for _ in range(2)]
     triton.warn_if_unavailable.cache_clear()
     assert len(warned) == 1
     assert {d.backend for d in decisions} == {"torch"}
     assert "planted" in decisions[0].fallback_reason
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), (None, True)])
+def test_old_gpus_run_as_torch_has_it_unless_forced(monkeypatch, model, capability, runs):
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(select, "_triton_unavailable", lambda: None)
+    monkeypatch.setattr(select, "_compute_capability", lambda index: capability)
+    block, call = model.features[1][0], Call(torch.device("cuda", 0), torch.float32, None)
+    decision = block.decide(call)
+    assert decision.backend == ("triton" if runs else "torch")
+    if not runs:
+        assert "compute capability 7.5, and the Triton kernels are for 8.0 and newer" in decision.fallback_reason
+    with select.use_backend("triton"):
+        assert block.decide(call).backend == "triton"

@@ -26,6 +26,9 @@ BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpu", "triton")
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
+# The oldest GPUs that the Triton kernels are compiled and checked for; on older ones they run where they are forced.
+OLDEST_CAPABILITY = (8, 0)
+_capabilities: dict[int | None, tuple[int, int] | None] = {}
 _override: ScopedValue[Backend] = ScopedValue("backend")
 # The same for a tracer, which cannot look into a thread's state.
 _traced_override: Backend | None = None
@@ -94,7 +97,7 @@ def _checked(name: str) -> Backend:
 class Call(NamedTuple):
     """What a decision needs to know of a call's input; ``unusual`` is why no kernel takes an input like it, or None."""
 
-    device: str
+    device: torch.device
     dtype: torch.dtype
     unusual: str | None
 
@@ -106,24 +109,25 @@ class Call(NamedTuple):
             unusual = f"the input has {x.dim()} dimensions, not 4"
         elif x.numel() == 0:
             unusual = "the batch is empty"
-        return cls(x.device.type, x.dtype, unusual)
+        return cls(x.device, x.dtype, unusual)
 
     def on_gpu(self) -> bool:
         """Whether the Triton kernels are what there is for this input's device."""
-        return self.device == "cuda" or (self.device == "meta" and triton.off_device())
+        kind = self.device.type
+        return kind == "cuda" or (kind == "meta" and triton.off_device())
 
 
 def interception(x: object) -> str | None:
     """Who else is looking at the calls on ``x`` (a tracer, a transform, a mode), so that only ATen may be called."""
     if torch.compiler.is_compiling():
-        if isinstance(x, Tensor) and registered(x):
+        if isinstance(x, Tensor) and registered(x) and not _transformed():
             return None
         return "torch.compile or torch.export is tracing"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if torch.jit.is_tracing():
         return "torch.jit.trace is tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transformed():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
@@ -134,6 +138,13 @@ def interception(x: object) -> str | None:
     return None
 
 
+# While torch.compile traces, a transform is active where the compiled function makes one.
+@constant_when_traced
+def _transformed() -> bool:
+    """Whether torch.func's vmap, grad or another transform is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_watched() -> bool:
     """Whether a function mode is active other than the one by which torch.set_default_device chooses a device."""
     stack = range(torch._C._len_torch_function_stack())
@@ -142,10 +153,19 @@ def _is_watched() -> bool:
 
 def registered(x: Tensor) -> bool:
     """Whether what torch.compile traces for ``x`` are the registered operators; an export has torch's own alone."""
-    # torch 2.9 compiles this to True in any case, and so it compiles the eager path, which its tracer can follow.
+    return not _traces_eager_path() and forced() != "torch"
+
+
+@constant_when_traced
+def _traces_eager_path() -> bool:
+    """Whether torch is exporting, or of a version whose tracer cannot follow the way to the registered operators."""
+    # Asked in a constant function, because the tracers of torch 2.9 to 2.11 at least take this one for True always.
     if torch.compiler.is_exporting():
-        return False
-    return forced() != "torch"
+        return True
+    # Before 2.11 a named tuple's properties cannot be traced; before 2.14 numbers have no value with dynamic=True.
+    major, minor, *_ = torch.__version__.split(".")
+    version = int(major), int(minor)
+    return version < (2, 11) or (version < (2, 14) and not torch._dynamo.config.assume_static_by_default)
 
 
 def prefers_channels_last(x: Tensor) -> bool:
@@ -183,7 +203,7 @@ def chain_backend(x: Tensor) -> PrimitivesBackend | None:
     """The backend that computes a chain of convolutions of ``x``, called or traced; None where torch's modules do."""
     if interception(x) is not None or x.numel() == 0:
         return None
-    call, force = Call(x.device.type, x.dtype, None), forced()
+    call, force = Call(x.device, x.dtype, None), forced()
     if force == "torch":
         return None
     backend = backend_for(call, force)
@@ -227,19 +247,35 @@ def _triton_fallback_reason(call: Call) -> str | None:
     if call.unusual is not None:
         return call.unusual
     if not call.on_gpu():
-        return f"no Triton kernels for {call.device} tensors"
+        return f"no Triton kernels for {call.device.type} tensors"
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast and call.dtype == torch.float32 else call.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernels compute in float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return _missing("triton")
+    reason = _missing("triton")
+    if reason is None and call.device.type == "cuda" and forced() != "triton":
+        capability = _compute_capability(call.device.index)
+        if capability is not None and capability < OLDEST_CAPABILITY:
+            ours, oldest = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+            return f"the GPU has compute capability {ours}, and the Triton kernels are for {oldest} and newer"
+    return reason
+
+
+# Devices do not change between compiled calls, and a tracer cannot ask a driver.
+@constant_when_traced
+def _compute_capability(index: int | None) -> tuple[int, int] | None:
+    """An NVIDIA GPU's; None of another maker's, and where launches are simulated."""
+    if index not in _capabilities:
+        unknown = torch.version.hip is not None or triton.off_device()
+        _capabilities[index] = None if unknown else torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 def _cpu_fallback_reason(call: Call) -> str | None:
     if call.unusual is not None:
         return call.unusual
-    if call.device != "cpu":
-        return f"no kernels for {call.device} tensors in this version"
+    if call.device.type != "cpu":
+        return f"no kernels for {call.device.type} tensors in this version"
     if call.dtype != torch.float32:
         return f"the native kernels compute in float32, not {str(call.dtype).removeprefix('torch.')}"
     if torch.is_autocast_enabled("cpu"):

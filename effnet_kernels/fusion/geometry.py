@@ -9,7 +9,7 @@ def resolve_padding(padding: int | Padding | str, size: tuple[int, int], kernel:
         return same_padding(size[0], size[1], kernel, stride)
     if isinstance(padding, int) and padding >= 0:
         return padding, padding, padding, padding
-    if isinstance(padding, tuple | list) and len(padding) == 4 and all(isinstance(p, int) and p >= 0 for p in padding):
+    if isinstance(padding, (tuple, list)) and len(padding) == 4 and all(isinstance(p, int) and p >= 0 for p in padding):
         return padding[0], padding[1], padding[2], padding[3]
     raise ValueError(
         f"padding: expected an integer >= 0, (left, right, top, bottom) of integers >= 0, or 'same', got {padding!r}"

@@ -1,7 +1,7 @@
 """Whether a module computes what its class says, so that a kernel can compute it instead."""
 
 from collections.abc import Collection
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +11,8 @@ from effnet_kernels.backends import select
 from effnet_kernels.fusion.cache import forward_methods, original_of, static_method
 from effnet_kernels.fusion.spec import Activation, Gate
 
+# A plain tuple, because a tracer cannot unpack a named one that a constant function returns.
+ForwardMethods = tuple[tuple[str, ...], str | None]
 Module = TypeVar("Module", bound=nn.Module)
 
 ACTIVATIONS_OF: dict[type[nn.Module], Activation] = {
@@ -75,18 +77,6 @@ def deviation(name: str, module: nn.Module) -> str | None:
     return None
 
 
-class ForwardMethods(NamedTuple):
-    """The methods that make up a class's forward.
-
-    Attributes:
-        names: ``forward``, and the methods of the class that it calls.
-        patched: one that was defined in another module than its class, or that is no function, or None.
-    """
-
-    names: tuple[str, ...]
-    patched: str | None
-
-
 # By class: what was found, and the methods as they were then.
 _methods: WeakKeyDictionary[type, tuple[ForwardMethods, list[object]]] = WeakKeyDictionary()
 
@@ -94,14 +84,19 @@ _methods: WeakKeyDictionary[type, tuple[ForwardMethods, list[object]]] = WeakKey
 # A tracer cannot follow these questions.
 @select.constant_when_traced
 def methods_of(kind: type[nn.Module]) -> ForwardMethods:
-    """The methods that make up a class's forward; for an accelerated class, those of the class that it was made of."""
+    """The methods that make up a class's forward, and what is foreign among them.
+
+    Returns the names of ``forward`` and of the methods of the class that it calls, and the first of them that was
+    defined in another module than its class, or that is no function, or None. An accelerated class has the methods of
+    the class that it was made of.
+    """
     kind = original_of(kind)
     known = _methods.get(kind)
-    if known is not None and [getattr(kind, name) for name in known[0].names] == known[1]:
+    if known is not None and [getattr(kind, name) for name in known[0][0]] == known[1]:
         return known[0]
     names = forward_methods(kind)
     patched = next((name for name in names if _is_foreign(kind, name)), None if names else "forward")
-    found = ForwardMethods(tuple(names), patched)
+    found = tuple(names), patched
     _methods[kind] = found, [getattr(kind, name) for name in names]
     return found
 
@@ -120,7 +115,7 @@ def _unknown_setting(module: nn.Module) -> str | None:
         for setting in ("kernel_size", "stride", "padding", "dilation"):
             value = getattr(module, setting)
             # torch takes a number too, where somebody sets one.
-            if not isinstance(value, str) and (not isinstance(value, tuple | list) or len(value) != 2):
+            if not isinstance(value, str) and (not isinstance(value, (tuple, list)) or len(value) != 2):
                 return f"the {setting} {value!r}, which is no pair"
     if type(module) in ELEMENTWISE:
         for setting, usual in _settings_of(type(module)):

@@ -29,7 +29,7 @@ def is_block(kind: type) -> bool:
 
 def _read(adapter: Adapter, block: nn.Module) -> ChainSpec:
     """What a block computes, where its class's forward is the one that the adapter knows."""
-    patched = methods_of(type(block)).patched
+    _, patched = methods_of(type(block))
     if patched is not None:
         raise Unsupported(f"its class had its {patched} replaced")
     try:

@@ -67,11 +67,11 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
 def _call(model: nn.Module, x: Tensor | None) -> Call:
     if x is not None:
         intercepted = select.interception(x)
-        return Call.of(x) if intercepted is None else Call(x.device.type, x.dtype, intercepted)
+        return Call.of(x) if intercepted is None else Call(x.device, x.dtype, intercepted)
     parameter = next(model.parameters(), None)
     if parameter is None:
-        return Call("cpu", torch.float32, None)
-    return Call(parameter.device.type, parameter.dtype, None)
+        return Call(torch.device("cpu"), torch.float32, None)
+    return Call(parameter.device, parameter.dtype, None)
 
 
 def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

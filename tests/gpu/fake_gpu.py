@@ -51,6 +51,7 @@ def pytest_configure() -> None:
     interception = select.interception
     select.interception = lambda x: None if isinstance(x, FakeTensor) else interception(x)
     select._triton_unavailable = lambda: None
+    select._compute_capability = lambda index: (9, 0)
     inspection.type = _type
     configs._target_of_device = lambda index: configs.H100
     launch._run = _run

@@ -192,8 +192,8 @@ def _run_first(
     (device,) = devices
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{kernel.__name__}: expected a first launch before a CUDA graph is captured, because it compiles and loads "
-            "the kernel; run the same step once before the capture"
+            f"{kernel.__name__}: expected a first launch before a CUDA graph is captured, because it compiles and "
+            "loads the kernel; run the same step once before the capture"
         )
     with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
         compiled = kernel[grid](*parameters, *constants, **dict(_named(options)))
