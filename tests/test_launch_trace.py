@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_kernels as ek
 from effnet_kernels.backends import triton
-from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
+from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
 
 pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
 
@@ -93,6 +93,15 @@ def test_the_head_stores_no_map_at_inference() -> None:
     shapes = [t.numel() for launch in launches for t in launch.arguments.values() if isinstance(t, Tensor)]
     assert max(shapes) > head_map
     assert head_map not in shapes
+
+
+def test_a_stem_that_is_recomputed_has_its_statistics_already() -> None:
+    stem = ConvBnAct(3, 32, 3, 2).to("meta")
+    forward, _, backward, torch_backward = step(stem, meta_map(8, 3, 32, 32, dtype=torch.float32), training=True)
+    assert torch_backward["convolution"] == 1
+    kernels = [launch.kernel.__name__ for launch in forward], [launch.kernel.__name__ for launch in backward]
+    assert "channel_statistics_kernel" in kernels[0]
+    assert "channel_statistics_kernel" not in kernels[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -84,7 +84,7 @@ class ChainFunction(torch.autograd.Function):
         )
         kept = rest[len(needs) :]
         if kept[0] is None:
-            kept[0], _ = convolve(ctx.primitives, chain.layers[0], as_map(x), Prologue())
+            kept[0], _ = convolve(ctx.primitives, chain.layers[0], as_map(x), Prologue(), "none")
         grad_x, gradients = backward(
             ctx.primitives, chain, grad, x, drop_path_scale, unflatten(chain, kept), ctx.needs_input_grad[2], needs
         )

@@ -121,7 +121,8 @@ def forward(
         _check_batch(chain, x)
         _count_batches(chain)
     for layer in chain.layers:
-        y, partials = convolve(primitives, layer, x, prologue)
+        reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
+        y, partials = convolve(primitives, layer, x, prologue, reduction)
         norm = _normalise(primitives, layer, partials, y.dtype)
         scale, shift, _, _ = norm.unbind()
         prologue = Prologue(scale, shift, layer.act)
@@ -148,9 +149,10 @@ def contiguous(chain: Chain) -> Chain:
     return made
 
 
-def convolve(primitives: Primitives, layer: Layer, x: Tensor, prologue: Prologue) -> tuple[Tensor, Tensor | None]:
-    """A layer's raw output, and the partial statistics of it where its norm normalises by them."""
-    reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
+def convolve(
+    primitives: Primitives, layer: Layer, x: Tensor, prologue: Prologue, reduction: Literal["statistics", "none"]
+) -> tuple[Tensor, Tensor | None]:
+    """A layer's raw output, and the partial statistics of it where they are asked for."""
     if layer.kind == "pointwise":
         y, partials = primitives.pointwise_conv(x, layer.weight, layer.bias, prologue, Epilogue(), reduction)
         assert y is not None

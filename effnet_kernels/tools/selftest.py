@@ -104,7 +104,7 @@ def _compile(model: nn.Module, resolution: int, batch: int) -> None:
         (half, many, False, None),
         (model, many, True, torch.float16),
     ):
-        warmup(network, shape, train, dtype)
+        warmup(network, shape, train, dtype, smaller_batches=False)
 
 
 def _device() -> dict[str, str]:

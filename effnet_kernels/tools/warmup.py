@@ -20,11 +20,12 @@ def warmup(
     train: bool = True,
     dtype: torch.dtype | None = None,
     processes: int | None = None,
+    smaller_batches: bool = True,
 ) -> int:
-    """Compiles the Triton kernels of a step of ``model``, in parallel processes, into Triton's cache on disk.
+    """Compiles the Triton kernels of steps of ``model``, in parallel processes, into Triton's cache on disk.
 
     A first step compiles them one by one, which takes minutes; after this it finds them. Nothing is executed and
-    nothing of the model changes: the step's launches are captured on a copy without data.
+    nothing of the model changes: the steps' launches are captured on a copy without data.
 
     Args:
         model: a network on the GPU that it will run on; of a frozen one, inference alone (``train=False``).
@@ -32,6 +33,8 @@ def warmup(
         train: forward and backward in train mode; otherwise inference in eval mode.
         dtype: what autocast will compute in (``torch.float16``, ``torch.bfloat16``); None for no autocast.
         processes: as many as there are processors, unless said.
+        smaller_batches: also what batches of fewer images need, as the last one of a data loader: for B0 in training a
+            third more kernels.
 
     Returns:
         The number of kernels compiled or found in the cache.
@@ -49,7 +52,12 @@ def warmup(
 
         target = device_target(device)
         with use_target(target):
-            binaries = distinct(launches_of_step(model, shape, train, dtype))
+            launches = launches_of_step(model, shape, train, dtype)
+            # Configurations differ by the power of two above a batch.
+            batches = [2**power for power in range((shape[0] - 1).bit_length())] if smaller_batches else []
+            for batch in batches:
+                launches += launches_of_step(model, (batch, *shape[1:]), train, dtype)
+            binaries = distinct(launches)
         compile_in_parallel(binaries, gpu_target(target.architecture), processes)
     return len(binaries)
 

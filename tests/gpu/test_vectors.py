@@ -7,7 +7,7 @@ from torch import Tensor
 from effnet_kernels.backends.reference import primitives as reference
 from effnet_kernels.backends.triton import batch_norm, squeeze_excite
 from effnet_kernels.backends.triton.bn_act_add import bn_act_add
-from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue, RunningStatistics
+from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, OutputGradient, Prologue, RunningStatistics
 from gpu.compare import assert_accurate, channels_last, compare, finalize_and_move, moments
 
 # Samples, channels, height, width, dtype.
@@ -116,6 +116,22 @@ def test_squeeze_and_bn_act_add(shape) -> None:
         (x, prologue._replace(gate=None, statistics=statistics), other, None),
     ):
         compare(bn_act_add(*arguments), reference.bn_act_add, *arguments, dtype=dtype)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_of_nan_and_infinity(act: str) -> None:
+    values = torch.tensor([float("nan"), float("inf"), float("-inf"), -3.0, 0.0, 6.0], device="cuda")
+    y = bn_act_add(values.view(1, 6, 1, 1), Prologue(act=act), None, None).flatten()
+    expected = reference.bn_act_add(values.view(1, 6, 1, 1), Prologue(act=act), None, None).flatten()
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_of_nan_and_infinity(kind: str) -> None:
+    logits = torch.tensor([float("nan"), float("inf"), float("-inf"), -3.0, 3.0], device="cuda")
+    sums, w1, w2 = (torch.zeros(*shape, device="cuda") for shape in ((1, 1, 5), (1, 5, 1, 1), (5, 1, 1, 1)))
+    arguments = (sums, 1, w1, None, w2, logits, "silu", kind)
+    torch.testing.assert_close(squeeze_excite.excite(*arguments)[0], reference.excite(*arguments)[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -132,7 +132,10 @@ def work() -> None:
     """The work of one process of :func:`compile_in_parallel`: compiles the binaries that it receives."""
     binaries, target = pickle.load(sys.stdin.buffer)
     for binary in binaries:
-        compile_for(binary, GPUTarget(*target))
+        compiled = compile_for(binary, GPUTarget(*target))
+        if torch.cuda.is_available():
+            # Up to 3.6 Triton also compiles a launcher in C for each signature, and keeps it in the same cache.
+            triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def _restored(module: str, name: str, *fields: Any) -> Binary:

@@ -13,16 +13,28 @@ def sigmoid(z):
 
 
 @triton.jit
+def relu(z):
+    """``max(z, 0)``, and NaN of NaN as torch has it, which tl.maximum would turn into 0."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu6(z):
+    """``min(max(z, 0), 6)``, and NaN of NaN."""
+    return tl.minimum(relu(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(z, ACT: tl.constexpr):
     """``act(z)`` in fp32."""
     if ACT == "silu":
         z = libdevice.fast_dividef(z, 1.0 + libdevice.fast_expf(-z))
     elif ACT == "relu":
-        z = tl.maximum(z, 0.0)
+        z = relu(z)
     elif ACT == "relu6":
-        z = tl.minimum(tl.maximum(z, 0.0), 6.0)
+        z = relu6(z)
     elif ACT == "hardswish":
-        z = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+        z = z * relu6(z + 3.0) * (1.0 / 6.0)
     else:
         tl.static_assert(ACT == "none")
     return z
@@ -36,13 +48,13 @@ def activate_and_differentiate(z, ACT: tl.constexpr):
         u = z * s
         derivative = s + u * (1.0 - s)
     elif ACT == "relu":
-        u = tl.maximum(z, 0.0)
+        u = relu(z)
         derivative = tl.where(z <= 0.0, 0.0, 1.0)
     elif ACT == "relu6":
-        u = tl.minimum(tl.maximum(z, 0.0), 6.0)
+        u = relu6(z)
         derivative = tl.where((z <= 0.0) | (z >= 6.0), 0.0, 1.0)
     elif ACT == "hardswish":
-        u = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+        u = z * relu6(z + 3.0) * (1.0 / 6.0)
         inner = tl.where(z < 3.0, z * (1.0 / 3.0) + 0.5, 1.0)
         derivative = tl.where(z <= -3.0, 0.0, inner)
     else:
@@ -57,7 +69,7 @@ def gate_of(z, GATE: tl.constexpr):
     """Squeeze-and-excitation's gate, from its logit."""
     if GATE == "sigmoid":
         return sigmoid(z)
-    return tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    return relu6(z + 3.0) * (1.0 / 6.0)
 
 
 @triton.jit
