@@ -1,14 +1,10 @@
-"""The interface of lukemelas's package `efficientnet_pytorch`."""
+"""What lukemelas's package `efficientnet_pytorch` calls the networks, their settings and its checkpoints."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 from effnet_kernels.models.variants import Variant, find_variant
-from effnet_kernels.models.weights.convert import load_checkpoint
-from effnet_kernels.models.weights.pretrained import resolve_weights
 
-Network = TypeVar("Network")
-"""The class whose ``of_variant`` makes a network."""
 _RELEASES = "https://github.com/lukemelas/EfficientNet-PyTorch/releases/download/1.0/"
 
 # Checkpoints of the package's release 1.0: trained with AutoAugment, and with AdvProp.
@@ -46,71 +42,23 @@ def variant_of(model_name: str) -> Variant:
     return find_variant("tf_" + model_name.replace("-", "_") if isinstance(model_name, str) else model_name)
 
 
-def from_name(cls: type[Network], model_name: str, in_channels: int, **override_params: Any) -> Network:
-    """The network of that name, as `efficientnet_pytorch` builds it: SAME padding, BatchNorm eps 1e-3, momentum 0.01.
-
-    Its padding is decided by the size of each input; that package fixes it from ``image_size`` at construction, and the
-    two agree on images of that size.
-
-    Args:
-        model_name: ``efficientnet-b0`` ... ``efficientnet-b8``, ``efficientnet-l2``, ``efficientnet-lite0`` ...
-        in_channels: channels of the image.
-        **override_params: ``num_classes``, ``dropout_rate``, ``drop_connect_rate``, ``width_coefficient``,
-            ``depth_coefficient``, ``batch_norm_epsilon``, ``batch_norm_momentum`` (the share of the old statistics, as
-            TensorFlow counts), ``include_top`` (False: pooled features [N, C], in that package [N, C, 1, 1]) and
-            ``image_size`` (without effect).
-
-    Raises ValueError for a name or an override that is none of these.
-    """
-    released = variant_of(model_name)
-    variant, options = _overridden(released, override_params)
-    model: Any = cast(Any, cls).of_variant(variant, in_chans=in_channels, **options)
-    model._global_params = GlobalParams(
-        width_coefficient=variant.width,
-        depth_coefficient=variant.depth,
-        image_size=override_params.get("image_size", released.resolution),
-        dropout_rate=variant.dropout,
-        num_classes=override_params.get("num_classes", 1000),
-        batch_norm_momentum=1 - variant.bn_momentum,
-        batch_norm_epsilon=variant.bn_eps,
-        drop_connect_rate=override_params.get("drop_connect_rate", 0.2),
-        include_top=override_params.get("include_top", True),
-    )
-    return model
-
-
-def from_pretrained(
-    cls: type[Network],
-    model_name: str,
-    weights_path: str | None,
-    advprop: bool,
-    in_channels: int,
-    num_classes: int,
-    **override_params: Any,
-) -> Network:
-    """:func:`from_name` with trained weights, from ``weights_path`` or from that package's release.
-
-    A classifier of other than 1000 classes, and a stem of other than 3 channels, keep their initial weights.
-
-    Raises ValueError for a name without released weights, and for weights that do not fit.
-    """
-    if weights_path is None:
+def checkpoint_of(model_name: str, advprop: bool) -> str:
+    """The URL of the trained weights of that name; raises ValueError for a name without any."""
+    released = {name: files[int(advprop)] for name, files in _CHECKPOINTS.items() if files[int(advprop)]}
+    checkpoint = released.get(model_name)
+    if checkpoint is None:
         kind = "AdvProp's" if advprop else "released"
-        released = {name: files[int(advprop)] for name, files in _CHECKPOINTS.items() if files[int(advprop)]}
-        checkpoint = released.get(model_name)
-        if checkpoint is None:
-            raise ValueError(
-                f"model_name: expected one with {kind} weights out of {', '.join(released)}, got {model_name!r}"
-            )
-        weights_path = _RELEASES + checkpoint
-    model: Any = from_name(cls, model_name, in_channels, num_classes=num_classes, **override_params)
-    state_dict = resolve_weights("tf_" + model_name.replace("-", "_"), weights_path).get_state_dict()
-    load_checkpoint(model, state_dict, skip_classifier=num_classes != 1000, skip_stem=in_channels != 3)
-    return model
+        raise ValueError(
+            f"model_name: expected one with {kind} weights out of {', '.join(released)}, got {model_name!r}"
+        )
+    return _RELEASES + checkpoint
 
 
-def _overridden(variant: Variant, params: dict[str, Any]) -> tuple[Variant, dict[str, Any]]:
-    """The variant and the options of the constructor that the overrides stand for."""
+def overridden(variant: Variant, params: dict[str, Any]) -> tuple[Variant, dict[str, Any]]:
+    """The variant and the options of our constructor that the overrides ``params`` stand for.
+
+    Raises ValueError for an override that is not known.
+    """
     params = dict(params)
     params.pop("image_size", None)
     options: dict[str, Any] = {}

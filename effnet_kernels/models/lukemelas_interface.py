@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from torch import Tensor, nn
 
 from effnet_kernels.models import lukemelas
+from effnet_kernels.models.weights.convert import load_checkpoint
+from effnet_kernels.models.weights.pretrained import resolve_weights
 from effnet_kernels.modules import ConvBnAct
 
 Network = TypeVar("Network", bound="LukemelasInterface")
@@ -139,11 +141,36 @@ class LukemelasInterface(nn.Module):
 
     @classmethod
     def from_name(cls: type[Network], model_name: str, in_channels: int = 3, **override_params: Any) -> Network:
-        """The network of that name, with the interface of the package `efficientnet_pytorch`.
+        """The network of that name with that package's SAME padding, BatchNorm eps 1e-3 and momentum 0.01.
 
-        See :func:`effnet_kernels.models.lukemelas.from_name` for the names and overrides.
+        Its padding is decided by the size of each input; that package fixes it from ``image_size`` at construction, and
+        the two agree on images of that size.
+
+        Args:
+            model_name: ``efficientnet-b0`` ... ``efficientnet-b8``, ``efficientnet-l2``, ``efficientnet-lite0`` ...
+            in_channels: channels of the image.
+            **override_params: ``num_classes``, ``dropout_rate``, ``drop_connect_rate``, ``width_coefficient``,
+                ``depth_coefficient``, ``batch_norm_epsilon``, ``batch_norm_momentum`` (the share of the old statistics,
+                as TensorFlow counts), ``include_top`` (False: pooled features [N, C], in that package [N, C, 1, 1]) and
+                ``image_size`` (without effect).
+
+        Raises ValueError for a name or an override that is none of these.
         """
-        return lukemelas.from_name(cls, model_name, in_channels, **override_params)
+        released = lukemelas.variant_of(model_name)
+        variant, options = lukemelas.overridden(released, override_params)
+        model: Any = cast(Any, cls).of_variant(variant, in_chans=in_channels, **options)
+        model._global_params = lukemelas.GlobalParams(
+            width_coefficient=variant.width,
+            depth_coefficient=variant.depth,
+            image_size=override_params.get("image_size", released.resolution),
+            dropout_rate=variant.dropout,
+            num_classes=override_params.get("num_classes", 1000),
+            batch_norm_momentum=1 - variant.bn_momentum,
+            batch_norm_epsilon=variant.bn_eps,
+            drop_connect_rate=override_params.get("drop_connect_rate", 0.2),
+            include_top=override_params.get("include_top", True),
+        )
+        return model
 
     @classmethod
     def from_pretrained(
@@ -155,13 +182,17 @@ class LukemelasInterface(nn.Module):
         num_classes: int = 1000,
         **override_params: Any,
     ) -> Network:
-        """The network of that name with its trained weights, with the interface of `efficientnet_pytorch`.
+        """:meth:`from_name` with trained weights, from ``weights_path`` or from that package's release.
 
-        See :func:`effnet_kernels.models.lukemelas.from_pretrained`.
+        A classifier of other than 1000 classes, and a stem of other than 3 channels, keep their initial weights.
+
+        Raises ValueError for a name without released weights, and for weights that do not fit.
         """
-        return lukemelas.from_pretrained(
-            cls, model_name, weights_path, advprop, in_channels, num_classes, **override_params
-        )
+        weights = lukemelas.checkpoint_of(model_name, advprop) if weights_path is None else weights_path
+        model = cls.from_name(model_name, in_channels, num_classes=num_classes, **override_params)
+        state_dict = resolve_weights(lukemelas.variant_of(model_name).name, weights).get_state_dict()
+        load_checkpoint(model, state_dict, skip_classifier=num_classes != 1000, skip_stem=in_channels != 3)
+        return model
 
 
 ALIASES = tuple(name for name, member in vars(LukemelasInterface).items() if isinstance(member, property))
