@@ -235,22 +235,8 @@ class EfficientNet_Lite2_Weights(WeightsEnum):
     DEFAULT = IMAGENET1K_V1
 
 
-_ENUMS: tuple[type[WeightsEnum], ...] = (
-    EfficientNet_B0_Weights,
-    EfficientNet_B1_Weights,
-    EfficientNet_B2_Weights,
-    EfficientNet_B3_Weights,
-    EfficientNet_B4_Weights,
-    EfficientNet_B5_Weights,
-    EfficientNet_B6_Weights,
-    EfficientNet_B7_Weights,
-    EfficientNet_V2_S_Weights,
-    EfficientNet_V2_M_Weights,
-    EfficientNet_V2_L_Weights,
-    EfficientNet_Lite0_Weights,
-    EfficientNet_Lite1_Weights,
-    EfficientNet_Lite2_Weights,
-)
+# All of the above, in their order.
+_ENUMS = tuple(WeightsEnum.__subclasses__())
 
 
 def weights_of(variant: str) -> type[WeightsEnum] | None:
