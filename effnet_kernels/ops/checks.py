@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends.operands import as_contiguous, as_map
-from effnet_kernels.fusion.spec import ACTIVATIONS, Activation, Epilogue, Prologue, Reduction, RunningStatistics
+from effnet_kernels.fusion.spec import ACTIVATIONS, Epilogue, Prologue, Reduction, RunningStatistics
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -44,9 +44,9 @@ def check_shape(t: Tensor | None, shape: tuple[int, ...], name: str, like: Tenso
         raise ValueError(f"{name}: expected device {like.device}, where the input is, got {t.device}")
 
 
-def check_activation(act: Activation) -> None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_prologue(prologue: Prologue | None, x: Tensor) -> None:
@@ -56,7 +56,7 @@ def check_prologue(prologue: Prologue | None, x: Tensor) -> None:
         check_shape(prologue.shift, (channels,), "prologue.shift", x)
         check_shape(prologue.gate, (samples, channels), "prologue.gate", x)
         _check_statistics(prologue.statistics, channels, "prologue", x)
-        check_activation(prologue.act)
+        check_choice(prologue.act, ACTIVATIONS, "act")
 
 
 def check_epilogue(epilogue: Epilogue | None, x: Tensor, output_shape: tuple[int, int, int, int]) -> None:
@@ -65,18 +65,13 @@ def check_epilogue(epilogue: Epilogue | None, x: Tensor, output_shape: tuple[int
         check_shape(epilogue.shift, output_shape[1:2], "epilogue.shift", x)
         check_shape(epilogue.residual, output_shape, "epilogue.residual", x)
         _check_statistics(epilogue.statistics, output_shape[1], "epilogue", x)
-        check_activation(epilogue.act)
+        check_choice(epilogue.act, ACTIVATIONS, "act")
 
 
 def _check_statistics(statistics: RunningStatistics | None, channels: int, owner: str, like: Tensor) -> None:
     if statistics is not None:
         check_shape(statistics.mean, (channels,), f"{owner}.statistics.mean", like)
         check_shape(statistics.var, (channels,), f"{owner}.statistics.var", like)
-
-
-def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def any_requires_grad(*tensors: object) -> bool:

@@ -8,15 +8,9 @@ from effnet_kernels.backends.batch_norm import check_batch
 from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
-from effnet_kernels.fusion.spec import Activation, BatchNorm, Chain, Epilogue, Layer, Padding, Prologue
+from effnet_kernels.fusion.spec import ACTIVATIONS, Activation, BatchNorm, Chain, Epilogue, Layer, Padding, Prologue
 from effnet_kernels.ops.bn_act_add import bn_act_add
-from effnet_kernels.ops.checks import (
-    check_activation,
-    check_map,
-    check_shape,
-    check_tensor,
-    fits_kernels,
-)
+from effnet_kernels.ops.checks import check_choice, check_map, check_shape, check_tensor, fits_kernels
 from effnet_kernels.ops.depthwise_conv import depthwise_conv
 from effnet_kernels.ops.finalize_batch_norm import finalize_batch_norm
 
@@ -65,7 +59,7 @@ def depthwise_conv_bn_silu(
     Source: Howard et al. 2017 (MobileNets), section 3.1; Ioffe and Szegedy 2015, algorithms 1 and 2.
     """
     check_map(x)
-    check_activation(act)
+    check_choice(act, ACTIVATIONS, "act")
     check_tensor(weight, "weight", "[C, 1, k, k]")
     channels, kernel = x.shape[1], weight.shape[-1]
     check_shape(weight, (channels, 1, kernel, kernel), "weight", x)

@@ -6,8 +6,8 @@ from effnet_kernels.backends import select
 from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.backends.triton.configs.elementwise import MAX_SQUEEZED
-from effnet_kernels.fusion.spec import GATES, Activation, Gate
-from effnet_kernels.ops.checks import check_activation, check_shape, check_tensor, fits_kernels
+from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Activation, Gate
+from effnet_kernels.ops.checks import check_choice, check_shape, check_tensor, fits_kernels
 from effnet_kernels.ops.functions import Excite
 
 
@@ -48,9 +48,8 @@ def check_excitation(
     """The shapes, dtypes and devices that :func:`excite` expects."""
     check_tensor(pooled, "pooled", "[N, C]")
     check_tensor(w1, "w1", "[S, C, 1, 1]" if isinstance(w1, Tensor) and w1.dim() == 4 else "[S, C]")
-    check_activation(act)
-    if gate not in GATES:
-        raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
+    check_choice(act, ACTIVATIONS, "act")
+    check_choice(gate, GATES, "gate")
     squeezed, channels = w1.shape[0], pooled.shape[1]
     tail = (1, 1) if w1.dim() == 4 else ()
     check_shape(w1, (squeezed, channels, *tail), "w1", pooled)
