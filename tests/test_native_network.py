@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCES, assert_close
-from native_cases import kernel_isas, needs_native
+from native_cases import kernel_isas, needs_native, running
 from torch import Tensor
 
 from effnet_kernels.backends.activation import activate, gate_of
@@ -80,9 +80,8 @@ def check(steps: list[Step], x: Tensor, isa: str | None, threads: int = 1, outpu
     outputs = [len(steps)] if outputs is None else outputs
     right = expected(steps, x)
     network = network_of(steps, outputs)
-    torch.set_num_threads(threads)
-    actual = network.run(x, isa=isa)
-    torch.set_num_threads(1)
+    with running(isa, threads):
+        actual = network.run(x)
     for index, y in zip(outputs, actual, strict=True):
         assert_close(y.double(), right[index], TOLERANCES[torch.float32])
 
@@ -183,11 +182,11 @@ def test_threads_change_no_bit(isa):
     network = network_of(layers, [8])
     for batch, size in ((1, 32), (3, 57)):
         x = torch.randn(batch, 3, size, size)
-        once = network.run(x, isa=isa)[0]
+        with running(isa, 1):
+            once = network.run(x)[0]
         for threads in (2, 3, 7):
-            torch.set_num_threads(threads)
-            assert torch.equal(network.run(x, isa=isa)[0], once)
-        torch.set_num_threads(1)
+            with running(isa, threads):
+                assert torch.equal(network.run(x)[0], once)
     check(layers, x, isa, threads=2)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends.cpu.extension import extension
-from effnet_kernels.backends.cpu.memory import ACTIVATION_INDEX, address, strided_address
+from effnet_kernels.backends.cpu.memory import ACTIVATION_INDEX, address, execution, strided_address
 from effnet_kernels.backends.operands import as_contiguous, in_memory
 from effnet_kernels.fusion.spec import GATES, Chain, Layer
 
@@ -47,15 +47,9 @@ class Network:
             ends.append(len(described))
         self._native = extension().Network(described, [ends[index] for index in outputs])
 
-    def output_sizes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """(channels, height, width) of every output for images of this size."""
-        return self._native.output_sizes(height, width)
-
-    def run(
-        self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format, isa: str | None = None
-    ) -> list[Tensor]:
+    def run(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
         """The outputs [N, K, H', W'] for images x [N, C, H, W], float32, on the CPU, in any strides."""
-        outputs, _ = self._call(x, memory_format, False, isa)
+        outputs, _ = self._call(x, memory_format, False)
         return outputs
 
     def profile(self, x: Tensor) -> list[StepProfile]:
@@ -64,11 +58,12 @@ class Network:
         return [StepProfile(*step) for step in steps or ()]
 
     def _call(
-        self, x: Tensor, memory_format: torch.memory_format, profiled: bool, isa: str | None = None
+        self, x: Tensor, memory_format: torch.memory_format, profiled: bool
     ) -> tuple[list[Tensor], list[tuple[str, int, float]] | None]:
         if x.dim() != 4 or x.shape[1] != self._channels:
             raise ValueError(f"expected images [N, {self._channels}, H, W], got shape {tuple(x.shape)}")
         batch, _, height, width = x.shape
+        # Channels, rows and columns of every output.
         sizes = self._native.output_sizes(height, width)
         outputs = [
             torch.empty((batch, *size), dtype=torch.float32, device="cpu", memory_format=memory_format)
@@ -79,7 +74,8 @@ class Network:
         views = [strided_address("output", y, *y.shape) for y in outputs]
         x = in_memory(x)
         image = strided_address("x", x, *x.shape)
-        steps = self._native.run(image, batch, height, width, views, torch.get_num_threads(), profiled, isa)
+        threads, isa = execution()
+        steps = self._native.run(image, batch, height, width, views, threads, profiled, isa)
         return outputs, steps
 
 
