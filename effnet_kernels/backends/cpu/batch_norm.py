@@ -91,9 +91,7 @@ def finalize_batch_norm(
 ) -> Tensor:
     """BatchNorm from partial statistics [P, 3, C]: scale, shift, mean and rstd as rows of [4, C].
 
-    The running statistics, if given, are moved by ``momentum`` in place (by 1 / count where it is the tensor
-    ``num_batches_tracked``), ``running_var`` towards the unbiased variance. With ``skip_nonfinite`` those of a channel
-    whose batch statistics are not finite stay as they are.
+    The reference says how the running statistics, if given, are moved in place.
     """
     count, _, channels = partials.shape
     if count == 0 or (running_mean is None) != (running_var is None):

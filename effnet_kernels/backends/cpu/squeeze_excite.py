@@ -82,15 +82,10 @@ def excite_backward(
     act: Activation,
     kind: Gate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The squeeze-and-excitation path backwards, on vectors.
+    """The squeeze-and-excitation path backwards, on vectors; the reference says what they are.
 
-    ``sums`` [N, T, 5, C] are the :class:`.PixelSums` of ``pointwise_conv_backward``, or [N, T, 1, C] the gate's
-    gradient alone. Returns
-
-    - offset [N, C], the gradient that each pixel's activation gets through the mean over ``count`` pixels;
-    - the gradients of the gate's logits [N, C] and of the hidden layer [N, S];
-    - from five sums, those for the backward of the BatchNorm before, [N, 2, C]: gate * grad_shift + offset * slope and
-      gate * grad_scale + offset * centred_slope.
+    From partial sums [N, T, 5, C] or [N, T, 1, C] to the offset [N, C], the gradients of the gate's logits [N, C] and
+    of the hidden layer [N, S], and from five sums those of the BatchNorm before, [N, 2, C].
     """
     samples, _, kinds, channels = sums.shape
     address("gate", gate, samples, channels)

@@ -154,7 +154,7 @@ def roles_of(kind: BlockKind) -> list[str]:
 
 
 def block_names(form: Format, kind: BlockKind) -> list[str]:
-    """A format's names for the modules of a block, in the order of :func:`_roles`."""
+    """A format's names for the modules of a block, in the order of :func:`roles_of`."""
     if form in NUMBERED and kind.name in ("dense", "fused"):
         raise ValueError(f"expected a network without Fused-MBConv blocks: {form}'s format has no names for them")
     names: list[str] = []
