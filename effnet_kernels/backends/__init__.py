@@ -1,1 +1,1 @@
-"""What computes: the primitives of each backend, and which backend runs."""
+"""The backends: the primitives of each, and the choice between them."""

@@ -1,8 +1,8 @@
-"""What a backend computes: the operators forward and backward, on tensors, without autograd.
+"""The primitives that every backend has: the operators forward and backward, on tensors, without autograd.
 
 Maps are [N, C, H, W] in channels-last strides, vectors and partial results contiguous and fp32 (fp64 beside maps in
-fp64, which the reference alone has). Partial results are merged by whoever takes them; how many there are is the
-backend's to choose.
+fp64, which the reference alone has). The backend chooses how many partial results there are, and the caller merges
+them.
 """
 
 from typing import Literal, Protocol
@@ -13,7 +13,7 @@ from effnet_kernels.fusion.spec import Activation, Epilogue, Gate, OutputGradien
 
 
 class Primitives(Protocol):
-    """A backend's primitives. ``backends/reference/primitives.py`` documents them, and says what they compute."""
+    """A backend's primitives. ``backends/reference/primitives.py`` documents them."""
 
     def pointwise_conv(
         self,

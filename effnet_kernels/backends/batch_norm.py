@@ -1,4 +1,4 @@
-"""What everything that computes BatchNorm shares (Ioffe and Szegedy 2015, algorithm 1)."""
+"""The arithmetic of BatchNorm that all backends share (Ioffe and Szegedy 2015, algorithm 1)."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,6 @@ def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Ten
 
 
 def check_batch(size: torch.Size) -> None:
-    """Raises torch's own ValueError where BatchNorm would normalise a single value a channel, of a map's size."""
+    """Raises torch's own ValueError where BatchNorm would normalise a single value a channel of such a map."""
     if size.numel() == size[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")

@@ -1,4 +1,4 @@
-"""torch's convolution and its gradients, with padding of its own on each side, in channels-last strides."""
+"""torch's dense convolution and its gradients, with a padding for each side, in channels-last strides."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What torch's profiler is told of the kernels: by itself it records torch's own operators alone."""
+"""Events for torch's profiler, which by itself records torch's own operators alone."""
 
 import contextlib
 from typing import TYPE_CHECKING

@@ -1,7 +1,6 @@
 """The operators that the whole network is made of, each with its gradients.
 
-:class:`Prologue` is what an operator applies to its input on load, :class:`Epilogue` what it applies to its output
-before the store.
+An operator applies a :class:`Prologue` to its input on load, and an :class:`Epilogue` to its output before the store.
 """
 
 from effnet_kernels.fusion.spec import Epilogue, Prologue

@@ -24,7 +24,7 @@ def bn_act_add(
 
     Args:
         x: [N, C, H, W], the raw output of the block's last convolution.
-        prologue: what is applied to it on load.
+        prologue: applied to it on load.
         residual: [N, C, H, W], the block's input.
         drop_path_scale: [N], the stochastic-depth factor of each sample: 0, or 1 / survival probability.
 

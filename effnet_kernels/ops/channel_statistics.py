@@ -1,4 +1,4 @@
-"""Statistics of a map that some other convolution has made."""
+"""The statistics of a map that any other convolution has made."""
 
 from torch import Tensor
 

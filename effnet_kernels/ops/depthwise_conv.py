@@ -39,8 +39,8 @@ def depthwise_conv(
         weight: [C, 1, k, k], k odd.
         stride: at least 1, of rows and columns alike.
         padding: an integer, (left, right, top, bottom), or ``"same"`` (TensorFlow's); zeros after the prologue.
-        prologue: what is applied to ``x`` on load.
-        epilogue: what is applied to the output before it is stored.
+        prologue: applied to ``x`` on load.
+        epilogue: applied to the output before it is stored.
         reduction: ``"statistics"`` returns the [3, C] count, mean and M2 of the stored output beside it; ``"pool"``
             its spatial mean [N, C] (the squeeze, at no pass of its own).
 

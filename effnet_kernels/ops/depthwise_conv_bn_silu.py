@@ -33,15 +33,15 @@ def depthwise_conv_bn_silu(
     """``silu(batch_norm(depthwise_conv(x)))``, differentiable in x, weight, norm_weight and norm_bias.
 
     In training the convolution emits its statistics as it stores its raw output, which is all that backward keeps
-    beside the input; at inference the three are one pass. Where the device has kernels, both directions are
-    those that the blocks of this package run on.
+    beside the input; at inference the three are one pass. Where the device has kernels, both directions run on
+    those of this package's blocks.
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16 (float64 by the reference); channels-last is fastest.
         weight: [C, 1, k, k], k odd (kernels: 3, 5, 7). With maps of lower precision it may be float32.
         norm_weight, norm_bias: [C], BatchNorm's gamma and beta; None for one and zero.
         running_mean, running_var: [C]. In training they are moved in place by ``momentum`` towards the batch's mean
-            and unbiased variance; at inference they are what is normalised by. None, in training only, for none.
+            and unbiased variance; at inference BatchNorm normalises by them. None, in training only, leaves them out.
         stride: 1 or 2 in kernels.
         padding: an integer, (left, right, top, bottom), or ``"same"`` (TensorFlow's).
         training: whether to normalise by the batch's statistics.

@@ -259,7 +259,7 @@ def _with_statistics(grad: Tensor, y: Tensor, stats: Tensor | None, grad_stats: 
 
 
 def _bias_gradient(grad: Tensor, grad_stats: Tensor | None) -> Tensor:
-    # The part of M2 sums to zero: it is of deviations from the mean.
+    # The part that comes through M2 sums to zero, because it is made of deviations from the mean.
     bias = grad.sum(dim=(0, 2, 3), dtype=torch.float32)
     return bias if grad_stats is None else bias + grad_stats[1]
 
@@ -291,7 +291,7 @@ def _through_affine(
 def _cast(
     needs: tuple[bool, ...], gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """Gradients in the shape and dtype of their inputs, and only those that are needed."""
+    """The gradients in the shapes and dtypes of their inputs; None where one is not needed."""
     return [
         g.to(t.dtype).reshape(t.shape) if needed and g is not None and t is not None else None
         for needed, g, t in zip(needs, gradients, inputs, strict=False)

@@ -35,8 +35,8 @@ def pointwise_conv(
         x: [N, C, H, W], float32, float16, bfloat16 or float64; channels-last is fastest.
         weight: [K, C, 1, 1].
         bias: [K].
-        prologue: what is applied to ``x`` on load.
-        epilogue: what is applied to the output before it is stored.
+        prologue: applied to ``x`` on load.
+        epilogue: applied to the output before it is stored.
         reduction: ``"statistics"`` returns the [3, K] count, mean and M2 of the stored output beside it; ``"pool"``
             returns the spatial mean [N, K] instead of the output.
 

@@ -26,9 +26,9 @@ def squeeze_excite(
     """``x * gate(w2 @ act(w1 @ mean(x) + b1) + b2)``: every channel scaled by a gate from all channels' means.
 
     Differentiable in x and in the parameters. Backward keeps x, the gate [N, C] and the hidden layer [N, S], and walks
-    the map twice: once for the gate's gradient, once for that of x. Where the device has kernels, both directions are
-    those that the blocks of this package run on (there the gate is applied by the next convolution as it loads, so that
-    the gated map is never stored).
+    the map twice: once for the gate's gradient, once for that of x. Where the device has kernels, both directions run
+    on those of this package's blocks (in a block the next convolution applies the gate as it loads, so that the gated
+    map is never stored).
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16 (float64 by the reference); channels-last is fastest.

@@ -40,7 +40,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
     samples, channels, height, width = y.shape
     partition = _partition(y, gradient.by_sample())
     sums = empty(partition[2] * partition[3], 2, channels)
-    # Held by name until the call returns: the memory of what is made here would be free again otherwise.
+    # The names hold the tensors that are made here until the call returns: it takes addresses alone.
     gradient = with_both(gradient)
     extension().gradient_sums(
         partition,

@@ -15,7 +15,7 @@ from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import Epilogue, OutputGradient, Padding, Prologue, Reduction
 
-# Numbers of a patch, above which torch's convolution is as fast.
+# Above this many numbers in a patch torch's convolution is as fast.
 _MOST_PATCH = 64
 
 

@@ -50,7 +50,7 @@ def depthwise_conv(
         partials = empty(extension().depthwise_shards(samples), 3, channels)
     elif reduction == "pool":
         partials = empty(samples, 1, channels)
-    # Held by name until the call returns: the memory of what is made here would be free again otherwise.
+    # The names hold the tensors that are made here until the call returns: it takes addresses alone.
     prologue = folded(prologue)
     extension().depthwise_forward(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),
@@ -89,7 +89,7 @@ def depthwise_conv_backward(
     dz = empty_map(samples, channels, height, width)
     sums = None if mean is None else empty(extension().depthwise_shards(samples), 2, channels)
     dweight = empty(channels, 1, kernel, kernel)
-    # Held by name until the call returns: the memory of what is made here would be free again otherwise.
+    # The names hold the tensors that are made here until the call returns: it takes addresses alone.
     prologue, gradient = folded(prologue), with_both(gradient)
     extension().depthwise_backward(
         (samples, channels, height, width, out_height, out_width, kernel, stride, left, top),

@@ -11,7 +11,7 @@ from typing import Any
 # The extension shares torch's threads, so torch has to be in the process first.
 import torch
 
-# What csrc/bindings.cpp has; an extension of another build would misread arguments, or lack functions.
+# The number in csrc/bindings.cpp: an extension of another interface would misread arguments, or lack functions.
 INTERFACE = 3
 FAILURE_FILE = Path(__file__).parents[2] / "_native_build_failure.txt"
 
@@ -46,7 +46,7 @@ def load() -> tuple[Any, str | None]:
 
 
 def _is_truncated(path: Path) -> bool:
-    """Whether an ELF file of 64 bits ends before the table at its end, which the loader would find out by dying."""
+    """Whether an ELF file of 64 bits ends before the table at its end, which would crash the loader."""
     with path.open("rb") as file:
         header = file.read(64)
     if not header.startswith(b"\x7fELF\x02\x01"):
@@ -83,7 +83,7 @@ def warn_if_unavailable() -> None:
 
 
 def fma_peak() -> float:
-    """Floating-point operations a second of multiply-adds in registers, by torch's number of threads; measured now."""
+    """Floating-point operations a second of multiply-adds in registers, on torch's number of threads; measured now."""
     return float(extension().fma_peak(torch.get_num_threads()))
 
 

@@ -1,6 +1,6 @@
 """Tensors for the native kernels to write, the addresses that they take, and how they run.
 
-Large maps come from a pool that keeps the memory of those that went: see ``csrc/platform/pool.h``.
+Large maps come from a pool that keeps the memory of earlier ones: see ``csrc/platform/pool.h``.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def empty_map(samples: int, channels: int, height: int, width: int) -> Tensor:
 
 
 def release_memory() -> None:
-    """Gives the memory that is kept for maps and for frozen engines' calls to come back to the system."""
+    """Gives the system back the memory that is kept for maps and for later calls of frozen engines."""
     extension().release_memory()
 
 
@@ -64,10 +64,10 @@ def address(name: str, tensor: Tensor | None, *shape: int) -> int:
     """The address of an operand of this shape, contiguous, for the extension; 0 for None.
 
     The kernels read and write raw memory: every operand's address comes from here, from :func:`map_address` or from
-    :func:`strided_address`, and the address of what a call is to write from :func:`written`.
+    :func:`strided_address`, and the address of a result from :func:`written`.
 
-    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides. Whether it
-    is negated lazily is asked of maps alone: who calls a primitive brings parameters and vectors to memory.
+    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides. Maps alone
+    are checked for lazy negation: a caller of a primitive has brought parameters and vectors to memory.
     """
     if tensor is None:
         return 0
@@ -130,7 +130,7 @@ def prologue_addresses(prologue: Prologue, samples: int, channels: int) -> tuple
 def gradient_addresses(
     gradient: OutputGradient, samples: int, channels: int, height: int, width: int
 ) -> tuple[int, int, int, int, int, int, int, int, int]:
-    """Of the gradient of a map of this shape."""
+    """The addresses of an :class:`OutputGradient` of a map of this shape, and its activation's index."""
     grad, y, coefficients, gate, drop_path_scale, offset, scale, shift, act = gradient
     if (scale is None) != (shift is None):
         raise ValueError("gradient: expected scale and shift together")
@@ -153,7 +153,7 @@ Affine = TypeVar("Affine", Prologue, OutputGradient)
 
 
 def with_both(affine: Affine) -> Affine:
-    """Scale and shift both, where there is one of them."""
+    """The operand with both a scale and a shift where it has one of them."""
     scale, shift = affine.scale, affine.shift
     if scale is not None and shift is None:
         return affine._replace(shift=torch.zeros_like(scale))

@@ -13,7 +13,7 @@ from effnet_kernels.fusion.spec import GATES, Chain, Layer
 
 
 class StepProfile(NamedTuple):
-    """What one step of a network took."""
+    """The time of one step of a network."""
 
     name: str
     multiply_adds: int
@@ -35,7 +35,7 @@ class Network:
 
     def __init__(self, chains: Sequence[Chain], outputs: Sequence[int]) -> None:
         self._channels = chains[0].layers[0].in_channels
-        # Held by name until they are packed.
+        # The name holds the tensors until they are packed: the extension takes addresses alone.
         held = [_canonical(chain) for chain in chains]
         described: list[dict[str, object]] = []
         ends: list[int] = []
@@ -53,7 +53,7 @@ class Network:
         return outputs
 
     def profile(self, x: Tensor) -> list[StepProfile]:
-        """What each step takes for images x."""
+        """The time of each step for images x."""
         _, steps = self._call(x, torch.contiguous_format, True)
         return [StepProfile(*step) for step in steps or ()]
 

@@ -25,8 +25,8 @@ def pointwise_conv(
     """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
 
     With "statistics" the second is partial (count, mean, M2) of the stored values, [P, 3, K]; with "pool" the map is
-    not stored, and it is partial sums of the finished values over each image's pixels, [N, T, K]. Neither goes with a
-    residual.
+    not stored, and the second is partial sums of the finished values over each image's pixels, [N, T, K]. Neither goes
+    with a residual.
     """
     samples, channels, height, width = x.shape
     outputs = weight.shape[0]
@@ -34,7 +34,7 @@ def pointwise_conv(
     if reduction != "none" and epilogue.residual is not None:
         raise ValueError(f"reduction: expected 'none' beside a residual, got {reduction!r}")
     scale, shift, act, _, _ = folded(Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics))
-    # Held by name until the call returns, as all that is made here: its memory would be free again otherwise.
+    # The names hold the tensors that are made here until the call returns: it takes addresses alone.
     prologue = folded(prologue)
     partition = extension().partition_pixels(samples, height * width, pools or prologue.gate is not None)
     parts = partition[2] * partition[3]
@@ -77,7 +77,7 @@ def pointwise_conv_backward(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of what the convolution read, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
+    """The gradients of the input behind the prologue, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
 
     With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, u' its
     derivative, dq the gradient of the gated u), the second result is partial :class:`PixelSums` of each image in one

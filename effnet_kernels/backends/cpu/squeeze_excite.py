@@ -1,6 +1,6 @@
 """Squeeze-and-excitation on the CPU (Hu et al. 2018, section 3): sums over pixels, and the gate.
 
-The excitation's layers are 1x1 convolutions of maps of one pixel; what is left of it are vectors, for torch.
+The excitation's layers are 1x1 convolutions of maps of one pixel; torch does the rest, which is arithmetic on vectors.
 """
 
 from torch import Tensor
@@ -116,7 +116,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> 
 
 
 def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of what the layer read, [N, C], from its output's [N, K]."""
+    """The gradient of the layer's input [N, C] from that of its output [N, K]."""
     weight = _matrix(weight)
     like = empty(grad.shape[0], weight.shape[1], 1, 1)
     gradient = OutputGradient(_pixel(grad))
@@ -128,7 +128,7 @@ def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, act: Activation) -> Tensor:
-    """The weight's gradient [K, C] from the output's [N, K] and what the layer read, ``act(x)`` [N, C]."""
+    """The weight's gradient [K, C] from that of the output [N, K] and the layer's input ``act(x)`` [N, C]."""
     like = empty(grad.shape[1], x.shape[1], 1, 1)
     gradient = OutputGradient(_pixel(grad))
     _, _, dweight = pointwise_conv_backward(
@@ -149,6 +149,6 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _total(sums: Tensor) -> Tensor:
-    # torch would convert and broadcast what does not fit.
+    # torch would convert and broadcast an operand that does not fit.
     address("sums", sums, *sums.shape)
     return sums.sum(dim=1)

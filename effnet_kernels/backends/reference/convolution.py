@@ -31,7 +31,7 @@ def pointwise_conv(
     """x [N, C, H, W], weight [K, C, 1, 1], bias [K] to ``(y [N, K, H, W], None)``.
 
     With "statistics" the second is (count, mean, M2) of the stored values, [1, 3, K]; with "pool" the map is not
-    returned, and it is the sums of the finished values over each image's pixels, [N, 1, K].
+    returned, and the second is the sums of the finished values over each image's pixels, [N, 1, K].
     """
     u = rounded(apply_prologue(x, prologue), x.dtype)
     y = apply_epilogue(_convolve(u, weight, bias, x.dtype), epilogue, x.dtype)
@@ -49,7 +49,7 @@ def pointwise_conv_backward(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of what the convolution read, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
+    """The gradients of the input behind the prologue, [N, C, H, W], plus ``residual``, and of the weight, [K, C, 1, 1].
 
     With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, u' its
     derivative, dq the gradient of the gated u), the second result is the :class:`PixelSums` of each image in one
@@ -159,7 +159,7 @@ def _convolve(
 def _convolve_backward(
     dy: Tensor, u: Tensor, weight: Tensor, dtype: torch.dtype, stride: int, padding: Padding, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of what :func:`_convolve` read and of its weight, by autograd's own formula."""
+    """The gradients of the input and the weight of :func:`_convolve`, by autograd's own formula."""
     du, dweight, _ = torch.ops.aten.convolution_backward(
         dy,
         F.pad(u, padding),

@@ -1,4 +1,4 @@
-"""What a primitive applies to its operands before it computes, and to its result before it stores it."""
+"""The prologue, the epilogue and the output's gradient, which a primitive applies to its operands and its result."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def normalized(x: Tensor, part: Prologue | Epilogue | OutputGradient) -> Tensor:
-    """What the activation of a prologue, an epilogue or an output's gradient reads, in the accumulation dtype."""
+    """The activation's input in a prologue, an epilogue or an output's gradient, in the accumulation dtype."""
     x = x.to(accumulation_dtype(x.dtype))
     if isinstance(part, OutputGradient) or part.statistics is None:
         return affine(x, part.scale, part.shift)
