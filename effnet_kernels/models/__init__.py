@@ -1,1 +1,1 @@
-"""The networks: their class, the table of the released ones, and what makes them."""
+"""The networks: their class, the table of the released ones, and their builders."""

@@ -133,7 +133,7 @@ class EfficientNet(LukemelasInterface):
 
     @torch.jit.unused
     def _pools_in_head(self, x: Tensor) -> bool:
-        """Whether the head may pool its output before storing it: nothing observes the calls that are left out."""
+        """Whether the head may pool its output before storing it: nothing observes the calls that this leaves out."""
         if select.chain_backend(x) is None or select.global_hook() is not None:
             return False
         if type(self).extract_features is not EfficientNet.extract_features or "extract_features" in self.__dict__:
@@ -258,7 +258,7 @@ def _check_arguments(
         raise ValueError("out_indices: expected features_only=True beside it, got features_only=False")
 
 
-# What other packages call arguments of ours.
+# Other packages' names of our arguments.
 _NAMES_ELSEWHERE = {
     "in_channels": "in_chans",
     "drop_rate": "dropout",

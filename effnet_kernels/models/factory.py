@@ -91,7 +91,7 @@ def create_model(
 
     Raises:
         ValueError: an unknown name, an argument or weights that do not fit.
-        TypeError: an argument that there is not.
+        TypeError: an argument that does not exist.
     """
     variant = find_variant(name)
     weights = _checked_weights(name, weights, kwargs)
@@ -109,7 +109,7 @@ def create_model(
             stacklevel=2,
         )
     classes, is_asked = count_classes(state_dict), "num_classes" in kwargs
-    # A head that is not one layer is left for the loading to name, unless another is asked for.
+    # A classifier of several layers is left for the loading to refuse by name, unless another one is asked for.
     if not is_asked and (classes > 0 or not has_classifier(state_dict)) and not kwargs.get("features_only"):
         kwargs["num_classes"] = classes
     model = build(variant, **kwargs)
@@ -137,7 +137,7 @@ def _checked_weights(name: str, weights: Any, kwargs: dict[str, Any]) -> Any:
         warnings.warn(
             f"pretrained={trained!r} is deprecated, as in torchvision: weights={weights!r} is the same", stacklevel=3
         )
-    # What could be the name of a file, but of none that there is, is meant as a name of weights.
+    # A word that could be a file's name, where there is no such file, is meant as a name of weights.
     elif isinstance(weights, str) and re.fullmatch(r"[\w-]*[a-z][\w-]*", weights) and not Path(weights).exists():
         enum = weights_of(name)
         names = "" if enum is None else f"one of {', '.join(enum.__members__)}, "
@@ -162,7 +162,7 @@ def _adapt_stem(state_dict: dict[str, Tensor], key: str, in_chans: int) -> dict[
 
 
 class Size(NamedTuple):
-    """What a network costs: parameters, and multiply-accumulates of one image at its resolution."""
+    """The cost of a network: parameters, and multiply-accumulates of one image at its resolution."""
 
     parameters: int
     macs: int

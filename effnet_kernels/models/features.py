@@ -12,7 +12,7 @@ from effnet_kernels.modules.fused_module import memory_format
 
 
 def check_images(x: object) -> None:
-    """Raises TypeError for what is no tensor and stands for none in a trace, ValueError for a rank other than 4."""
+    """Raises TypeError for anything but a tensor or its proxy in a trace, ValueError for a rank other than 4."""
     if isinstance(x, Tensor):
         if x.dim() != 4:
             hint = "; images[None] is a batch of one" if x.dim() == 3 else ""

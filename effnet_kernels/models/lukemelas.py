@@ -1,4 +1,4 @@
-"""What lukemelas's package `efficientnet_pytorch` calls the networks, their settings and its checkpoints."""
+"""The names of networks, settings and checkpoints in lukemelas's package `efficientnet_pytorch`."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ _CHECKPOINTS = {
 
 
 class GlobalParams(NamedTuple):
-    """What a network was made with, in that package's words; changing it later changes nothing."""
+    """The settings that a network was made with, by that package's names; changing them later changes nothing."""
 
     width_coefficient: float
     depth_coefficient: float

@@ -1,4 +1,4 @@
-"""What code written for the package `efficientnet_pytorch` calls a network's methods and parts."""
+"""The methods of a network, and the names of its parts, for code written for the package `efficientnet_pytorch`."""
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -41,7 +41,7 @@ class Blocks(nn.ModuleList):
 
 
 def _alias(child: str, *owners: Callable[[Any], nn.Module]) -> property:
-    """An attribute that is a child of a module of the network's; of several modules, where it is assigned to."""
+    """A property for the child of a module of the network; assigning to it replaces the child in all ``owners``."""
 
     def get(network: nn.Module) -> Any:
         return getattr(owners[0](network), child)
@@ -82,15 +82,15 @@ class LukemelasInterface(nn.Module):
 
     ``_conv_stem``, ``_bn0``, ``_blocks``, ``_conv_head``, ``_bn1``, ``_swish``, ``_avg_pooling``, ``_dropout`` and
     ``_fc`` are other names of the network's modules, to read and to assign to: ``model._fc = nn.Linear(1280, 2)``
-    replaces ``model.classifier[1]``. ``_global_params`` tells what the network was made with. As in that package,
+    replaces ``model.classifier[1]``. ``_global_params`` has the settings that it was made with. As in that package,
     ``forward`` calls ``extract_features``, which a subclass may override.
 
-    What is not there:
+    Left out are:
 
-    - Their keys and names: those of parameters and modules are torchvision's, ``classifier.1.weight`` and not
+    - That package's keys and names: those of parameters and modules are torchvision's, ``classifier.1.weight`` and not
       ``_fc.weight``. ``load_checkpoint`` and ``convert_state_dict`` translate.
-    - The inside of their blocks: these are :class:`MBConv`, without ``_expand_conv`` or ``_block_args``, and called
-      without ``drop_connect_rate``, which is each block's ``stochastic_depth.p``.
+    - The inside of that package's blocks: the blocks are :class:`MBConv`, without ``_expand_conv`` or ``_block_args``,
+      and called without ``drop_connect_rate``, which is each block's ``stochastic_depth.p``.
     - Another number of ``_blocks``, ``_blocks_args``, ``_change_in_channels``, and the constructor's ``blocks_args``.
     """
 
@@ -102,7 +102,7 @@ class LukemelasInterface(nn.Module):
     _avg_pooling = _alias("avgpool", lambda network: network)
     _dropout = _alias("0", _classifier)
     _fc = _alias("1", _classifier)
-    # What the network was made with; TorchScript has no use for it.
+    # The settings that the network was made with; TorchScript has no use for them.
     _global_params: Any
     __jit_ignored_attributes__ = ("_global_params",)
 
@@ -132,7 +132,7 @@ class LukemelasInterface(nn.Module):
         return {f"reduction_{index}": x for index, x in enumerate([*last, maps[-1], head], 1)}
 
     def set_swish(self, memory_efficient: bool = True) -> None:
-        """Nothing: there is one SiLU, which saves memory and can be exported."""
+        """Does nothing: the one SiLU that there is saves memory and can be exported."""
 
     @classmethod
     def get_image_size(cls, model_name: str) -> int:

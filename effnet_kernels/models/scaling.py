@@ -61,7 +61,7 @@ def scaled_variant(phi: float, coefficients: Coefficients = PAPER, base: str = "
 
 
 class Candidate(NamedTuple):
-    """A point of the grid and what the caller's function gave it."""
+    """A point of the grid, and its score by the caller's function."""
 
     coefficients: Coefficients
     variant: Variant

@@ -63,8 +63,8 @@ def load_checkpoint(
 ) -> None:
     """Loads a state dict of any format, wrapped and prefixed or not, into a model of ours or of another package.
 
-    A model without classifier or without head takes what it has a place for. BatchNorm counters that old checkpoints
-    lack stay as they are.
+    A model without classifier or without head takes the tensors that it has a place for. BatchNorm counters that old
+    checkpoints lack stay as they are.
 
     Args:
         skip_classifier, skip_stem: leave the classifier, or the first convolution, as it is.

@@ -95,14 +95,14 @@ def _damage(path: Path, expected: str) -> str | None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The contents of a ``.safetensors`` file, or of a pickle of tensors and plain data, on the CPU.
 
-    What ``torch.serialization.add_safe_globals`` allows is plain data too. An ``argparse.Namespace``, in which timm's
-    checkpoints keep their arguments, comes as an OrderedDict with its attributes unless it is allowed there.
+    Objects that ``torch.serialization.add_safe_globals`` allows are plain data too. An ``argparse.Namespace``, in which
+    timm's checkpoints keep their arguments, comes as an OrderedDict with its attributes unless it is allowed there.
 
     Raises FileNotFoundError; ValueError, with the path, for a damaged file and for a pickle of other objects.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
-    # What cannot be opened has its own error; torch reports damaged files as an OSError too.
+    # A file that cannot be opened raises its own error here; torch reports damaged files as an OSError too.
     path.open("rb").close()
     try:
         checkpoint = _safetensors_reader(path)(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -166,9 +166,9 @@ def _rename_namespaces(data: bytes, pickles: int) -> bytes:
 
 
 def _foreign_objects(path: Path, error: str) -> str:
-    """What is said of a pickle with other objects than tensors and plain data: their names, and the ways out."""
+    """The message about a pickle with other objects than tensors and plain data: their names, and the ways out."""
     names = {name for pair in re.findall(r"GLOBAL (\S+)|<class '([\w.]+)'>", error) for name in pair if name}
-    # It knows the files since torch 1.6; of others the first object is named.
+    # torch lists the objects of files since torch 1.6; for older files the error names the first one.
     with contextlib.suppress(Exception):
         names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
     found = ", ".join(sorted(name.removeprefix("builtins.") for name in names - {"argparse.Namespace"}))

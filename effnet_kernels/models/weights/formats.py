@@ -16,7 +16,7 @@ from torch import Tensor
 
 Format = Literal["torchvision", "timm", "lukemelas", "transformers"]
 FORMATS: tuple[Format, ...] = ("torchvision", "timm", "lukemelas", "transformers")
-# Whose networks are TensorFlow's, number their blocks without regard to stages, and have no Fused-MBConv.
+# Formats of networks that are TensorFlow's, that number their blocks across stages, and that have no Fused-MBConv.
 NUMBERED: tuple[Format, ...] = ("lukemelas", "transformers")
 
 # The convolutions of a block, by its kind, in the order in which they run.
@@ -84,7 +84,7 @@ KINDS += [BlockKind("dense"), BlockKind("fused")]
 
 
 def detect_format(state_dict: Mapping[str, Any]) -> Format:
-    """Whose names the keys are; raises ValueError, with the first of them, where they are nobody's."""
+    """The format that the keys are in; raises ValueError, with the first of them, for an unknown one."""
     for form, prefixes in (
         ("torchvision", ("features.",)),
         ("timm", ("conv_stem.", "blocks.")),
@@ -108,7 +108,7 @@ def layout_of(state_dict: Mapping[str, Tensor]) -> Layout:
     kinds = []
     for prefix in sorted(blocks, key=lambda prefix: [int(number) for number in re.findall(r"\d+", prefix)]):
         kind = _kind_of(form, prefix, blocks[prefix], state_dict)
-        # Of blocks that are numbered alone successive ones with a kind and shapes in common are a stage.
+        # Where the names have no stages, successive blocks with a kind and shapes in common are a stage.
         shapes = _stage_shapes(form, prefix, state_dict) if form in NUMBERED else None
         stage = prefix.split(".")[1] if shapes is None else (kind, *shapes)
         kinds.append((stage, kind))
@@ -195,12 +195,12 @@ def stem_weight(form: Format) -> str:
 
 
 def is_classifier(key: str, form: Format) -> bool:
-    """Whether a key belongs to the classifier, or to what was put in its place."""
+    """Whether a key belongs to the classifier, or to a module that was put in its place."""
     return key.split(".")[0] == _ENDS[form][-1].split(".")[0]
 
 
 def is_beyond(key: str, form: Format, layout: Layout) -> bool:
-    """Whether a key belongs to what comes after these stages: further stages, the head, the classifier."""
+    """Whether a key belongs to a part behind these stages: further stages, the head, the classifier."""
     if is_classifier(key, form):
         return True
     if form == "torchvision":

@@ -122,7 +122,7 @@ class ImagePreprocess:
         """The top, left, height and width of what is resized: all but the ends of very long images."""
         if min(height, width) == 0:
             raise ValueError(f"expected an image with pixels, got {height}x{width}")
-        # At least twice what the crop shows, so that the resize's filter does not see the ends.
+        # At least twice as much as the crop shows, so that the resize's filter does not see the ends.
         longest = min(height, width) * max(_LONGEST, 2 * math.ceil(self.crop_size / max(self.resize_size, 1)))
         # As many on both sides, so that no pixel moves by half of one.
         rows, columns = (min(side, longest + (side - longest) % 2) for side in (height, width))

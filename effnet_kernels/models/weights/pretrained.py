@@ -1,4 +1,4 @@
-"""Trained weights: where they are, what they answer, and the preprocessing that they were trained with."""
+"""Trained weights: where they are, their classes, and the preprocessing that they were trained with."""
 
 import importlib.util
 import re
@@ -27,10 +27,10 @@ def imagenet_classes() -> list[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """One checkpoint and what belongs to it.
+    """One checkpoint, and the facts about it.
 
     Attributes:
-        preprocess: what :meth:`transforms` returns.
+        preprocess: the preprocessing that :meth:`transforms` returns.
         variant: the network that the weights are for; empty for a checkpoint of the user's.
         url: where it is downloaded from; empty for a file.
         path: the file, where it is not downloaded; inside ``package``, where that is given.
@@ -252,7 +252,7 @@ def weights_of(variant: str) -> type[WeightsEnum] | None:
 
 
 def resolve_weights(variant: str, weights: Any) -> Weights:
-    """What the argument ``weights`` of a builder stands for.
+    """The weights that the argument ``weights`` of a builder stands for.
 
     Args:
         variant: the name of the network.
@@ -307,7 +307,7 @@ def _by_member(variant: str, member: Any) -> Weights:
 
 
 def _usual_preprocess(variant: str) -> ImagePreprocess:
-    """That of the released weights, or with the variant's resolution what most checkpoints were trained with."""
+    """The preprocessing of the released weights, or else the usual one at the variant's resolution."""
     enum = weights_of(variant.removeprefix("tf_"))
     if enum is not None:
         return enum["DEFAULT"].value.preprocess

@@ -23,9 +23,9 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     The entries that training scripts use (``state_dict``, ``model_state_dict``, ``model``, ``net`` ...) are tried in an
     order in which averaged weights come first, as timm does, and then the checkpoint itself. Prefixes such as
     ``module.`` (DistributedDataParallel) or ``model.`` (Lightning) are left out where all keys have them, and logged;
-    ``_orig_mod.`` (torch.compile) is wherever it stands.
+    ``_orig_mod.`` (torch.compile) is left out wherever it stands.
 
-    Raises TypeError for what is not a mapping; ValueError for an entry that is no dense tensor, for two keys that
+    Raises TypeError for anything but a mapping; ValueError for an entry that is no dense tensor, for two keys that
     differ in prefixes alone, and for a network under a prefix beside keys of something else.
     """
     if not isinstance(checkpoint, Mapping):
