@@ -26,7 +26,7 @@ class _Captured(NamedTuple):
 
 
 class GraphCache:
-    """Calls ``run`` on a GPU by replaying what it launched for an input of the same shape before.
+    """Calls ``run`` on a GPU by replaying its launches for an earlier input of the same shape.
 
     The ``limit`` shapes used last keep their graphs; one more pushes the oldest out. Any thread and any stream may
     call, and the outputs belong to the caller.
@@ -43,7 +43,7 @@ class GraphCache:
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        # What is forced is captured, too.
+        # A forced backend is part of what was captured.
         key = tuple(x.shape), select.forced()
         with self._lock, torch.cuda.device(x.device):
             captured = self._captured.pop(key, None)

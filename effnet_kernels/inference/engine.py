@@ -52,13 +52,13 @@ class Profile(list[ProfileRow]):
 
 
 class FrozenEfficientNet(nn.Module):
-    """What :func:`effnet_kernels.freeze` returns. Its state dict has the folded weights, and may be loaded.
+    """The engine that :func:`effnet_kernels.freeze` returns. Its state dict has the folded weights, and may be loaded.
 
     Changes of a buffer in place are not seen on the CPU, where weights are packed once.
 
     Args:
         chains, outputs: see :class:`FoldedNetwork`.
-        tail: what torch computes of the output, pooled where a chain pools; or None.
+        tail: the module that torch applies to the output, which is pooled where a chain pools; or None.
         features_only: whether the outputs are maps.
         image_first: whether the image is returned before the maps.
         dtype: of weights, images and outputs.
@@ -70,7 +70,7 @@ class FrozenEfficientNet(nn.Module):
     """
 
     _native: Network | None
-    _packed: int  # of the folded network's generations
+    _packed: int  # the generation of the folded network's weights that were packed
     _graphs: GraphCache | None
 
     def __init__(
@@ -160,18 +160,18 @@ class FrozenEfficientNet(nn.Module):
         return self.__dict__ | {"_native": None, "_graphs": None}
 
     def __prepare_scriptable__(self) -> "FrozenEfficientNet":
-        """What ``torch.jit.script`` calls first; raises TypeError."""
+        """``torch.jit.script`` calls this first; it raises TypeError."""
         raise TypeError(
             "expected a model for torch.jit.script, got a frozen engine; script the model that was frozen, or take "
             "torch.jit.trace(engine, images) or torch.export.export(engine, (images,))"
         )
 
     def train(self, mode: bool = True) -> "FrozenEfficientNet":
-        """Nothing: a frozen network is always in eval mode."""
+        """Does nothing: a frozen network is always in eval mode."""
         return super().train(False)
 
     def profile(self, x: Tensor, repeat: int = 20) -> Profile:
-        """What each step takes on the CPU for images ``x``: the median of ``repeat`` calls after a few others."""
+        """The time of each step on the CPU for images ``x``: the median of ``repeat`` calls after a few others."""
         for _ in range(3):
             self.native().run(x)
         calls = [self.native().profile(x) for _ in range(repeat)]

@@ -29,7 +29,7 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, chains: Sequence[Chain], outputs: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        # What lies behind the last output is not computed.
+        # Chains behind the last output are not computed.
         chains = chains[: max(outputs) + 1]
         self.outputs = list(outputs)
         # How often other weights were loaded.
@@ -53,7 +53,7 @@ class FoldedNetwork(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The first layer's, which says what images are expected."""
+        """The first layer's weight, which images have to fit."""
         return self._buffer("weight", 0)
 
     def chains(self) -> list[Chain]:
@@ -107,7 +107,7 @@ class FoldedNetwork(nn.Module):
             yield x, number in self.outputs
 
     def record_convolutions(self, x: Tensor) -> None:
-        """Tells torch's profiler the convolutions of images ``x``, where all layers are computed in one call."""
+        """Records the convolutions of images ``x`` for torch's profiler, where one call computes all layers."""
         size: profiling.Size = x.shape
         for chain in self.chains():
             size = profiling.record_convolutions(chain, size, dense=True)
@@ -124,7 +124,7 @@ _NAMES = ("weight", "bias", "w1", "b1", "w2", "b2")
 
 
 def _tensors_of(layer: Layer) -> list[Tensor]:
-    """In the order of their names."""
+    """The layer's tensors, in the order of ``_NAMES``."""
     found = [layer.weight, layer.bias, *(() if layer.excitation is None else layer.excitation[:4])]
     assert all(t is not None for t in found)
     return cast(list[Tensor], found)

@@ -35,9 +35,9 @@ def freeze(
 ) -> FrozenEfficientNet:
     """The network as an engine for inference, BatchNorm folded: one native call on the CPU, Triton kernels on a GPU.
 
-    The engine has the model's weights of this moment; the model is left as it is. Whether it is in train or eval mode
-    does not matter: the engine computes what it computes in eval mode. Dropout and stochastic depth are gone. Pooling
-    and classifier may be modules of your own: what the engine does not know of them is copied, and computed by torch.
+    The engine has the model's weights of this moment; the model is left as it is, and may be in train or eval mode. The
+    engine computes its output in eval mode, without dropout and stochastic depth. Pooling and classifier may be modules
+    of your own: those that the engine does not know are copied, and torch computes them.
 
     Args:
         model: an EfficientNet: this package's, torchvision's, timm's or ``efficientnet_pytorch``'s, and torchvision's
@@ -53,9 +53,9 @@ def freeze(
             [N, C, H, W] to compare them on. It costs about one inference of the model, in float64 up to 50 million
             parameters.
 
-    Returns a module of images [N, C, H, W], of any batch size, resolution and strides, to what the model returns. It
-    has no gradients, is pickled with its weights, may be called by several threads and exported. Autocast does not
-    change what it computes in.
+    Returns a module of images [N, C, H, W], of any batch size, resolution and strides, to the model's output. It has no
+    gradients, is pickled with its weights, may be called by several threads and exported. Autocast does not change the
+    dtype that it computes in.
 
     Raises:
         TypeError: for another model.
@@ -78,7 +78,7 @@ def freeze(
 
 
 class Folded(NamedTuple):
-    """What an engine is made of; see :class:`FrozenEfficientNet`."""
+    """The parts of an engine; see :class:`FrozenEfficientNet`."""
 
     chains: list[Chain]
     outputs: list[int]
@@ -190,7 +190,7 @@ def _verify(
 
 
 def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_graph: bool) -> torch.dtype:
-    """The engine's dtype, if what it reads of the model is where it can run."""
+    """The engine's dtype; raises an error where the tensors that it reads are not where it can run."""
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     names = {id(t): name for name, t in named}
     read = [t for chain in _chains(network) for t in chain.tensors()]

@@ -40,7 +40,7 @@ def accelerate(model: Model) -> Model:
     Args:
         model: any module, in any mode, on any device.
 
-    Raises TypeError for what is no module. Warns where nothing was found to switch.
+    Raises TypeError for anything but a module. Warns where nothing was found to switch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -88,7 +88,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a method that goes on as the restored class's ``name`` where another thread restores the module."""
+    """Decorates a method to go on as the own class's method ``name`` where another thread restores the module."""
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -136,7 +136,7 @@ class AcceleratedNetwork:
     """Mixed into the class of a network that calls its stem, and maybe its head, convolution by convolution."""
 
     original: ClassVar[Any]
-    # The method that does so.
+    # The method that calls them.
     method: ClassVar[str]
     # The names of a convolution, its norm and the activation behind it.
     pairs: ClassVar[Pairs]
@@ -225,7 +225,7 @@ class LukemelasNetwork(AcceleratedNetwork):
     extract_endpoints = _by_pairs("extract_endpoints")
 
 
-# What is mixed into a network's class, and the methods that a class may not have of its own then.
+# The classes that are mixed into known networks' classes. A class that has one of the methods of its own is unknown.
 _NETWORKS: dict[str, type[AcceleratedNetwork]] = {
     "timm.models.efficientnet.EfficientNet": TimmNetwork,
     "timm.models.efficientnet.EfficientNetFeatures": TimmFeatures,
@@ -237,7 +237,7 @@ _METHODS = ("forward", "forward_features", "extract_features")
 
 
 def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
-    """What is mixed into a network's class; None for other modules and for one that has it."""
+    """The class to mix into a network's class; None for other modules, and for a class that has it already."""
     return None if issubclass(kind, AcceleratedNetwork) else look_up(kind, _NETWORKS, _METHODS)
 
 

@@ -1,4 +1,4 @@
-"""What the adapters share: how the parts of a block are read, and the leaf classes of other packages.
+"""The readers of a block's parts, which all adapters share, and the leaf classes of other packages.
 
 Classes are known by name, so that nothing has to be installed that a model does not bring along.
 """
@@ -15,10 +15,10 @@ from effnet_kernels.models.features import Features
 
 Entry = TypeVar("Entry")
 Adapter = Callable[[nn.Module], ChainSpec]
-"""What reads a block as a chain; raises :class:`~effnet_kernels.fusion.inspection.Unsupported`."""
+"""A function that reads a block as a chain; it raises :class:`~effnet_kernels.fusion.inspection.Unsupported`."""
 
 BlockReader = Callable[[str, nn.Module], Chain]
-"""What reads a block of any package by its name; raises ValueError with the name for one that is not known."""
+"""A function that reads a block of any package; it raises ValueError with the given name for an unknown one."""
 
 
 class Network(NamedTuple):
@@ -28,7 +28,7 @@ class Network(NamedTuple):
         stem: the first convolution.
         stages: the blocks, in groups whose last outputs are the model's own feature maps.
         head: the convolution behind the stages, or None.
-        tail: what the model computes of the last map, in order, by names; None where it returns maps.
+        tail: the modules that the model applies to the last map, in order, by names; None where it returns maps.
         maps: which outputs the model returns of the stem (0) and the stages (1, 2, ...); None where it classifies.
         image_first: whether the image is the first of the maps that it returns.
     """
@@ -42,14 +42,14 @@ class Network(NamedTuple):
 
 
 class NetworkAdapter(NamedTuple):
-    """A class of networks: what reads them, and the methods that this takes for the class's own."""
+    """A class of networks: the function that reads them, and the methods that it takes for the class's own."""
 
     read: Callable[[Any, BlockReader], Network]
     methods: tuple[str, ...]
 
 
 def look_up(kind: type, table: Mapping[str, Entry], methods: Collection[str] = ("forward",)) -> Entry | None:
-    """What a table has under the name of a class, or of the one that the class derives these methods from."""
+    """The table's entry for a class, or for the class that it inherits these methods from."""
     for base in kind.__mro__:
         entry = table.get(name_of(base))
         if entry is not None or any(method in base.__dict__ for method in methods):

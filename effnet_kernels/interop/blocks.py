@@ -1,4 +1,4 @@
-"""Which blocks of other packages are known, and what reads them."""
+"""The known blocks of other packages, and their adapters."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ ADAPTER_MODULES = frozenset(name.rpartition(".")[0] for name in ADAPTERS)
 
 
 def adapter_of(kind: type) -> Adapter | None:
-    """What reads blocks of a class; None for other modules."""
+    """The adapter for blocks of a class; None for other modules."""
     adapter = look_up(kind, ADAPTERS)
     return None if adapter is None else partial(_read, adapter)
 
@@ -28,7 +28,7 @@ def is_block(kind: type) -> bool:
 
 
 def _read(adapter: Adapter, block: nn.Module) -> ChainSpec:
-    """What a block computes, where its class's forward is the one that the adapter knows."""
+    """The chain that a block computes, if its class's forward is the one that the adapter knows."""
     _, patched = methods_of(type(block))
     if patched is not None:
         raise Unsupported(f"its class had its {patched} replaced")

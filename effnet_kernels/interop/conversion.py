@@ -19,7 +19,7 @@ from effnet_kernels.modules.inverted_residual import InvertedResidual
 
 @dataclass(frozen=True)
 class Settings:
-    """What a network computes with and a state dict does not hold.
+    """The settings that a network computes with and a state dict does not hold.
 
     Attributes:
         bn_eps, bn_momentum: BatchNorm's, as ``torch.nn.BatchNorm2d`` has them.
@@ -56,7 +56,7 @@ def from_peer(peer: nn.Module, verify: bool | Tensor = True) -> EfficientNet:
         peer: an EfficientNet of torchvision, timm or lukemelas. lukemelas fixes its padding at construction from the
             nominal image size; ours is decided by each image, and the two agree on images of the nominal size.
         verify: whether copies of both networks have to agree on a small random batch, or the images [N, C, H, W] to
-            compare them on. What no tensor shows is found so: other strides, activations, gates or pooling.
+            compare them on. This finds differences that no tensor shows: strides, activations, gates or pooling.
 
     Raises ValueError for a model that is no released network, or that computes something else than the released network
     with its weights; it names the first block that differs.
@@ -84,7 +84,7 @@ def _check_agreement(peer: nn.Module, model: EfficientNet, images: Tensor | None
     names = _block_names(peer)
     theirs, ours = Observed(peer, names), Observed(model, _block_names(model))
     if images is None:
-        # What fixes its padding for one size agrees on that alone.
+        # A network whose padding is fixed for one size agrees on that size alone.
         nominal = getattr(getattr(peer, "_global_params", None), "image_size", None)
         seen = theirs.run_random(model.in_chans, SIZES if nominal is None else (nominal,))
     else:

@@ -1,4 +1,4 @@
-"""What runs, layer by layer, and why."""
+"""Which backend runs each layer of a model, and why."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,7 +1,7 @@
-"""Whole networks, this package's and others', read as chains: stem, stages, head, and what is behind them.
+"""Whole networks, this package's and others', read as chains: stem, stages, head, and the modules behind them.
 
-All of a network is known, or it is refused: whatever its forward calls between the image and the last map is read, and
-what it computes of that map stays its own modules.
+All of a network is known, or it is refused: every module that its forward calls between the image and the last map is
+read, and those that it applies to that map stay its own.
 """
 
 from torch import nn
@@ -47,14 +47,14 @@ def read_network(model: nn.Module) -> Network:
 
 
 def _kind_of(model: nn.Module) -> NetworkAdapter | None:
-    """What is known of a model's class, or of the one that it is derived from.
+    """The adapter for a model's class, or for the class that it is derived from.
 
     Raises ValueError where the model's class has methods of its own in place of those that are known.
     """
     overridden: dict[str, type] = {}
     for base in type(model).__mro__:
         if base.__module__ == accelerate.__name__:
-            # What accelerate() mixes in computes what the class itself does.
+            # A class that accelerate() mixes in computes the same as the class itself.
             continue
         kind = _NETWORKS.get(name_of(base))
         if kind is None:

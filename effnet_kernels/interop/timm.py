@@ -27,7 +27,7 @@ from effnet_kernels.modules.stochastic_depth import draw_factors
 
 
 def _read_block(block: nn.Module, *layers: tuple[str, str]) -> ChainSpec:
-    """Convolutions with norms that bring their activation, one after another, with what may be between them."""
+    """Convolutions with norms that bring their activation, one after another, and the modules between them."""
     if getattr(block, "conv_s2d", None) is not None:
         raise Unsupported("it has a space-to-depth convolution")
     if "aa" in block._modules and not is_identity(block, "aa"):
@@ -70,7 +70,7 @@ def _read_network(model: Any, read: BlockReader) -> Network:
 
 
 class TimmHead(nn.Module):
-    """What a network of timm computes of its last map, by its own method: the network without its convolutions."""
+    """A network of timm behind its last map, by its own method: the network without its convolutions."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

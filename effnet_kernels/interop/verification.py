@@ -11,16 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 from effnet_kernels.backends import select
 
-# Sizes of the images that are made, tried in turn: a head may want what it was made for.
+# Sizes of the random images, tried in turn: a head may take only the size that it was made for.
 SIZES = (64, 224)
 # Parameters up to which a copy in float64 is cheap.
 _MOST_IN_DOUBLE = 50_000_000
-# What rounding in float32 may make of a difference: a share of what tells the images apart, and of the numbers' size.
+# How large a difference rounding in float32 may make: a share of the spread between images, and of the numbers' size.
 _OF_SPREAD, _OF_SIZE = 2e-3, 1e-5
 
 
 class Observation(NamedTuple):
-    """What a model made of images: its outputs, and what its observed modules were given, in the order of the calls."""
+    """A call of a model: the images, its outputs, and the inputs of its observed modules, in the order of the calls."""
 
     images: Tensor
     outputs: list[Tensor]
@@ -28,13 +28,13 @@ class Observation(NamedTuple):
 
 
 class Observed:
-    """A copy of a model in eval mode, in float64 where that is cheap, that notes what some of its modules are given.
+    """A copy of a model in eval mode, in float64 where that is cheap, that notes the inputs of some of its modules.
 
     The model itself, its buffers and torch's random numbers stay as they are.
 
     Args:
         model: any module that can be copied.
-        names: of its modules; those behind each other get what the one before returned.
+        names: of these modules; where one follows another, its input is the output of the one before.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str] = ()) -> None:
@@ -57,9 +57,9 @@ class Observed:
         self._inputs.append(arguments[0].detach().clone())
 
     def run(self, x: Tensor) -> Observation:
-        """What the model makes of images x [N, C, H, W].
+        """Calls the model on images x [N, C, H, W].
 
-        Raises what the model raises; ValueError for what are no images, and for outputs without a finite number.
+        Raises the model's own errors; ValueError for anything but images, and for outputs without a finite number.
         """
         if x.dim() != 4 or x.shape[0] == 0:
             raise ValueError(f"verify: expected images [N, C, H, W], at least one, got shape {tuple(x.shape)}")
@@ -78,7 +78,7 @@ class Observed:
         raise AssertionError
 
     def run_random(self, channels: int, sizes: Sequence[int] = SIZES) -> Observation:
-        """What the model makes of three random images [3, C, H, W], of the first of some sizes that it takes.
+        """Calls the model on three random images [3, C, H, W] of the first of some sizes that it takes.
 
         Raises ValueError where it takes none.
         """
@@ -115,7 +115,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """The tensors in what a model returns: one, or any nest of lists, tuples and dictionaries."""
+    """The tensors in a model's output: one, or any nest of lists, tuples and dictionaries."""
     return [y for y in tree_leaves(outputs) if isinstance(y, Tensor)]
 
 
@@ -146,7 +146,7 @@ def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 
 def first_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], names: Sequence[str]) -> str:
-    """The name of the first of some maps, which belong to these names, that differ."""
+    """The name of the first map that differs; there is a name for each map."""
     for y, right, name in zip(ours, theirs, names, strict=False):
         if not agree([y], [right]):
             return name

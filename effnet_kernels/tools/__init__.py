@@ -1,1 +1,1 @@
-"""The command line and what it runs: predictions, benchmarks, self-test, tuning, warm-up."""
+"""The command line and its commands: predictions, benchmarks, self-test, tuning, warm-up."""

@@ -1,6 +1,6 @@
 """One network under several CPU engines: each in a process of its own, asked in turn, and only if they agree.
 
-Thread pools that share a process disturb one another, so that engines timed in one process are not what a user gets.
+Thread pools that share a process disturb one another, so that times in one process are not those that a user gets.
 """
 
 import importlib
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What :func:`compare` found; printed, it is a table."""
+    """The result of :func:`compare`; printed, it is a table."""
 
     model: str
     batch: int
@@ -205,7 +205,7 @@ def plot(comparison: Comparison, path: str | Path) -> None:
 
 
 def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, training: bool) -> Any:
-    """Writes the network as each engine takes it, and its images; returns the outputs or losses that are right."""
+    """Writes the network as each engine takes it, and its images; returns the right outputs or losses."""
     import numpy as np
     import torch
 
@@ -218,7 +218,7 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, t
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
             module.train()
-    # Of maps large enough that a variance is no accident.
+    # From images large enough that the last maps have many pixels for a variance.
     size = max(resolution, 128)
     with torch.no_grad():
         model(torch.randn(4, 3, size, size, generator=generator))

@@ -76,7 +76,7 @@ def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, tas
     import numpy as np
 
     answers = sys.stdout
-    # What engines print is not an answer.
+    # Engines print there, too, which is no answer.
     sys.stdout = sys.stderr
     x = np.load(folder / "x.npy")
     build = _loader(engine, task)(engine, name, folder, x, threads)
@@ -101,7 +101,7 @@ Build = Callable[[], Callable[[], Any]]
 
 
 def _loader(engine: str, task: str) -> Callable[[str, str, Path, Any, int], Build]:
-    """What imports an engine and returns the function that builds its call."""
+    """The function that imports an engine and returns another, which builds its call."""
     if task == "train":
         return _load_training
     loaders = {OURS: _load_ours, "onnxruntime": _load_onnxruntime, "openvino": _load_openvino}

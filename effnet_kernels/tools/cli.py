@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 say(f"effnet: error: {printable(str(error))}", sys.stderr)
-        # What is buffered must not fail again at exit.
+        # Buffered output must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SOME_FAILED
 
@@ -55,7 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _reported_errors() -> tuple[type[Exception], ...]:
-    """What is said in a line; anything else is a fault of the program, with its traceback."""
+    """The errors that are reported in a line; any other is a fault of the program, with its traceback."""
     import torch
 
     from effnet_kernels import BackendError
@@ -96,7 +96,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 
 def run_scale(arguments: argparse.Namespace) -> int:
-    """Prints what networks cost. Status 0; 2 for an unknown name or a phi that is no number."""
+    """Prints the cost of networks. Status 0; 2 for an unknown name or a phi that is no number."""
     from effnet_kernels.models.factory import measure
     from effnet_kernels.models.scaling import scaled_variant
     from effnet_kernels.models.variants import VARIANTS, find_variant

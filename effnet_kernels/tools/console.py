@@ -1,4 +1,4 @@
-"""What is printed: text that a terminal shows and does not obey, and JSON that every reader takes."""
+"""Output: text that a terminal shows and does not obey, and JSON that every reader takes."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str) -> str:
-    """The text with escapes in the places of what a terminal might obey or could not show."""
+    """The text with escapes in place of the characters that a terminal might obey or could not show."""
     return "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in _UNPRINTABLE else character
         for character in text
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """The value as JSON of ASCII characters; what is no JSON becomes text.
+    """The value as JSON of ASCII characters; values that JSON does not have become text.
 
     Names of files that are not UTF-8 have lone surrogates, which come as backslash escapes.
 
@@ -40,7 +40,7 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def say(text: str, file: TextIO | None) -> None:
-    """Prints a line above the progress bar, if there is one; what the file cannot encode is escaped.
+    """Prints a line above the progress bar, if there is one; characters that the file cannot encode are escaped.
 
     A stream that was closed before the program began is None, and nothing is printed.
     """

@@ -1,4 +1,4 @@
-"""What ``effnet info`` prints: versions, devices, what each backend can do here, and a network's GPU kernels."""
+"""The facts that ``effnet info`` prints: versions, devices, which backends can run, and a network's GPU kernels."""
 
 import importlib.metadata
 import os

@@ -40,7 +40,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one photograph: guesses, the likeliest first, or why it could not be read."""
+    """The network's guesses for one photograph, the likeliest first, or why it could not be read."""
 
     photo: str
     guesses: list[Guess]
@@ -50,7 +50,7 @@ class Prediction:
 def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Photo]:
     """The files that are named, and, in sorted order, those that lie at any depth in the folders that are named.
 
-    In folders a photograph is what has a suffix out of ``PHOTO_SUFFIXES`` and no dot before its name. A file that is
+    In folders a photograph is a file with a suffix out of ``PHOTO_SUFFIXES`` and no dot before its name. A file that is
     named is taken as it is, whether it exists or not: opening it raises.
 
     Raises ValueError for an empty path, which would be the folder that the process is in.
@@ -177,7 +177,7 @@ def predict(
 def _read(photo: Photo, preprocess: Callable[[Any], Tensor]) -> Tensor | str:
     try:
         return preprocess(photo.open())
-    # What is not installed is missing for all of them.
+    # A package that is not installed is missing for all photographs.
     except ModuleNotFoundError:
         raise
     # Decoders and allocators raise errors of many types.
@@ -211,7 +211,7 @@ def _guess(
 
 
 def progress_bar(predictions: Iterable[Prediction], total: int) -> Iterable[Prediction]:
-    """The same, with a progress bar on stderr where that is a terminal, there is something to wait for, and tqdm."""
+    """The same, with a progress bar if stderr is a terminal, tqdm is installed and there are several photographs."""
     if total < 2 or sys.stderr is None or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         return predictions
     from tqdm import tqdm

@@ -14,7 +14,7 @@ from effnet_kernels.tools.warmup import warmup
 
 
 class Check(NamedTuple):
-    """A relative RMS error, and what is allowed."""
+    """A relative RMS error, and the largest that is allowed."""
 
     name: str
     error: float

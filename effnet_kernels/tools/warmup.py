@@ -31,10 +31,10 @@ def warmup(
         model: a network on the GPU that it will run on; of a frozen one, inference alone (``train=False``).
         shape: the input's, [N, 3, H, W].
         train: forward and backward in train mode; otherwise inference in eval mode.
-        dtype: what autocast will compute in (``torch.float16``, ``torch.bfloat16``); None for no autocast.
-        processes: as many as there are processors, unless said.
-        smaller_batches: also what batches of fewer images need, as the last one of a data loader: for B0 in training a
-            third more kernels.
+        dtype: the dtype of autocast (``torch.float16``, ``torch.bfloat16``); None for no autocast.
+        processes: how many; None for as many as there are processors.
+        smaller_batches: also compiles what batches of fewer images need, such as the last one of a data loader; for B0
+            in training these are a third more kernels.
 
     Returns:
         The number of kernels compiled or found in the cache.
@@ -77,7 +77,7 @@ def launches_of_step(
     own = next(t.dtype for t in _tensors(hollow) if t.is_floating_point())
     x = torch.empty(*shape, dtype=own, device="meta").contiguous(memory_format=torch.channels_last)
     if dtype is not None:
-        # Autocast does not know the meta device: what it would cast is of its dtype here.
+        # Autocast does not know the meta device, so that the layers whose weights it would cast are cast here.
         for module in hollow.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
