@@ -1,16 +1,12 @@
 """Events for torch's profiler, which by itself records torch's own operators alone."""
 
 import contextlib
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from effnet_kernels.fusion.geometry import output_map, resolve_padding
-from effnet_kernels.fusion.spec import Padding
-
-if TYPE_CHECKING:
-    from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.fusion.spec import Chain, Padding
 
 Size = tuple[int, ...]
 
@@ -25,7 +21,7 @@ def profiled(name: str) -> contextlib.AbstractContextManager[object]:
     return torch.profiler.record_function(f"effnet_kernels::{name}") if enabled() else contextlib.nullcontext()
 
 
-def record_convolutions(chain: "Chain", size: Size, dense: bool) -> Size:
+def record_convolutions(chain: Chain, size: Size, dense: bool) -> Size:
     """Records the convolutions of a chain that reads a map of ``size`` (N, C, H, W), and returns its output's size.
 
     The profiler counts floating-point operations (``with_flops=True``) for events with the names of torch's operators

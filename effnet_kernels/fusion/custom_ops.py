@@ -158,16 +158,12 @@ def _backward(
     return [grad.new_empty(0) if g is None else g for g in (grad_x, *own)]
 
 
-def _map_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return x.new_empty((x.shape[0], channels, height, width)).contiguous(memory_format=torch.channels_last)
-
-
 def _fake_maps(x: Tensor, chain: Chain) -> list[Tensor]:
     """The raw outputs of the layers."""
     maps: list[Tensor] = []
     for layer in chain.layers:
         height, width = output_map(x.shape[2], x.shape[3], layer.kernel_size, layer.stride, layer.padding)
-        x = _map_like(x, layer.out_channels, height, width)
+        x = x.new_empty((x.shape[0], layer.out_channels, height, width)).contiguous(memory_format=torch.channels_last)
         maps.append(x)
     return maps
 

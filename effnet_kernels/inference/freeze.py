@@ -168,7 +168,7 @@ def _verify(
 ) -> None:
     """Raises ValueError, with the first block that differs, where model and engine disagree on images."""
     blocks = [name for stage in network.stages for name, _ in stage]
-    # Each gets what the one before it makes, beginning with the stem.
+    # Each gets the output of the one before, the first that of the stem.
     behind = [network.head[0]] if network.head is not None else list(network.tail or ())[:1]
     observed = Observed(model, [*blocks, *behind])
     channels = network.stem[1].layers[0].in_channels
@@ -239,12 +239,8 @@ def _fold_layer(name: str, layer: Layer) -> Layer:
 
 
 def _with_biases(excitation: Excitation) -> Excitation:
-    w1, b1, w2, b2, act, gate = excitation
-    return Excitation(
-        w1,
-        w1.new_zeros(w1.shape[0]) if b1 is None else b1,
-        w2,
-        w2.new_zeros(w2.shape[0]) if b2 is None else b2,
-        act,
-        gate,
+    w1, b1, w2, b2, _, _ = excitation
+    return excitation._replace(
+        reduce_bias=w1.new_zeros(w1.shape[0]) if b1 is None else b1,
+        expand_bias=w2.new_zeros(w2.shape[0]) if b2 is None else b2,
     )

@@ -88,7 +88,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a method to go on as the own class's method ``name`` where another thread restores the module."""
+    """Decorates a method to go on as the original class's ``name`` where another thread restores the module."""
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -251,6 +251,7 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
         adapter, network = adapter_of(original), _network_of(original)
         mixed_in: Any = Accelerated if network is None else network
         own = getattr(original, mixed_in.method)
+        takes_more = adapter is not None and len(inspect.signature(own).parameters) > 2
         made = type(
             original.__name__,
             (mixed_in, original),
@@ -259,7 +260,7 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
                 "scripted": _under_the_name("scripted", own),
                 **({} if adapter is None else {"adapter": staticmethod(adapter)}),
                 # TorchScript knows no variable arguments, and so no block that takes more than its input.
-                **({"forward": Accelerated.dispatched} if adapter is not None and _takes_more(own) else {}),
+                **({"forward": Accelerated.dispatched} if takes_more else {}),
                 "__module__": __name__,
                 "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
                 "__doc__": original.__doc__,
@@ -276,10 +277,6 @@ def _under_the_name(name: str, function: Callable[..., Any]) -> Callable[..., An
     copied = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     copied.__annotations__, copied.__kwdefaults__ = function.__annotations__, function.__kwdefaults__
     return copied
-
-
-def _takes_more(method: Callable[..., Any]) -> bool:
-    return len(inspect.signature(method).parameters) > 2
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_kernels.fusion.inspection import Unsupported, unknown
 from effnet_kernels.fusion.lowering import ChainSpec
@@ -24,7 +24,7 @@ from effnet_kernels.interop.adapters import (
     read_layer,
 )
 from effnet_kernels.models.efficientnet import EfficientNet
-from effnet_kernels.modules.stochastic_depth import draw_factors
+from effnet_kernels.modules.stochastic_depth import StochasticDepth
 
 
 def _read_conv_norm(block: nn.Module, prefix: str = "") -> Layer:
@@ -61,26 +61,17 @@ def _read_sequence(block: nn.Module, sequence: str) -> tuple[list[Layer], Excita
     return layers, excitation
 
 
-def _read_single_layer(block: nn.Module) -> ChainSpec:
-    return chain_of([_read_conv_norm(block)])
-
-
 def _read_block(block: nn.Module, sequence: str) -> ChainSpec:
     """MBConv and FusedMBConv, and the inverted residuals of MobileNetV2 and V3."""
     layers, excitation = _read_sequence(block, sequence)
     drop_path = None
     if "stochastic_depth" in block._modules:
-        drop = plain_child(block, "stochastic_depth")
+        drop: Any = plain_child(block, "stochastic_depth")
         if name_of(type(drop)) != "torchvision.ops.stochastic_depth.StochasticDepth":
             raise unknown("stochastic_depth", drop)
-        drop_path = partial(_stochastic_depth, drop)
+        # It has our own module's settings, by the same names.
+        drop_path = partial(StochasticDepth.drop_path_scale, drop)
     return chain_of(layers, excitation, block.use_res_connect, drop_path)
-
-
-def _stochastic_depth(drop: Any, x: Tensor) -> Tensor | None:
-    if not drop.training or drop.p == 0.0:
-        return None
-    return draw_factors(x, drop.p, drop.mode == "row").flatten().expand(x.shape[0])
 
 
 def _read_network(model: Any, read: BlockReader, calls_pool: bool = True) -> Network:
@@ -102,7 +93,7 @@ def _read_network(model: Any, read: BlockReader, calls_pool: bool = True) -> Net
 _MEAN = nn.AdaptiveAvgPool2d(1)
 _LAYER = "torchvision.ops.misc.Conv2dNormActivation"
 _METHODS = ("forward", "_forward_impl")
-SINGLE_LAYERS: dict[str, Adapter] = {_LAYER: _read_single_layer}
+SINGLE_LAYERS: dict[str, Adapter] = {_LAYER: lambda block: chain_of([_read_conv_norm(block)])}
 BLOCKS: dict[str, Adapter] = {
     "torchvision.models.efficientnet.MBConv": partial(_read_block, sequence="block"),
     "torchvision.models.efficientnet.FusedMBConv": partial(_read_block, sequence="block"),

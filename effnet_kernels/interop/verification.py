@@ -67,7 +67,8 @@ class Observed:
         for dtype in self.dtypes:
             self._inputs.clear()
             try:
-                outputs = self._run(x.to(dtype), dtype)
+                with undisturbed(x.device), select.use_backend("torch"):
+                    outputs = tensors_of(self.model.to(dtype)(x.to(dtype)))
                 if not all(bool(y.isfinite().any()) for y in outputs):
                     raise ValueError("the model's outputs have no finite number: nothing can be compared, verify=False")
                 return Observation(x, outputs, list(self._inputs))
@@ -95,10 +96,6 @@ class Observed:
             f"the model fails on images of {tried} ({failure}); give it others to be compared on, verify=images, or "
             "verify=False"
         ) from failure
-
-    def _run(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        with undisturbed(x.device), select.use_backend("torch"):
-            return tensors_of(self.model.to(dtype)(x))
 
 
 @contextlib.contextmanager

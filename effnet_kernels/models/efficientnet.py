@@ -71,7 +71,7 @@ class EfficientNet(LukemelasInterface):
         out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(inverted_residual_setting, num_classes, in_chans, padding, features_only, out_indices)
+        _check_arguments(inverted_residual_setting, num_classes, in_chans, features_only, out_indices)
         if norm_layer is None:
             norm_layer = nn.BatchNorm2d
         settings = list(inverted_residual_setting)
@@ -236,7 +236,6 @@ def _check_arguments(
     settings: Sequence[BlockConfig],
     num_classes: int,
     in_chans: int,
-    padding: str,
     features_only: bool,
     out_indices: Sequence[int] | None,
 ) -> None:
@@ -252,8 +251,6 @@ def _check_arguments(
     _check_num_classes(num_classes)
     if not isinstance(in_chans, int) or in_chans < 1:
         raise ValueError(f"in_chans: expected an integer >= 1, got {in_chans!r}")
-    if padding not in ("symmetric", "same"):
-        raise ValueError(f"padding: expected 'symmetric' or 'same', got {padding!r}")
     if out_indices is not None and not features_only:
         raise ValueError("out_indices: expected features_only=True beside it, got features_only=False")
 

@@ -3,7 +3,6 @@
 Importing this costs nothing and never fails; the extension is loaded at the first use.
 """
 
-from effnet_kernels.backends.cpu.depthwise import KERNEL_SIZES
 from effnet_kernels.backends.cpu.extension import (
     NativeExtensionWarning,
     describe,
@@ -16,7 +15,6 @@ from effnet_kernels.backends.cpu.extension import (
 from effnet_kernels.backends.cpu.memory import release_memory, use_isa
 
 __all__ = [
-    "KERNEL_SIZES",
     "NativeExtensionWarning",
     "describe",
     "fma_peak",

@@ -19,7 +19,7 @@ from effnet_kernels.backends.cpu.memory import (
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import REDUCTIONS, Epilogue, OutputGradient, Padding, Prologue, Reduction
 
-KERNEL_SIZES = (3, 5, 7)
+_KERNEL_SIZES = (3, 5, 7)
 
 
 def depthwise_conv(
@@ -108,6 +108,6 @@ def depthwise_conv_backward(
 
 
 def _kernel_size(weight: Tensor) -> int:
-    if weight.shape[-1] not in KERNEL_SIZES:
-        raise ValueError(f"weight: expected a kernel size out of {KERNEL_SIZES}, got {weight.shape[-1]}")
+    if weight.shape[-1] not in _KERNEL_SIZES:
+        raise ValueError(f"weight: expected a kernel size out of {_KERNEL_SIZES}, got {weight.shape[-1]}")
     return weight.shape[-1]
