@@ -10,9 +10,9 @@ from torch import Tensor
 
 from effnet_kernels.backends import select
 
-# Calls before a capture, in which kernels are compiled and libraries allocate what they need.
+# Calls before a capture, in which kernels are compiled and libraries allocate their memory.
 _WARMUP = 3
-# One capture at a time is what CUDA allows in a process.
+# CUDA allows one capture at a time in a process.
 _capturing = threading.Lock()
 
 

@@ -23,7 +23,7 @@ class ProfileRow(NamedTuple):
         name: the layers that the step computes.
         milliseconds: of all images together, the median over the repetitions.
         gflops: 2e-9 times the multiply-adds a second.
-        of_peak: gflops over what as many threads reach that multiply and add in registers, measured by the same call.
+        of_peak: gflops over the rate at which as many threads multiply and add in registers, measured by the same call.
         share: of the whole time.
     """
 

@@ -19,7 +19,7 @@ class FoldedNetwork(nn.Module):
     """Chains whose BatchNorms are folded, with their weights as buffers. Exported, it is torch's standard operators.
 
     Args:
-        chains: each reads what the one before it makes; none of their layers has a norm.
+        chains: each reads the output of the one before; none of their layers has a norm.
         outputs: the numbers of the chains whose outputs the network returns, ascending.
         dtype: of the weights; vectors stay float32.
 
@@ -81,7 +81,7 @@ class FoldedNetwork(nn.Module):
         self.check(x)
         if select.autocast_dtype(x) is None:
             return self._run(x)
-        # The dtype of the weights is what was chosen.
+        # The user has chosen the dtype of the weights.
         with torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False):
             return self._run(x)
 

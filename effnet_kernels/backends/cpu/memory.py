@@ -16,7 +16,7 @@ from effnet_kernels.backends.scoped_value import ScopedValue
 from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue
 
 ACTIVATION_INDEX = {act: index for index, act in enumerate(ACTIVATIONS)}
-# The system's allocator keeps what is smaller than this itself.
+# The system's allocator keeps smaller blocks than this itself.
 _POOLED_BYTES = 128 * 1024
 _FLOAT, _CHANNELS_LAST = torch.float32, torch.channels_last
 

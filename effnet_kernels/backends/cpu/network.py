@@ -26,7 +26,7 @@ class Network:
     Any number of threads may call one network.
 
     Args:
-        chains: each reads what the one before it makes; none of their layers has a norm, and a fully connected layer is
+        chains: each reads the output of the one before; none of their layers has a norm, and a fully connected layer is
             a 1x1 convolution of one pixel.
         outputs: the numbers of the chains whose outputs are returned, ascending.
 

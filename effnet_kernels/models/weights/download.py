@@ -26,7 +26,7 @@ def download(url: str, progress: bool = True, check_hash: bool = True) -> Path:
 
     Raises:
         OSError: the download failed or was cut.
-        ValueError: the file, downloaded now or before, has not the SHA-256 that its name says; or what was downloaded
+        ValueError: the file, downloaded now or before, does not have the SHA-256 that its name says; or the download
             is not a checkpoint that :func:`read_checkpoint` reads, such as a web page.
         ModuleNotFoundError: reading it needs a package that is not installed.
     """

@@ -49,7 +49,7 @@ _SQUEEZE_EXCITE = {
     "lukemelas": ["_se_reduce", "_se_expand"],
     "transformers": ["squeeze_excite.reduce", "squeeze_excite.expand"],
 }
-# A block's name and what is inside of it.
+# A block's name, and the name of a part inside of it.
 _BLOCK = {
     "torchvision": re.compile(r"(features\.\d+\.\d+)\.(block\..+)"),
     "timm": re.compile(r"(blocks\.\d+\.\d+)\.(.+)"),
