@@ -12,7 +12,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_close, assert_gradients_close, copies, randomize
+from conftest import (
+    TOLERANCES,
+    assert_buffers_close,
+    assert_close,
+    assert_gradients_close,
+    copies,
+    randomize,
+    relative_rms,
+)
 from torch import nn
 
 import effnet_kernels as ek
@@ -94,7 +102,11 @@ def test_inference_computes_the_same(name: str) -> None:
             assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected)
 
 
+# Training BatchNorms magnify rounding where they normalise few values a channel: in the networks and on the images
+# below torch's own outputs are up to 1e-5 off those in float64.
+MAGNIFIED = 1e-4
 # ReLU's derivative jumps, and a rounding decides to which side: of such networks gradients agree only on the whole.
+KINKED = 5e-2
 SMOOTH = [n for n in NETWORKS if "efficientnet" in n and "lite" not in n and "v2_s" not in n]
 
 
@@ -105,12 +117,12 @@ def test_training_computes_the_same(name: str) -> None:
     """Outputs, gradients, running statistics, and the draws of dropout and stochastic depth."""
     untouched, model = pair(network(name).train())
     x = torch.randn(4, 3, 96, 96)
-    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert_close(step(model, x), step(untouched, x), tolerance=MAGNIFIED)
     if name in SMOOTH:
         assert_gradients_close(model, untouched)
     else:
-        assert_close(gradients(model), gradients(untouched), tolerance=5e-2)
-    assert_buffers_close(model, untouched, tolerance=1e-4)
+        assert_close(gradients(model), gradients(untouched), tolerance=KINKED)
+    assert_buffers_close(model, untouched, tolerance=MAGNIFIED)
 
 
 def test_restore_undoes_it_exactly() -> None:
@@ -302,7 +314,7 @@ def test_frozen_parts() -> None:
         for parameter in each.features[:2].parameters():
             parameter.requires_grad = False
     x = torch.randn(4, 3, 64, 64)
-    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert_close(step(model, x), step(untouched, x))
     assert backends(model, x) == ["cpu"] * 3
     assert_gradients_close(model, untouched)
     assert_buffers_close(model, untouched)
@@ -326,7 +338,7 @@ def test_an_optimizer_built_before_trains_the_model() -> None:
             averaged.update_parameters(model)
             own.append(loss.item())
         losses.append(own)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCES[torch.float32])
 
 
 def test_checkpointing() -> None:
@@ -334,7 +346,7 @@ def test_checkpointing() -> None:
     untouched, model = pair(randomize(timm.create_model("efficientnet_b0")).train())
     model.set_grad_checkpointing()
     x = torch.randn(4, 3, 64, 64)
-    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert_close(step(model, x), step(untouched, x), tolerance=MAGNIFIED)
     assert_gradients_close(model, untouched)
 
 
@@ -351,7 +363,7 @@ def _one_process(tmp_path) -> Iterator[None]:
 def test_distributed_data_parallel() -> None:
     untouched, model = pair(small())
     x = torch.randn(4, 3, 64, 64)
-    assert_close(step(nn.parallel.DistributedDataParallel(model), x), step(untouched, x), tolerance=1e-4)
+    assert_close(step(nn.parallel.DistributedDataParallel(model), x), step(untouched, x))
     assert_gradients_close(model, untouched)
 
 
@@ -365,9 +377,9 @@ def test_fully_sharded() -> None:
     for part in (*model.features, model):
         fully_shard(part, mesh=mesh)
     x = torch.randn(4, 3, 64, 64)
-    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert_close(step(model, x), step(untouched, x))
     sharded = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
-    assert_close(sharded, gradients(untouched), tolerance=1e-4)
+    assert_close(sharded, gradients(untouched))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -378,10 +390,10 @@ def test_compile_and_export(training: bool) -> None:
             module.p = 0.0
     x = torch.randn(2, 3, 64, 64)
     expected = untouched(x)
-    assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected, tolerance=1e-4)
+    assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
     program = torch.export.export(model, (x,))
     assert "effnet_kernels" not in str(program.graph)
-    assert_close(program.module()(x), model(x), tolerance=1e-4)
+    assert_close(program.module()(x), model(x))
 
 
 SCRIPTED = {
@@ -481,10 +493,10 @@ def test_segmentation(encoder: str) -> None:
     untouched, model = pair(randomize(smp.Unet(encoder, encoder_weights=None)).train())
     assert len(switched(model)) == 16
     x = torch.randn(4, 3, 64, 64)
-    assert_close(step(model, x), step(untouched, x), tolerance=1e-4)
+    assert_close(step(model, x), step(untouched, x), tolerance=MAGNIFIED)
     # The decoder's activation is ReLU.
-    assert_close(gradients(model), gradients(untouched), tolerance=5e-2)
-    assert_buffers_close(model, untouched, tolerance=1e-4)
+    assert_close(gradients(model), gradients(untouched), tolerance=KINKED)
+    assert_buffers_close(model, untouched, tolerance=MAGNIFIED)
 
 
 def test_detection() -> None:
@@ -498,10 +510,10 @@ def test_detection() -> None:
     x = torch.randn(1, 3, 128, 128)
     for actual, expected in zip(model(x), untouched(x), strict=True):
         for a, b in zip(actual, expected, strict=True):
-            assert_close(a, b, tolerance=1e-4)
+            assert_close(a, b)
     for each in (untouched, model):
         sum(y.square().mean() for maps in each(x) for y in maps).backward()
-    assert_close(gradients(model), gradients(untouched), tolerance=1e-3)
+    assert_close(gradients(model), gradients(untouched))
 
 
 @pytest.mark.parametrize(
@@ -566,7 +578,7 @@ def test_switching_while_other_threads_call(name):
                 with torch.no_grad():
                     y = model(x)
                 pairs = zip(y, expected, strict=True) if isinstance(y, list) else [(y, expected)]
-                assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+                assert all(relative_rms(a, b) <= TOLERANCES[b.dtype] for a, b in pairs)
                 calls.append(1)
             except Exception as error:
                 failures.append(error)
@@ -625,7 +637,6 @@ def test_every_way_through_a_network_runs_stem_and_head_on_the_operators(name, t
     for module in model.modules():
         if isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath":
             module.eval()
-    # Of small maps few numbers are normalised together, which magnifies rounding.
     theirs, x = copy.deepcopy(model), torch.randn(4, 3, 96, 96)
     ek.accelerate(model)
     if not hasattr(model, "pairs"):
@@ -640,7 +651,7 @@ def test_every_way_through_a_network_runs_stem_and_head_on_the_operators(name, t
     reached = 1 if "stop early" in name else len(model.pairs)
     assert calls == ["cpu"] * reached
     for y, right in zip(ours, expected, strict=True):
-        assert_close(y, right, 5e-5)
+        assert_close(y, right, MAGNIFIED)
     sum(y.square().sum() for y in ours).backward()
     sum(y.square().sum() for y in expected).backward()
     assert_gradients_close(model, theirs)

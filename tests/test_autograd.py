@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_cases import BLOCKS, THIRD_PARTY_BLOCKS
-from conftest import assert_close, assert_gradients_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
 from native_cases import needs_native
 from operator_arguments import recorded_outputs
 from torch import Tensor, nn
@@ -65,8 +65,8 @@ def test_outputs_may_be_changed_in_place(name: str, training: bool) -> None:
             (expected, expected_grad), theirs = results(block, x, lambda y, change=change: change(y.clone()))
         with select.use_backend("cpu"):
             (y, grad), ours = results(block, x, change)
-        assert_close(y, expected, 2e-5)
-        assert_close(grad, expected_grad, 1e-4)
+        assert_close(y, expected)
+        assert_close(grad, expected_grad)
         assert_gradients_close(ours, theirs)
         assert what
 
@@ -201,9 +201,9 @@ def test_batches_of_gradients_of_the_public_operators() -> None:
             (lambda: ops.bn_act_add(x, Prologue(None, w[0, :, 0, 0], "silu")), []),
         ):
             found = batches(function(), x, own)
-            for what, gradients in found.items():
+            for gradients in found.values():
                 for g, right in zip(gradients, found["one by one"], strict=True):
-                    assert_close(g, right), what
+                    assert_close(g, right)
     assert parameters
 
 
@@ -250,7 +250,7 @@ def test_forward_mode_keeps_the_tangent(name: str, training: bool, of_parameters
 
     with torch.no_grad():
         ours = tangent_of(block, torch.float32)
-        assert_close(ours, tangent_of(copy.deepcopy(block).double(), torch.float64).float(), 1e-4)
+        assert_close(ours, tangent_of(copy.deepcopy(block).double(), torch.float64).float())
 
 
 def test_forward_mode_through_a_frozen_engine() -> None:
@@ -344,5 +344,5 @@ def test_running_statistics_at_any_momentum(momentum: float, compiled: bool) -> 
         (torch.compile(block, backend="aot_eager") if compiled else block)(x)
     with select.use_backend("torch"):
         exact(x.double())
-    for (name, ours), right in zip(block.named_buffers(), exact.buffers(), strict=True):
-        assert torch.allclose(ours.double(), right.double(), rtol=3e-5, atol=1e-5), name
+    # One minus a momentum of 0.999 is off by 1e-5 in float32.
+    assert_buffers_close(block, exact, 3e-5)

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, randomize, run_python
+from conftest import TOLERANCES, assert_close, randomize, run_python
 from torch import nn
 
 import effnet_kernels as ek
@@ -218,7 +218,8 @@ def test_views_train(view):
     run(model, x.double(), "reference").square().sum().backward()
     run(twin, x.contiguous().double(), "torch").square().sum().backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (p.grad - q.grad).abs().max() <= 1e-9 * max(float(q.grad.abs().max()), 1.0)
+        # The largest of many errors, where the tolerance is for their root mean square.
+        assert (p.grad - q.grad).abs().max() <= 10 * TOLERANCES[torch.float64] * max(float(q.grad.abs().max()), 1.0)
 
 
 # Values that are no numbers

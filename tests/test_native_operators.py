@@ -241,6 +241,7 @@ def test_statistics_of_a_large_mean_keep_their_digits():
     ):
         _, mean, m2 = primitives.merge_statistics(partials)
         right = moments(y)
+        # The means of partials, rounded at 1000, are subtracted from one another.
         assert ((mean - right[1]).abs() <= 1e-6 * right[1]).all()
         assert ((m2 - right[2]).abs() <= 1e-4 * right[2]).all()
 

@@ -33,6 +33,7 @@ def mean_colour(image: Any) -> list[float]:
         (".bmp", {}, 0),
         (".tiff", {}, 0),
         (".webp", {"lossless": True}, 0),
+        # Of 255; these formats keep the pixels roughly.
         (".jpg", {"quality": 95, "subsampling": 0}, 6),
         (".webp", {"quality": 95}, 12),
     ],

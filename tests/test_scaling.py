@@ -27,6 +27,7 @@ def count(model):
 
 def test_paper_coefficients_and_their_cost():
     assert Coefficients() == (1.2, 1.1, 1.15)
+    # To two decimals.
     assert Coefficients().cost == pytest.approx(1.92, abs=5e-3)
     assert Coefficients(2.0, 3.0, 5.0).cost == 2 * 9 * 25
 
@@ -101,6 +102,7 @@ def test_measure_gives_the_published_sizes(name, parameters, gmacs):
     assert size.parameters == parameters
     assert size.resolution == variant.resolution
     if gmacs is not None:
+        # Published to three decimals.
         assert size.macs / 1e9 == pytest.approx(gmacs, abs=6e-4)
 
 

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize, relative_rms
+from conftest import (
+    TOLERANCES,
+    assert_buffers_close,
+    assert_close,
+    assert_gradients_close,
+    randomize,
+    relative_rms,
+)
 
 import effnet_kernels as ek
 
@@ -69,6 +76,7 @@ def test_a_training_step_of_the_large_ones(name):
     for p, q, r in zip(exact.parameters(), ours.parameters(), theirs.parameters(), strict=True):
         allowed = 4 * float((r.grad - p.grad).norm()) + 1e-4 * float(p.grad.norm())
         assert float((q.grad - p.grad).norm()) <= allowed
+    # The amplified rounding reaches the running statistics: 1e-4 of a variance in efficientnet_v2_l.
     assert_buffers_close(ours, theirs, 1e-3)
 
 
@@ -112,7 +120,7 @@ def test_operators_in_float64_equal_torchvision():
         y = step(ours, x)
     assert_close(y, step(theirs, x))
     for (name, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert ((p.grad - q.grad).abs() <= 1e-10 * (1 + p.grad.abs())).all(), name
+        assert ((p.grad - q.grad).abs() <= TOLERANCES[torch.float64] * (1 + p.grad.abs())).all(), name
     assert_buffers_close(ours, theirs)
 
 
@@ -132,7 +140,7 @@ def test_one_seed_gives_one_training_run(backend):
             optimizer.step()
             run.append(float(loss.detach()))
         losses.append(run)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-8)
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCES[torch.float64])
 
 
 def test_torchvisions_arguments():
