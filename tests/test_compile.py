@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_gradients_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
 from native_cases import needs_compiler, needs_native
 from operator_arguments import operator_calls
 from torch import Tensor, library, nn
@@ -111,7 +111,7 @@ def test_inductor(training: bool) -> None:
     eager = copy.deepcopy(model)
     x = torch.randn(2, 3, 40, 64)
     actual = step(model, torch.compile(model, fullgraph=True), x)
-    torch.testing.assert_close(actual, step(eager, eager, x), rtol=1e-4, atol=1e-5)
+    assert_close(actual, step(eager, eager, x))
     assert_gradients_close(model, eager)
     assert_buffers_close(model, eager)
 
@@ -182,7 +182,7 @@ def compiled(function: Callable) -> Callable:
 def test_vmap_and_gradients_of_each_sample(wrap: Callable) -> None:
     model, x = network().eval(), torch.randn(3, 2, 3, 33, 47)
     each = torch.stack([model(images) for images in x])
-    torch.testing.assert_close(wrap(torch.vmap(model))(x), each, rtol=1e-4, atol=1e-5)
+    assert_close(wrap(torch.vmap(model))(x), each)
 
     parameters = dict(model.named_parameters())
 
@@ -195,7 +195,7 @@ def test_vmap_and_gradients_of_each_sample(wrap: Callable) -> None:
         model(images).square().mean().backward()
         for name, parameter in parameters.items():
             expected = parameter.grad
-            torch.testing.assert_close(actual[name][index], expected, rtol=1e-3, atol=1e-5, msg=name)
+            assert_close(actual[name][index], expected)
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])

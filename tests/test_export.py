@@ -36,7 +36,7 @@ def assert_same(actual: list[Tensor], model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         expected = model(x)
     for ours, right in zip(actual, [expected] if isinstance(expected, Tensor) else expected, strict=True):
-        assert_close(ours, right, tolerance=1e-4)
+        assert_close(ours, right)
 
 
 def flat(outputs: Tensor | list[Tensor]) -> list[Tensor]:

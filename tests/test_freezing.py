@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import calibrate
+from conftest import assert_close, calibrate
 from native_cases import needs_native
 from test_features import small
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ def outcome(model: nn.Module, x: Tensor, verify: bool) -> str:
         return f"no error, where torch has {expected}"
     if y.shape != expected.shape:
         return f"shape {tuple(y.shape)} for {tuple(expected.shape)}"
-    # Of what tells the images apart.
+    # Relative to the spread between the images, of which rounding is a larger part than of the outputs.
     error = float((y - expected).norm() / (expected - expected.mean(dim=0)).norm().clamp_min(1e-6))
     return "same" if error < 1e-3 else f"silently different by {error:.1e}"
 
@@ -377,7 +377,7 @@ def test_heads_may_return_anything_and_autocast_changes_nothing(head: str, autoc
     assert type(y) is type(expected)
     for ours, right in zip(tree_leaves(y), tree_leaves(expected), strict=True):
         assert ours.dtype == torch.float32
-        assert torch.allclose(ours, right, rtol=1e-3, atol=1e-4)
+        assert_close(ours, right)
 
 
 @pytest.mark.parametrize("images", [torch.empty(0, 3, 64, 64), torch.randn(3, 64, 64), torch.randn(5)])
@@ -415,7 +415,7 @@ def test_a_head_that_wants_one_size() -> None:
     with pytest.raises(ValueError, match=r"fails on images of 64x64 and 224x224 .*verify=images"):
         ek.freeze(model)
     x = IMAGES[:, :, :11, :7].contiguous()
-    assert torch.allclose(ek.freeze(model, verify=x)(x), evaluate(model, x), rtol=1e-3, atol=1e-4)
+    assert_close(ek.freeze(model, verify=x)(x), evaluate(model, x))
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -466,8 +466,8 @@ def test_an_encoder_of_segmentation_models_pytorch(depth: int) -> None:
     expected = evaluate(model, x)
     for features in (True, False):
         model.encoder = ek.freeze(model.encoder, features_only=features) if features else model.encoder
-        y = evaluate(model, x)
-        assert float((y - expected).norm() / expected.norm()) < 1e-4
+        # The decoder magnifies rounding: of five stages torch's own outputs are 1e-5 off those in float64.
+        assert_close(evaluate(model, x), expected, 1e-4)
     assert torch.equal(model.encoder(x)[0], x)
 
 
@@ -484,10 +484,10 @@ def test_timms_mobile_networks(name: str, features: bool) -> None:
         with torch.no_grad():
             expected = maps.eval()(IMAGES)
         for ours, right in zip(engine(IMAGES), expected, strict=True):
-            assert torch.allclose(ours, right, rtol=1e-3, atol=1e-4)
+            assert_close(ours, right)
         assert len(ek.freeze(maps)(IMAGES)) == len(expected)
     else:
-        assert torch.allclose(engine(IMAGES), evaluate(model, IMAGES), rtol=1e-3, atol=1e-4)
+        assert_close(engine(IMAGES), evaluate(model, IMAGES))
 
 
 def test_tensors_that_the_engine_does_not_read_are_no_reason_to_fail() -> None:
@@ -529,5 +529,5 @@ def test_engines_run_on_the_backend_that_is_forced(backend: str, monkeypatch: py
     engine._native = None
     y = engine(IMAGES)
     assert (engine._native is not None) == (backend == "cpu")
-    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+    assert_close(y, expected)
     assert packed is not None

@@ -15,8 +15,6 @@ from effnet_kernels.backends import cpu
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
-TOLERANCE = 1e-4
-
 
 def eager(model, x):
     with torch.inference_mode(), ek.use_backend("torch"):
@@ -29,7 +27,7 @@ def eager(model, x):
 def test_variants(name):
     model = randomize(getattr(ek, name)(num_classes=10))
     x = torch.randn(1, 3, 65, 72)
-    assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+    assert_close(ek.freeze(model)(x), eager(model, x))
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
@@ -41,7 +39,7 @@ def test_sizes_and_batches(padding, size):
         x = torch.randn(batch, 3, *size)
         y = engine(x)
         assert y.is_contiguous()
-        assert relative_rms(y, eager(model, x)) < TOLERANCE
+        assert_close(y, eager(model, x))
         assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), y)
     assert engine(torch.empty(0, 3, *size)).shape == (0, 10)
 
@@ -55,7 +53,7 @@ def test_feature_maps(memory_format):
     for ours, theirs in zip(maps, expected, strict=True):
         assert ours.shape == theirs.shape
         assert ours.is_contiguous(memory_format=memory_format)
-        assert relative_rms(ours, theirs) < TOLERANCE
+        assert_close(ours, theirs)
 
 
 def test_many_sizes_are_forgotten_and_right():
@@ -64,22 +62,22 @@ def test_many_sizes_are_forgotten_and_right():
     for _ in range(2):
         for size in range(16, 28):
             x = torch.randn(1, 3, size, size)
-            assert relative_rms(engine(x), eager(model, x)) < TOLERANCE
+            assert_close(engine(x), eager(model, x))
 
 
 def test_classifiers():
     x = torch.randn(3, 3, 32, 32)
     for classes in (1, 17):
         model = small(num_classes=classes)
-        assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+        assert_close(ek.freeze(model)(x), eager(model, x))
     model.classifier = nn.Identity()
     pooled = ek.freeze(model)(x)
     assert pooled.shape == (3, 64)
-    assert relative_rms(pooled, eager(model, x)) < TOLERANCE
+    assert_close(pooled, eager(model, x))
     model.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
     model.train()
     engine = ek.freeze(model)
-    assert relative_rms(engine(x), eager(model, x)) < TOLERANCE
+    assert_close(engine(x), eager(model, x))
     assert not engine(x).requires_grad
     assert torch.equal(engine.train()(x), engine(x))
     assert not engine.training
@@ -95,7 +93,7 @@ def test_the_engine_keeps_the_weights_of_its_moment():
     for p in model.parameters():
         p.data.mul_(1.5)
     assert torch.equal(engine(x), before)
-    assert relative_rms(before, expected) < TOLERANCE
+    assert_close(before, expected)
     assert list(engine.parameters()) == []
 
 
@@ -107,7 +105,7 @@ def test_weights_as_odd_as_users_have_them():
     model.features[1][0].block[0].norm.weight = None
     model.features[1][0].block[0].norm.bias = None
     x = torch.randn(2, 3, 32, 32)
-    assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+    assert_close(ek.freeze(model)(x), eager(model, x))
 
 
 def test_copies():
@@ -124,12 +122,12 @@ def test_native_fused_and_torchs_operators_agree(padding):
     model = small(padding=padding)
     engine, x = ek.freeze(model), torch.randn(2, 3, 33, 47)
     expected = eager(model, x)
-    assert relative_rms(engine(x), expected) < TOLERANCE
-    assert relative_rms(engine.folded(x)[0], expected) < TOLERANCE
+    assert_close(engine(x), expected)
+    assert_close(engine.folded(x)[0], expected)
     with ek.use_backend("torch"):
-        assert relative_rms(engine.folded(x)[0], expected) < TOLERANCE
+        assert_close(engine.folded(x)[0], expected)
     torch.compiler.reset()
-    assert relative_rms(torch.compile(engine, backend="aot_eager", fullgraph=True)(x), expected) < TOLERANCE
+    assert_close(torch.compile(engine, backend="aot_eager", fullgraph=True)(x), expected)
 
 
 def test_engines_in_another_dtype():
@@ -139,15 +137,17 @@ def test_engines_in_another_dtype():
     half = engine.to(torch.bfloat16)
     y = half(x.bfloat16())
     assert y.dtype == torch.bfloat16
-    assert relative_rms(y.float(), expected) < 0.05
+    # Twice the error that torch's own network has in that dtype.
+    allowed = 2 * relative_rms(eager(model.bfloat16(), x.bfloat16()).float(), expected)
+    assert relative_rms(y.float(), expected) <= allowed
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 images on cpu, got torch\.float32 on cpu"):
         half(x)
     with pytest.raises(ValueError, match=r"expected an engine in float32 on the CPU, got torch\.bfloat16"):
         half.profile(x)
     # The packed weights are those of the moment, too.
     rounded = half.float()
-    assert relative_rms(rounded(x), expected) < 0.05
-    assert relative_rms(rounded(x), rounded.folded(x)[0]) < TOLERANCE
+    assert relative_rms(rounded(x), expected) <= allowed
+    assert_close(rounded(x), rounded.folded(x)[0])
 
 
 def test_autocast_changes_nothing():
@@ -157,7 +157,7 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         for run in (engine, engine.folded, torch.compile(engine, backend="aot_eager", fullgraph=True)):
             y = run(x)
-            assert relative_rms(y[0] if isinstance(y, list) else y, expected) < TOLERANCE
+            assert_close(y[0] if isinstance(y, list) else y, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -334,7 +334,7 @@ def test_networks_of_other_packages(package, name, accelerated):
         expected = [model(x) for x in images]
         engine = ek.freeze(ek.accelerate(model) if accelerated else model)
         for x, y in zip(images, expected, strict=True):
-            assert_close(engine(x), y, tolerance=1e-4)
+            assert_close(engine(x), y)
 
 
 def test_feature_maps_of_other_packages():
@@ -383,8 +383,8 @@ def test_parts_of_other_packages_that_it_refuses():
 def test_networks_without_a_classifier():
     x = torch.randn(2, 3, 64, 64)
     model = third_party("efficientnet_pytorch", "efficientnet-b0", include_top=False)
-    assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+    assert_close(ek.freeze(model)(x), eager(model, x))
     assert ek.freeze(model)(x).shape == (2, 1280, 1, 1)
     assert len(ek.freeze(model, features_only=True)(x)) == 5
     model = third_party("timm", "efficientnet_b0", num_classes=0, global_pool="")
-    assert relative_rms(ek.freeze(model)(x), eager(model, x)) < TOLERANCE
+    assert_close(ek.freeze(model)(x), eager(model, x))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TOLERANCES, relative_rms
 from native_cases import needs_native
 from torch import Tensor
 from variations import misfits
@@ -182,7 +183,7 @@ def test_a_primitive_refuses_operands_that_do_not_fit(name: str) -> None:
             for ours, right in zip(actual, right_values, strict=True):
                 assert ours.dtype == right.dtype, case
                 assert ours.shape == right.shape, case
-                assert torch.allclose(ours, right, rtol=1e-4, atol=1e-5), case
+                assert relative_rms(ours, right) <= TOLERANCES[right.dtype], case
 
 
 def layers() -> list[Layer]:

@@ -40,7 +40,7 @@ def test_depthwise_conv_bn_silu(training: bool, kernel: int, stride: int) -> Non
     grad = torch.randn_like(y)
     expected = torch.autograd.grad(z, (x, weight, eager.weight, eager.bias), grad)
     for ours, theirs in zip(torch.autograd.grad(y, inputs, grad), expected, strict=True):
-        assert_close(ours, theirs, 1e-10)
+        assert_close(ours, theirs)
 
 
 def test_depthwise_conv_bn_silu_without_affine_or_statistics() -> None:
@@ -65,7 +65,7 @@ def test_squeeze_excite(gate: Gate, layer: type[nn.Module]) -> None:
     grad = torch.randn_like(y)
     theirs = torch.autograd.grad(expected, (x, *parameters), grad)
     for ours, right in zip(torch.autograd.grad(y, (x, *parameters), grad), theirs, strict=True):
-        assert_close(ours, right, 1e-10)
+        assert_close(ours, right)
 
 
 @pytest.mark.parametrize(

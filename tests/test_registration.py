@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_gradients_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
 from operator_arguments import mbconv_chain, operator_calls
 from torch import Tensor, library, nn
 
@@ -50,7 +50,7 @@ def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
     x = torch.randn(3, 3, 33, 30, dtype=torch.float64)
     with select.use_backend("torch"):
         expected = train(eager, eager, x)
-    torch.testing.assert_close(train(model, run, x), expected, rtol=1e-9, atol=1e-9)
+    assert_close(train(model, run, x), expected)
     assert_gradients_close(model, eager)
     assert_buffers_close(model, eager)
 

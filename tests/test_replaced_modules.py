@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, calibrate
+from conftest import TOLERANCES, assert_close, calibrate
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -60,7 +60,7 @@ def assert_computes_its_modules(change: Change, backend: str) -> None:
             changed(change)(X)
         return
     with ek.use_backend(backend):
-        assert_close(changed(change)(X).double(), expected, 1e-5)
+        assert_close(changed(change)(X).double(), expected, TOLERANCES[torch.float32])
 
 
 # Poolings

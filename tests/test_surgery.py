@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import randomize, relative_rms
+from conftest import TOLERANCES, randomize, relative_rms
 from native_cases import needs_native
 from torch import Tensor, nn
 
@@ -263,6 +263,6 @@ def test_frozen_networks_with_changed_parts_compute_what_torch_computes_or_raise
             seen["refused"] += 1
             continue
         assert y.shape == expected.shape, what
-        assert relative_rms(y, expected) < 1e-5, what
+        assert relative_rms(y, expected) <= TOLERANCES[torch.float32], what
         seen["agree"] += 1
     assert seen["agree"] > 0.2 * count, seen
