@@ -49,7 +49,7 @@ def assert_gradients_close(actual: nn.Module, expected: nn.Module) -> None:
             assert excess <= 0, f"{name}: {float(excess):.2e} over the bound, largest gradient {largest:.2e}"
 
 
-def assert_buffers_close(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
+def assert_buffers_close(actual: nn.Module, expected: nn.Module, tolerance: float = TOLERANCES[torch.float32]) -> None:
     """Running statistics within a part of the standard deviation (means) or of themselves (variances), counts exactly.
 
     A mean near zero is the rounding of its terms, so that it is measured by their spread.

@@ -68,7 +68,7 @@ def test_operators_equal_the_textbook_block(name, training, size):
     assert_close(grad, expected_grad)
     for (key, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         assert ((p.grad - q.grad).abs() <= TOLERANCES[torch.float64] * (1 + p.grad.abs())).all(), key
-    assert_buffers_close(ours, theirs)
+    assert_buffers_close(ours, theirs, TOLERANCES[torch.float64])
 
 
 @pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a != "none"])
@@ -110,7 +110,7 @@ def test_running_statistics_in_float64(momentum, compiled):
             layer(x)
         with ek.use_backend("torch"):
             eager(x)
-    assert_buffers_close(block, eager, 1e-13)
+    assert_buffers_close(block, eager, TOLERANCES[torch.float64])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -57,6 +57,7 @@ def test_demo_says_what_the_photographs_show(capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0::2] == ["chelsea", "rocket", "coffee"]
     assert [line.split("%  ")[1] for line in lines[1::2]] == ["tiger cat", "missile", "espresso"]
+    # Printed to two decimals.
     assert float(lines[5].split("%")[0]) == pytest.approx(100 * answers["coffee"][0]["probability"], abs=0.01)
 
 

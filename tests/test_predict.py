@@ -86,6 +86,7 @@ def test_modes(tmp_path: Path) -> None:
     assert (loaded(rgb.convert("1")) == np.asarray(rgb.convert("1").convert("RGB"))).all()
     palette = rgb.quantize(16)
     assert (loaded(palette) == np.asarray(palette.convert("RGB"))).all()
+    # Of 255; JPEG keeps the pixels roughly.
     assert mean_colour(Image.fromarray(loaded(rgb.convert("CMYK"), "a.jpg", quality=95))) == pytest.approx(
         mean_colour(rgb), abs=3
     )
