@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Photo]:
         if os.fspath(path) == "":
             raise ValueError("expected the path of a photograph or a folder, got ''")
         files += sorted(_walk(Path(path))) if Path(path).is_dir() else [Path(path)]
-    return [Photo(str(file), lambda file=file: load_photo(file)) for file in files]  # type: ignore[misc]
+    return [Photo(str(file), partial(load_photo, file)) for file in files]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -80,12 +81,13 @@ def demo_photos() -> list[Photo]:
             'the demo photographs are in scikit-image: pip install "effnet-kernels[demo]"', name="skimage"
         )
 
-    def open_photo(name: str) -> "Image":
-        import skimage.data
+    return [Photo(name, partial(_demo_photo, name)) for name in ("chelsea", "rocket", "coffee")]
 
-        return _pillow().fromarray(getattr(skimage.data, name)())
 
-    return [Photo(name, lambda name=name: open_photo(name)) for name in ("chelsea", "rocket", "coffee")]  # type: ignore[misc]
+def _demo_photo(name: str) -> "Image":
+    import skimage.data
+
+    return _pillow().fromarray(getattr(skimage.data, name)())
 
 
 def load_photo(path: str | os.PathLike[str]) -> "Image":
