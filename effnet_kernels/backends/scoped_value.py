@@ -1,12 +1,36 @@
 """Values for the calls inside a ``with`` block, wherever torch runs them."""
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import torch
 
 Value = TypeVar("Value")
+
+
+def _takes_references() -> bool:
+    """Whether this version of torch drops a reference to a stashed object that it never took, as 2.9 to 2.11 do."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("effnet_kernels.probe", probe)
+    takes = sys.getrefcount(probe) == before
+    if takes:
+        for given in (probe, None):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(given))
+    torch._C._stash_obj_in_tls("effnet_kernels.probe", None)
+    return takes
+
+
+_TAKES_REFERENCES = _takes_references()
+
+
+def _stash(key: str, value: object) -> None:
+    if _TAKES_REFERENCES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
 
 
 class ScopedValue(Generic[Value]):
@@ -33,9 +57,9 @@ class ScopedValue(Generic[Value]):
         """The block in which the value is ``value``."""
         before = self.get()
         self._open_blocks.append(None)
-        torch._C._stash_obj_in_tls(self._key, value)
+        _stash(self._key, value)
         try:
             yield
         finally:
-            torch._C._stash_obj_in_tls(self._key, before)
+            _stash(self._key, before)
             self._open_blocks.pop()
