@@ -46,6 +46,8 @@ def pytest_configure() -> None:
     torch.autograd.backward = _autograd_backward
     torch.autograd.grad = _refuse
     torch.cuda._lazy_init = _refuse
+    torch.compile = _refuse
+    torch.distributed.init_process_group = _refuse
     nn.Module._apply = _apply
     FakeTensor.__deepcopy__ = _deepcopy
     interception = select.interception
