@@ -9,7 +9,7 @@ import torch
 from conftest import TOLERANCES, calibrate, randomize, relative_rms
 from torch import Tensor, nn
 
-from effnet_kernels.interop.conversion import Settings, from_peer, settings_of, transfer
+from effnet_kernels.interop.conversion import Settings, from_peer, settings_of
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.models.factory import build
 from effnet_kernels.models.variants import VARIANTS
@@ -121,18 +121,6 @@ def test_settings_of_differing_norms() -> None:
         settings_of(model)
     with pytest.raises(ValueError, match="no BatchNorm"):
         settings_of(nn.Linear(2, 2))
-
-
-def test_transfer_carries_the_norms_settings() -> None:
-    source = randomize(ours("efficientnet_b0", norm_layer=lambda c: nn.BatchNorm2d(c, eps=0.03, momentum=0.2)))
-    target = timm_model("efficientnet_b0").eval()
-    transfer(source, target)
-    assert settings_of(target) == Settings(0.03, 0.2, "symmetric")
-    assert_same_output(source, target, 64)
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match="expected a target with 'same' padding, as the source has, got 'symmetric'"):
-        transfer(ours("tf_efficientnet_b0"), target)
-    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
 
 
 @pytest.mark.parametrize("name", RELEASED)

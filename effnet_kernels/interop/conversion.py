@@ -103,19 +103,3 @@ def _check_agreement(peer: nn.Module, model: EfficientNet, images: Tensor | None
 def _block_names(model: nn.Module) -> list[str]:
     """The blocks of a network that we know, in the order of their calls."""
     return [name for name, m in model.named_modules() if isinstance(m, InvertedResidual) or is_block(type(m))]
-
-
-def transfer(source: nn.Module, target: nn.Module) -> None:
-    """Copies one model's weights and BatchNorm settings into another, each ours or another package's.
-
-    Raises ValueError, with ``target`` untouched, where the weights do not fit or the padding differs.
-    """
-    given, present = settings_of(source), settings_of(target)
-    if given.padding != present.padding:
-        raise ValueError(
-            f"expected a target with {given.padding!r} padding, as the source has, got {present.padding!r}"
-        )
-    load_checkpoint(target, source.state_dict())
-    for module in target.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eps, module.momentum = given.bn_eps, given.bn_momentum

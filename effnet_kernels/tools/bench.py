@@ -68,10 +68,6 @@ class Comparison(NamedTuple):
     rows: list[Row]
     training: bool = False
 
-    def fastest_baseline(self) -> Row | None:
-        timed = [row for row in self.rows if row.milliseconds is not None and not is_own(row.engine)]
-        return min(timed, key=lambda row: row.milliseconds or 0.0, default=None)
-
     def __str__(self) -> str:
         task = ", training step" if self.training else ""
         lines = [
