@@ -286,7 +286,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
     shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
-    number, path = tune.tune_and_write(arguments.model, shape, dtype, arguments.output)
+    options = {"fields": arguments.fields, "minutes": arguments.minutes, "report": arguments.json}
+    number, path = tune.tune_and_write(arguments.model, shape, dtype, arguments.output, **options)
     print(f"{number} entries in {path}")
     return EXIT_OK
 
@@ -298,6 +299,9 @@ def _add_tune(commands: Any) -> None:
     command.add_argument("--resolution", type=_positive, default=224, help="the images' size (224)")
     command.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the maps (fp16)")
     command.add_argument("--output", type=Path, metavar="FILE", help="written there, and not where they are looked for")
+    command.add_argument("--minutes", type=float, help="stop after so many (not before all is timed)")
+    command.add_argument("--fields", type=_positive, default=2, help="of a configuration that change at once (2)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the time of every configuration there, too")
     command.set_defaults(run=run_tune)
 
 

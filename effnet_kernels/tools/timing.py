@@ -1,10 +1,18 @@
-"""Timing of work on a GPU: contenders in turn, CUDA events, a cold cache, medians."""
+"""Timing of work on a GPU: contenders in turn, CUDA events, a cold cache, medians; and single launches of a trace."""
 
+import functools
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from effnet_kernels.backends.triton.launch import Argument, Launch
 
 Call = Callable[[], object]
 
@@ -49,6 +57,67 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     target = torch.empty_like(source)
     milliseconds = medians(interleaved({"copy": lambda: target.copy_(source)}, rounds=10))["copy"]
     return 2 * size / (milliseconds / 1e3)
+
+
+def distinct_launches(launches: "Iterable[Launch]") -> "list[tuple[Launch, int]]":
+    """The launches that differ in more than their data, in order of first use, and how often each is made."""
+    counts: dict[object, int] = {}
+    first: dict[object, Launch] = {}
+    for launch in launches:
+        arguments = tuple(map(_layout, launch.arguments.values()))
+        key = launch.kernel.__name__, launch.grid, arguments, tuple(launch.constants.items()), launch.options
+        first.setdefault(key, launch)
+        counts[key] = counts.get(key, 0) + 1
+    return [(launch, counts[key]) for key, launch in first.items()]
+
+
+def replay(launch: "Launch") -> Call:
+    """A captured launch on random data: tensors of its shapes, strides and dtypes on the current GPU."""
+    from effnet_kernels.backends.triton.launch import launcher
+
+    options = dict(launch.options)
+    arguments: dict[str, Any] = {name: _random(argument) for name, argument in launch.arguments.items()}
+    arguments |= launch.constants
+    return functools.partial(
+        launcher(launch.kernel),
+        launch.grid,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+        max_registers=options.get("maxnreg"),
+        **arguments,
+    )
+
+
+def _layout(argument: "Argument") -> object:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype
+    return argument
+
+
+def _random(argument: "Argument") -> "Argument":
+    """Normal values in maps and matrices, positive ones in vectors, among which are variances; zero for integers."""
+    if not isinstance(argument, Tensor):
+        return argument
+    # An expanded tensor is smaller than its shape.
+    size = 1 + sum((n - 1) * stride for n, stride in zip(argument.shape, argument.stride(), strict=True))
+    values = torch.zeros(max(size, 1), dtype=argument.dtype, device="cuda")
+    if argument.is_floating_point():
+        values = values.normal_() if argument.dim() > 1 else values.uniform_(0.5, 1.5)
+    return values.as_strided(argument.shape, argument.stride())
+
+
+def write_results(path: Path, results: object) -> None:
+    """Writes results as JSON in place of a file, which is complete at every moment, whenever the process may end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1, default=str))
+    partial.replace(path)
+
+
+def synchronize() -> None:
+    """Waits for the GPU; raises what a kernel did wrong."""
+    if _has_gpu():
+        torch.cuda.synchronize()
 
 
 def _has_gpu() -> bool:
