@@ -1,12 +1,12 @@
 """The cases that are timed on a GPU, each a computation and the contenders that compute it.
 
-Where launches are simulated the same code runs on toy sizes, so that it is tested without a GPU; such times mean
-nothing.
+``toy`` sizes are for machines without a GPU, where the same code runs so that it is tested; such times mean nothing.
+A simulator of launches knows no CUDA graphs and no torch.compile, which are left out there.
 """
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import timm
@@ -30,6 +30,10 @@ Contenders = dict[str, Callable[[], Call]]
 LAYERS = [(32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 5, 2), (480, 14, 5, 1), (1152, 7, 5, 1)]
 # Blocks of B0: expand ratio, kernel, channels, map.
 BLOCKS = [(6, 3, 24, 56), (6, 5, 40, 28), (6, 5, 112, 14), (6, 5, 192, 7)]
+# What the names of compiled contenders begin with, which take minutes to build.
+COMPILED = "torch.compile "
+# What freeze() makes of our network, the second with its own CUDA graphs.
+FROZEN = ("ours, frozen", "ours, frozen, CUDA graph")
 BASELINES: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": lambda name: getattr(torchvision.models, name)().cuda(),
     "torchvision channels-last": lambda name: _channels_last(getattr(torchvision.models, name)()),
@@ -47,17 +51,21 @@ class Case(NamedTuple):
 
 
 def cases(toy: bool) -> list[Case]:
+    """B0's training and inference, the cases that matter most first, then operators and blocks of B0, then B4."""
+    b0, b4 = ("efficientnet_b0", 32 if toy else 224), ("efficientnet_b4", 380)
     found = []
-    for name, size, batch in (
-        [("efficientnet_b0", 32, 2)] if toy else [("efficientnet_b0", 224, 256), ("efficientnet_b4", 380, 64)]
-    ):
-        found += [training(name, size, batch, dtype, toy) for dtype in (torch.float16, torch.bfloat16)]
-        found += [inference(name, size, count, toy) for count in ((1,) if toy else (1, 64, 256))]
+    # Hosts compute slowly in float16.
+    for dtype in (torch.bfloat16,) if toy else (torch.float16, torch.bfloat16):
+        for batch in (2,) if toy else (256, 64, 1):
+            found += [training(*b0, batch, dtype, toy), inference(*b0, batch, dtype, toy)]
     batch = 1 if toy else 64
     for channels, size, kernel, stride in [(16, 9, 3, 1)] if toy else LAYERS:
         found.append(depthwise(batch, channels, size, kernel, stride, toy))
         found.append(squeeze_excite(batch, channels, size, toy))
     found += [block(batch, *row, toy) for row in ([(2, 3, 8, 9)] if toy else BLOCKS)]
+    if not toy:
+        found += [training(*b4, 64, dtype, toy) for dtype in (torch.float16, torch.bfloat16)]
+        found += [inference(*b4, batch, torch.float16, toy) for batch in (1, 64, 256)]
     return found
 
 
@@ -78,41 +86,70 @@ def training(name: str, size: int, batch: int, dtype: torch.dtype, toy: bool) ->
 
             return step
 
-        return _networks(name, toy, x, prepare)
+        def ours() -> Call:
+            model = network(name, toy)
+            compile_ahead(model, x, True, dtype)
+            return prepare(model, x)
+
+        return _networks(name, x, ours, prepare, {})
 
     title = f"{name} training {str(dtype).removeprefix('torch.')} batch {batch}"
-    return Case(title, batch, network_contenders(toy), build)
+    return Case(title, batch, network_contenders([]), build)
 
 
-def inference(name: str, size: int, batch: int, toy: bool) -> Case:
+def inference(name: str, size: int, batch: int, dtype: torch.dtype, toy: bool) -> Case:
     def build() -> Contenders:
+        x = image(batch, 3, size, dtype)
+
         def prepare(model: nn.Module, x: Tensor) -> Call:
-            model = model.eval().half()
+            model = model.eval().to(dtype)
             return torch.no_grad()(lambda: model(x))
 
-        return _networks(name, toy, image(batch, 3, size, torch.float16), prepare)
+        def ours() -> Call:
+            model = network(name, toy).to(dtype)
+            compile_ahead(model, x, False)
+            return prepare(model, x)
 
-    return Case(f"{name} inference float16 batch {batch}", batch, network_contenders(toy), build)
+        def frozen(cuda_graph: bool) -> Call:
+            # Unseen: that an engine computes what its model does is for the tests to say.
+            engine = ek.freeze(network(name, toy).eval(), dtype=dtype, cuda_graph=cuda_graph, verify=False)
+            compile_ahead(engine, x, False)
+            return torch.no_grad()(lambda: engine(x))
+
+        engines: Contenders = dict(zip(FROZEN, (lambda: frozen(False), lambda: frozen(True)), strict=True))
+        return _networks(name, x, ours, prepare, engines)
+
+    title = f"{name} inference {str(dtype).removeprefix('torch.')} batch {batch}"
+    return Case(title, batch, network_contenders(FROZEN), build)
 
 
-def network_contenders(toy: bool) -> list[str]:
-    graphs = [f"{base}, CUDA graph" for base in ("ours", "torchvision channels-last")]
-    compiled = [f"torch.compile {mode}" for mode in ("default", "max-autotune")]
-    return ["ours", *BASELINES, *([] if toy else graphs + compiled)]
+def network_contenders(frozen: Sequence[str]) -> list[str]:
+    names = ["ours", *frozen, *BASELINES, "ours, CUDA graph", "torchvision channels-last, CUDA graph"]
+    names += [f"{COMPILED}{mode}" for mode in ("default", "reduce-overhead", "max-autotune")]
+    return [which for which in names if not (simulated() and ("graph" in which or which.startswith(COMPILED)))]
 
 
-def _networks(name: str, toy: bool, x: Tensor, prepare: Callable[[nn.Module, Tensor], Call]) -> Contenders:
+def _networks(
+    name: str, x: Tensor, ours: Callable[[], Call], prepare: Callable[[nn.Module, Tensor], Call], frozen: Contenders
+) -> Contenders:
     def baseline(which: str) -> Call:
         return prepare(BASELINES[which](name), x if "channels-last" in which else x.contiguous())
 
     def compiled(mode: str) -> Call:
         return prepare(torch.compile(BASELINES["torchvision channels-last"](name), mode=mode), x)
 
-    contenders: Contenders = {"ours": lambda: prepare(network(name, toy), x)}
-    contenders |= {which: lambda which=which: baseline(which) for which in BASELINES}
-    contenders |= {f"{base}, CUDA graph": lambda base=base: graphed(contenders[base]()) for base in list(contenders)}
-    contenders |= {f"torch.compile {mode}": lambda mode=mode: compiled(mode) for mode in ("default", "max-autotune")}
-    return {which: contenders[which] for which in network_contenders(toy)}
+    contenders: Contenders = {"ours": ours} | {which: lambda which=which: baseline(which) for which in BASELINES}
+    contenders |= {f"{base}, CUDA graph": lambda build=build: graphed(build()) for base, build in contenders.items()}
+    for mode in ("default", "reduce-overhead", "max-autotune"):
+        contenders[f"{COMPILED}{mode}"] = lambda mode=mode: compiled(mode)
+    contenders |= frozen
+    return {which: contenders[which] for which in network_contenders(list(frozen))}
+
+
+def compile_ahead(model: nn.Module, x: Tensor, train: bool, autocast: torch.dtype | None = None) -> None:
+    """All kernels of a step at once in parallel, which would take minutes one by one; a simulator has none."""
+    if not simulated():
+        ek.warmup(model.train(train), x.shape, train, autocast)
 
 
 def network(name: str, toy: bool) -> nn.Module:
@@ -139,11 +176,9 @@ def depthwise(batch: int, channels: int, size: int, kernel: int, stride: int, to
             y = F.conv2d(x, weight, None, stride, kernel // 2, groups=channels)
             return F.silu(F.batch_norm(y, None, None, gamma, beta, training=True))
 
-        return _operator(ours, eager, (x, weight, gamma, beta), toy)
+        return _operator(ours, eager, (x, weight, gamma, beta))
 
-    return Case(
-        f"depthwise_conv_bn_silu c{channels} {size} k{kernel} s{stride}", batch, operator_contenders(toy), build
-    )
+    return Case(f"depthwise_conv_bn_silu c{channels} {size} k{kernel} s{stride}", batch, operator_contenders(), build)
 
 
 def squeeze_excite(batch: int, channels: int, size: int, toy: bool) -> Case:
@@ -160,9 +195,9 @@ def squeeze_excite(batch: int, channels: int, size: int, toy: bool) -> Case:
             gate = torch.sigmoid(F.silu(x.mean(dim=(2, 3)) @ w1.T.to(x.dtype)) @ w2.T.to(x.dtype))
             return x * gate[:, :, None, None]
 
-        return _operator(ours, eager, (x, w1, w2), toy)
+        return _operator(ours, eager, (x, w1, w2))
 
-    return Case(f"squeeze_excite c{channels} {size}", batch, operator_contenders(toy), build)
+    return Case(f"squeeze_excite c{channels} {size}", batch, operator_contenders(), build)
 
 
 def block(batch: int, ratio: int, kernel: int, channels: int, size: int, toy: bool) -> Case:
@@ -175,19 +210,17 @@ def block(batch: int, ratio: int, kernel: int, channels: int, size: int, toy: bo
             with select.use_backend(backend), autocast(torch.float16):
                 return module(x)
 
-        return _operator(lambda: run("triton"), lambda: run("torch"), (x, *module.parameters()), toy)
+        return _operator(lambda: run("triton"), lambda: run("torch"), (x, *module.parameters()))
 
-    return Case(f"MBConv{ratio} k{kernel} c{channels} {size}", batch, operator_contenders(toy), build)
+    return Case(f"MBConv{ratio} k{kernel} c{channels} {size}", batch, operator_contenders(), build)
 
 
-def operator_contenders(toy: bool) -> list[str]:
+def operator_contenders() -> list[str]:
     graphs = [f"{base}, CUDA graph" for base in ("ours", "eager channels-last")]
-    return ["ours", "eager channels-last", *([] if toy else ["torch.compile", *graphs])]
+    return ["ours", "eager channels-last", *([] if simulated() else [COMPILED.strip(), *graphs])]
 
 
-def _operator(
-    ours: Callable[[], Tensor], eager: Callable[[], Tensor], inputs: tuple[Tensor, ...], toy: bool
-) -> Contenders:
+def _operator(ours: Callable[[], Tensor], eager: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Contenders:
     """Forward and backward in the inputs."""
 
     grad = torch.randn_like(eager().detach())
@@ -197,8 +230,8 @@ def _operator(
 
     contenders: Contenders = {"ours": lambda: both(ours), "eager channels-last": lambda: both(eager)}
     contenders |= {f"{base}, CUDA graph": lambda base=base: graphed(contenders[base]()) for base in list(contenders)}
-    contenders["torch.compile"] = lambda: both(torch.compile(eager))
-    return {name: contenders[name] for name in operator_contenders(toy)}
+    contenders[COMPILED.strip()] = lambda: both(torch.compile(eager))
+    return {name: contenders[name] for name in operator_contenders()}
 
 
 def graphed(call: Call) -> Call:

@@ -1,17 +1,16 @@
 """Networks and operators on a GPU, against torchvision, timm and torch.compile.
 
-    pytest benchmarks/ --benchmark-only [--benchmark-json FILE]
+    pytest benchmarks/ --benchmark-only [--benchmark-json FILE] [--gpu-cases REGEX] [--gpu-contenders REGEX]
+        [--gpu-seconds N] [--gpu-json FILE]
 
-A row is a contender of a case. The first row of a case times all of its contenders in turn, by CUDA events with the
-cache overwritten before each call; the rows report these times. ``.benchmarks/gpu.json`` and ``gpu.svg`` are written at
-the end. Without a GPU the rows are skipped; under ttsem they run at toy sizes, for the code's sake.
+A row is a contender of a case. The first row of a case times all of its contenders (``gpu_speed.py`` says how), and the
+rows report these times. ``.benchmarks/gpu.json``, or the file that is named, is written after each contender, and
+``gpu.svg`` beside it at the end. Without a GPU the rows are skipped; under ttsem they run at toy sizes, for the code's
+sake.
 """
 
 import functools
-import json
-import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,109 +18,58 @@ import torch
 pytest.importorskip("triton.language", reason="Triton is not installed")
 
 import gpu_cases
+from gpu_speed import Row, Speed, chosen
 from playback import play_back
+from results import Results
 
 from effnet_kernels.backends.triton.launch import simulated
-from effnet_kernels.tools import timing
 
 TOY = simulated()
 SKIP = None if TOY or torch.cuda.is_available() else "torch finds no GPU"
 pytestmark = pytest.mark.skipif(SKIP is not None, reason=f"{SKIP}")
 ROUNDS, WARM = (1, 0) if TOY else (20, 5)
-RESULTS = Path(__file__).parents[1] / ".benchmarks"
 
 
 @functools.cache
-def all_cases() -> dict[str, gpu_cases.Case]:
-    return {} if SKIP else {case.name: case for case in gpu_cases.cases(TOY)}
+def all_cases(cases: str, contenders: str) -> dict[str, tuple[gpu_cases.Case, list[str]]]:
+    return {} if SKIP else {case.name: (case, names) for case, names in chosen(TOY, cases, contenders)}
 
 
-def rows() -> list[tuple[str, str]]:
-    return [(case.name, contender) for case in all_cases().values() for contender in case.names] or [("-", "-")]
+def chosen_cases(config: pytest.Config) -> dict[str, tuple[gpu_cases.Case, list[str]]]:
+    return all_cases(config.getoption("--gpu-cases"), config.getoption("--gpu-contenders"))
 
 
-class Measured:
-    """The times of the cases measured so far; a case is measured when its first row asks."""
-
-    def __init__(self) -> None:
-        self.cases: dict[str, dict[str, dict]] = {}
-        self.bandwidth = 0.0 if TOY else timing.copy_bandwidth()
-
-    def of(self, name: str) -> dict[str, dict]:
-        if name not in self.cases:
-            self.cases[name] = self._measure(all_cases()[name])
-            gpu_cases.release()
-        return self.cases[name]
-
-    def _measure(self, case: gpu_cases.Case) -> dict[str, dict]:
-        found: dict[str, dict] = {}
-        calls = {}
-        for contender, make in case.build().items():
-            try:
-                calls[contender] = make()
-                found[contender] = {"peak MB": _peak(calls[contender])}
-            except Exception as error:  # a baseline that cannot run gets a row with its error
-                if contender.startswith("ours"):
-                    raise
-                calls.pop(contender, None)
-                found[contender] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        _agree(calls)
-        floor = gpu_cases.bytes_of(calls["ours"])
-        for contender, milliseconds in timing.interleaved(calls, ROUNDS, WARM).items():
-            median = statistics.median(milliseconds)
-            found[contender] |= {
-                "ms": milliseconds,
-                "images/s": 1e3 * case.images / median,
-                # The bytes are those of our launches, so that a baseline's rate is that of moving as many.
-                "GB/s": floor / median / 1e6,
-                "of copy": floor / median / 1e-3 / self.bandwidth if self.bandwidth else 0.0,
-            }
-        return found
-
-
-def _agree(calls) -> None:
-    """Operators are timed only where their gradients are eager's; networks have weights of their own (see selftest)."""
-    eager = calls.get("eager channels-last")
-    if eager is not None:
-        ours, theirs = (torch.cat([g.float().flatten() for g in call()]) for call in (calls["ours"], eager))
-        error = float((ours - theirs).norm() / theirs.norm())
-        assert error < 0.02, f"the gradients differ from eager's by {error:.2e}"
-
-
-def _peak(call) -> float:
-    if TOY:
-        call()
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    rows = [(name, contender) for name, (_, names) in chosen_cases(metafunc.config).items() for contender in names]
+    metafunc.parametrize(("case", "contender"), rows or [("-", "-")])
 
 
 @pytest.fixture(scope="session")
-def measured() -> Iterator[Measured]:
-    results = Measured()
-    yield results
-    RESULTS.mkdir(exist_ok=True)
-    device = "simulated: times mean nothing" if TOY else torch.cuda.get_device_name()
-    facts = {"device": device, "torch": torch.__version__, "copy GB/s": results.bandwidth / 1e9, "cases": results.cases}
-    (RESULTS / "gpu.json").write_text(json.dumps(facts, indent=1))
-    (RESULTS / "gpu.svg").write_text(picture(device, results.cases))
+def speed(pytestconfig: pytest.Config) -> Iterator[Speed]:
+    path = pytestconfig.getoption("--gpu-json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    speed = Speed(Results(path, pytestconfig.getoption("--gpu-seconds")), ROUNDS, WARM)
+    yield speed
+    path.with_suffix(".svg").write_text(picture(speed.results.data["device"], speed.results.data["cases"]))
 
 
-@pytest.mark.parametrize(("case", "contender"), rows())
-def test_gpu(benchmark, measured: Measured, case: str, contender: str) -> None:
-    row = measured.of(case)[contender]
+def test_gpu(benchmark, speed: Speed, case: str, contender: str, pytestconfig: pytest.Config) -> None:
+    found, names = chosen_cases(pytestconfig)[case]
+    row = speed.measure(found, names)[contender]
+    if contender == names[-1]:
+        gpu_cases.release()
+    if "skipped" in row:
+        pytest.skip(row["skipped"])
     if "error" in row:
-        pytest.skip(f"{contender} does not run here: {row['error']}")
+        # A baseline may be missing something; ours may not.
+        (pytest.fail if contender.startswith("ours") else pytest.skip)(f"{contender} does not run here: {row['error']}")
     benchmark.group = case
     play_back(benchmark, row["ms"])
-    benchmark.extra_info.update({key: round(value, 3) for key, value in row.items() if key != "ms"})
+    numbers = {key: value for key, value in row.items() if isinstance(value, float | int)}
+    benchmark.extra_info.update({key: round(value, 3) for key, value in numbers.items()})
 
 
-def picture(device: str, cases: dict[str, dict[str, dict]]) -> str:
+def picture(device: str, cases: dict[str, dict[str, Row]]) -> str:
     """Images a second of each contender, as horizontal bars by case."""
     lines, y = [f'<text x="8" y="20" font-size="15">images/s, {device}</text>'], 48
     for name, contenders in cases.items():
