@@ -142,13 +142,19 @@ def test_the_buckets_that_take_longest_come_first(gpu: Gpu) -> None:
     assert order[0].startswith("depthwise")
 
 
-def test_a_rule_that_fails_is_an_error(gpu: Gpu) -> None:
+def test_a_rule_that_fails_is_an_error_after_the_others_were_tuned(
+    command: Callable[..., int], gpu: Gpu, tmp_path: Path
+) -> None:
     def milliseconds(launch: Launch) -> float:
-        raise RuntimeError("no such kernel")
+        if launch.kernel.__name__ == "depthwise_conv_kernel":
+            raise RuntimeError("no such kernel")
+        return 0.5 if launch.num_warps == 2 else 1.0
 
     gpu.milliseconds = milliseconds
-    with pytest.raises(RuntimeError, match="no such kernel"):
-        tune.tune(network(), SHAPE, torch.float16)
+    with pytest.raises(RuntimeError, match=r"launches fail as the rules configure them.*no such kernel"):
+        command()
+    kernels = {tuned_configs.kernel_of(key) for key in tuned_configs.read(tmp_path / "table.json")}
+    assert kernels == {"depthwise_backward"}
 
 
 def test_nothing_is_timed_after_the_minutes(gpu: Gpu) -> None:

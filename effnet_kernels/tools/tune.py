@@ -4,9 +4,10 @@
 
 The launches of a training step and of inference are captured, first as the rules configure them, then with each shape
 bucket's next candidate, and so on. The kernels of a few rounds are compiled ahead in parallel; then every distinct
-launch is timed alone, on random data and with a cold cache, the buckets that take most of the step first. What was
-found is written after each bucket's launches, so that a run that is cut off keeps it. The tuned configs override the
-rules from the next process on; ``effnet_kernels.backends.triton.configs.tuned_configs`` says where they are looked for.
+launch is timed alone, on random data and with a cold cache, the buckets that take most of the step first. What a tile
+does to the time of other kernels, which sum the partial results that it leaves, is not seen. What was found is written
+after each bucket's launches, so that a run that is cut off keeps it. The tuned configs override the rules from the
+next process on; ``effnet_kernels.backends.triton.configs.tuned_configs`` says where they are looked for.
 """
 
 import collections
@@ -114,7 +115,7 @@ class Tuning:
         ]
 
     def time(self, trial: Trial, repeats: int) -> None:
-        """Times a trial, or rejects its candidate where that does not compile or does not fit."""
+        """Times a trial, or rejects its candidate where that does not compile or does not run."""
         try:
             milliseconds = 0.0
             for launch, count in trial.launches:
@@ -123,8 +124,6 @@ class Tuning:
                 call()
                 milliseconds += count * statistics.median(measure(call) for _ in range(repeats))
         except Exception as error:
-            if trial.candidate == 0:
-                raise
             # Raises where the GPU itself failed, after which nothing can be measured.
             synchronize()
             self.rejected[trial.key][trial.candidate] = f"{type(error).__name__}: {error}"[:300]
@@ -176,6 +175,8 @@ def tune(
         fields: in how many fields a candidate may differ from the rule's tile.
         minutes: after which no more is timed; a batch of kernels that is being compiled is still finished.
         keep: called with what is known after each bucket's launches.
+
+    Raises RuntimeError, after all else, where launches fail as the rules configure them.
     """
     end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     target = target_of(next(model.parameters()))
@@ -190,6 +191,9 @@ def tune(
                     break
                 tuning.time(trial, repeats)
                 keep(tuning)
+    broken = {key: errors[0] for key, errors in tuning.rejected.items() if 0 in errors}
+    if broken:
+        raise RuntimeError(f"launches fail as the rules configure them: {broken}")
     return tuning.winners()
 
 
