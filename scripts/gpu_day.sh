@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU is borrowed for, in stages of less than nine minutes that need no network:
 # scripts/gpu_day.sh STAGE...
-#   1  facts, smoke tests, tests/gpu, self-test, an installation from the source tree
+#   1  facts, tests/gpu, self-test, an installation from the source tree
 #   2  speed of B0 against torchvision and torch.compile
 #   3  every launch of a step against the rate of a copy, and ncu on the three that lose most
 #   4  the tuner, and B0's speed before and after
@@ -64,10 +64,11 @@ facts() {
 }
 
 stage_1() {
-    begin "1: smoke and tests"
+    begin "1: tests"
     facts >"$OUT/facts.txt" 2>&1
     step "info" 40 "${python[@]}" "${effnet[@]}" info
-    step "smoke" 150 "${python[@]}" "${tests[@]}" benchmarks/gpu_smoke.py --results "$OUT/smoke.json"
+    step "device" 150 "${python[@]}" "${tests[@]}" tests/gpu/test_device.py --results "$OUT/device.json" \
+        ${toy_tests[@]+"${toy_tests[@]}"}
     step "tests/gpu" 240 "${python[@]}" "${tests[@]}" tests/gpu --results "$OUT/tests.json" \
         ${parallel[@]+"${parallel[@]}"} ${toy_tests[@]+"${toy_tests[@]}"}
     step "self-test" 150 "${python[@]}" "${effnet[@]}" selftest --json "$OUT/selftest.json" \

@@ -100,15 +100,32 @@ class Observed:
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Calls inside are without gradients and autocast, and leave torch's random numbers as they were."""
+    """Calls inside are without gradients, autocast and TF32, and leave torch's random numbers as they were.
+
+    TF32 is one setting of all threads: those that compute meanwhile have float32's precision, too.
+    """
     # Tensors that are only simulated to be on a GPU have no generator there.
     gpus = [device] if device.type == "cuda" and torch.cuda.is_initialized() else []
-    with torch.no_grad(), torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False), _without_tf32():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs not saved here
         if gpus:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
         yield
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """float32 as it is: TF32, torch's default for convolutions on a GPU, errs more than networks that differ may."""
+    settings: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -30,6 +30,14 @@ def test_logits(dtype: torch.dtype) -> None:
     assert torch.equal(engine(x.contiguous()), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_freezing_where_torch_allows_tf32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does by default, in which the proof would find differences of rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    freeze(network().eval().to("cuda"), dtype=dtype)
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_feature_maps() -> None:
     model = network().eval().to("cuda")
     x = channels_last(1, 3, 32, 40)
@@ -51,3 +59,9 @@ def test_cuda_graphs() -> None:
         y = engine(x)
         engine(x + 1.0)
         assert torch.equal(y, expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = engine(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, expected)
