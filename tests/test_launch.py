@@ -30,10 +30,11 @@ def test_a_second_launch_is_the_first_one_again() -> None:
         first, second, third = driver.launched
         assert len(seam._handles) == 1
     assert len(first) == len(second) == len(third)
-    # Arguments 6 to 8 are for profilers, and a cached launch leaves them out.
+    # Arguments 6 to 8 are for profilers, and a cached launch leaves them out. It passes the addresses of tensors.
     for one, other in zip(first[:6] + first[9:], second[:6] + second[9:], strict=True):
-        same = one is other or one == other if not isinstance(one, torch.Tensor) else one.shape == other.shape
-        assert same, (one, other)
+        assert isinstance(other, int) if isinstance(one, torch.Tensor) else one is other or one == other
+    given = [argument for argument in first if isinstance(argument, torch.Tensor)]
+    assert given[0].data_ptr() in second
 
 
 def test_what_needs_another_binary_gets_one() -> None:
@@ -123,8 +124,10 @@ def test_parameters_do_not_hide_what_a_launcher_needs() -> None:
 
     launch = launcher(bn_act_add_kernel)
     used = {*launch.__code__.co_names, *launch.__code__.co_varnames, *launch.__code__.co_cellvars}
-    attributes = {"dtype", "get_device", "data_ptr", "bit_length"}
-    assert used - set(bn_act_add_kernel.arg_names) - attributes <= _OWN_NAMES
+    attributes = {"dtype", "get_device", "data_ptr", "bit_length", "get", "current_device", "_cuda_getCurrentRawStream"}
+    pointers = {name for name in bn_act_add_kernel.arg_names if name.endswith("_ptr")}
+    addresses = {name.removesuffix("_ptr") + "_address" for name in pointers}
+    assert used - set(bn_act_add_kernel.arg_names) - attributes - addresses <= _OWN_NAMES
 
 
 def test_integers_have_to_be_declared() -> None:
@@ -153,7 +156,7 @@ def test_the_order_of_arguments_does_not_matter() -> None:
             seam.launcher(launch.kernel)(launch.grid, **arguments)
         assert len(seam._handles) == 1
     first, second, third = driver.launched
-    assert [id(a) for a in second[9:]] == [id(a) for a in third[9:]]
+    assert second[9:] == third[9:]
     assert len(first) == len(third)
 
 

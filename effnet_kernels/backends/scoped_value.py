@@ -43,11 +43,11 @@ class ScopedValue(Generic[Value]):
     def __init__(self, name: str) -> None:
         self._key = f"effnet_kernels.{name}"
         # One entry for each block that is open in any thread, because asking torch takes longer than this list.
-        self._open_blocks: list[None] = []
+        self.open_blocks: list[None] = []
 
     def get(self) -> Value | None:
         """The value of the innermost block, or None outside of all."""
-        if not self._open_blocks or not torch._C._is_key_in_tls(self._key):
+        if not self.open_blocks or not torch._C._is_key_in_tls(self._key):
             return None
         value: Value | None = torch._C._get_obj_in_tls(self._key)
         return value
@@ -56,10 +56,10 @@ class ScopedValue(Generic[Value]):
     def bound_to(self, value: Value) -> Iterator[None]:
         """The block in which the value is ``value``."""
         before = self.get()
-        self._open_blocks.append(None)
+        self.open_blocks.append(None)
         _stash(self._key, value)
         try:
             yield
         finally:
             _stash(self._key, before)
-            self._open_blocks.pop()
+            self.open_blocks.pop()

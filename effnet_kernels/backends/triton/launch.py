@@ -47,8 +47,9 @@ _trace: ScopedValue[list[Launch]] = ScopedValue("launch_trace")
 _timers: list[Timer] = []
 # The names that a generated launcher uses itself.
 _OWN_NAMES = {
-    *("grid", "num_warps", "num_stages", "max_registers", "parameters", "constants", "options", "key"),
-    *("kernel", "function", "current_trace", "trace", "capture", "simulated", "timers", "run", "type"),
+    *("grid", "num_warps", "num_stages", "max_registers", "constants", "options", "key", "kernel", "function"),
+    *("traces", "current_trace", "trace", "capture", "simulated", "timers", "handles", "handle", "run", "type"),
+    *("x", "y", "z", "device", "execute", "binary", "metadata", "cuda", "bindings", "_"),
 }
 # The device of each compiled binary, how Triton runs it, and Triton's own object, at whose end the binary is unloaded.
 # A binary's key has all that tells it from others.
@@ -74,30 +75,49 @@ def launcher(kernel: JITFunction) -> Callable[..., None]:
     parameters = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
     if [*parameters, *constants] != kernel.arg_names:
         raise TypeError(f"{kernel.__name__}: expected tl.constexpr parameters behind all others")
-    if _OWN_NAMES.intersection(kernel.arg_names):
-        raise TypeError(f"{kernel.__name__}: expected no parameter named {', '.join(sorted(_OWN_NAMES))}")
+    addresses = {name: name.removesuffix("_ptr") + "_address" for name in parameters if name.endswith("_ptr")}
+    hidden = _OWN_NAMES.union(addresses.values()).intersection(kernel.arg_names)
+    if hidden:
+        raise TypeError(f"{kernel.__name__}: expected no parameter named {', '.join(sorted(hidden))}")
     tokens = [_token(name, name in kernel.do_not_specialize) for name in parameters]
     name = f"launch_{kernel.__name__}"
+    listed = ", ".join(parameters), ", ".join(constants)
     source = f"""
 def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, max_registers=None):
-    parameters, constants = ({", ".join(parameters)},), ({", ".join(constants)},)
-    options = num_warps, num_stages, max_registers
-    if (trace := current_trace()) is not None:
-        return capture(trace, kernel, grid, parameters, constants, options)
+    if traces and (trace := current_trace()) is not None:
+        options = num_warps, num_stages, max_registers
+        return capture(trace, kernel, grid, ({listed[0]},), ({listed[1]},), options)
+    {"; ".join(f"{address} = None if {ptr} is None else {ptr}.data_ptr()" for ptr, address in addresses.items())}
+    constants, options = ({listed[1]},), (num_warps, num_stages, max_registers)
     key = None if simulated() else (function, options, constants, {", ".join(tokens)})
     if timers:
-        return timers[-1](kernel, lambda: run(key, kernel, grid, parameters, constants, options))
-    run(key, kernel, grid, parameters, constants, options)
+        return timers[-1](kernel, lambda: run(key, kernel, grid, ({listed[0]},), constants, options))
+    handle = handles.get(key)
+    x, y, z = grid
+    if handle is None or not (0 < x <= {_GRID_LIMITS[0]} and 0 < y <= {_GRID_LIMITS[1]} and 0 < z <= {_GRID_LIMITS[2]}):
+        return run(key, kernel, grid, ({listed[0]},), constants, options)
+    device, execute, binary, metadata, _ = handle
+    if device != cuda.current_device():
+        return run(key, kernel, grid, ({listed[0]},), constants, options)
+    # An address is what Triton makes of a tensor, after it has asked the driver for each.
+    execute(
+        x, y, z, bindings._cuda_getCurrentRawStream(device), binary, metadata, None, None, None,
+        {", ".join(addresses.get(name, name) for name in kernel.arg_names)},
+    )
 """
     scope: dict[str, Any] = {
         "kernel": kernel,
         # Hashing the kernel itself computes its cache key.
         "function": kernel.fn,
+        "traces": _trace.open_blocks,
         "current_trace": _trace.get,
         "capture": _capture,
         "simulated": simulated,
         "timers": _timers,
+        "handles": _handles,
         "run": _run,
+        "cuda": torch.cuda,
+        "bindings": torch._C,
     }
     exec(compile(source, f"<launcher of {kernel.__name__}>", "exec"), scope)
     return cast(Callable[..., None], scope[name])
@@ -106,7 +126,8 @@ def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, ma
 def _token(name: str, is_integer: bool) -> str:
     """The part of a binary's key that comes from one parameter, as an expression."""
     if name.endswith("_ptr"):
-        return f"None if {name} is None else ({name}.dtype, {name}.get_device(), {name}.data_ptr() & 15 == 0)"
+        address = name.removesuffix("_ptr") + "_address"
+        return f"None if {name} is None else ({name}.dtype, {name}.get_device(), {address} & 15 == 0)"
     # Triton compiles an integer of 64 bits separately, but not each value of an integer.
     return f"{name}.bit_length() < 32" if is_integer else f"type({name})"
 
@@ -151,7 +172,10 @@ def _run(
     constants: tuple[Any, ...],
     options: Options,
 ) -> None:
-    """Runs the binary of a key, compiled if it is new. A launch without a key goes to Triton, or to its simulator."""
+    """Runs the binary of a key, compiled if it is new. A launch without a key goes to Triton, or to its simulator.
+
+    Launchers do the same themselves where there is nothing to compile, to check or to switch.
+    """
     x, y, z = grid
     limit_x, limit_y, limit_z = _GRID_LIMITS
     if not (0 < x <= limit_x and 0 < y <= limit_y and 0 < z <= limit_z) and _is_empty(kernel, grid):
