@@ -266,7 +266,9 @@ def _triton_fallback_reason(call: Call) -> str | None:
 def _compute_capability(index: int | None) -> tuple[int, int] | None:
     """An NVIDIA GPU's; None of another maker's, and where launches are simulated."""
     if index not in _capabilities:
-        unknown = torch.version.hip is not None or triton.off_device()
+        from effnet_kernels.backends.triton import launch
+
+        unknown = torch.version.hip is not None or launch.simulated()
         _capabilities[index] = None if unknown else torch.cuda.get_device_capability(index)
     return _capabilities[index]
 
