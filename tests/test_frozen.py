@@ -97,6 +97,23 @@ def test_the_engine_keeps_the_weights_of_its_moment():
     assert list(engine.parameters()) == []
 
 
+def test_chains_have_the_buffers_of_the_moment():
+    folded = ek.freeze(small().eval()).folded
+
+    def weight(network):
+        return network.chains()[0].layers[0].weight
+
+    assert folded.chains() is folded.chains()
+    copied = copy.deepcopy(folded)
+    assert weight(copied) is copied.weight
+    assert weight(folded) is folded.weight
+    assert weight(folded.double()) is folded.weight
+    assert folded.weight.dtype == torch.float64
+    folded.load_state_dict({name: t + 1.0 for name, t in copied.state_dict().items()}, assign=True)
+    assert weight(folded) is folded.weight
+    assert torch.equal(folded.weight, copied.weight + 1.0)
+
+
 def test_weights_as_odd_as_users_have_them():
     model = small()
     for module in model.modules():

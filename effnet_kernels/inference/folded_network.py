@@ -1,5 +1,6 @@
 """A folded network as a module: fused chains where there are kernels, torch's own convolutions elsewhere."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ class FoldedNetwork(nn.Module):
         self.generation = 0
         # The chains' settings; their tensors are meta tensors here, and the buffers take their places.
         self._settings: list[Chain] = []
+        self._assembled: tuple[list[Tensor | None], list[Chain]] | None = None
         layers = [layer for chain in chains for layer in chain.layers]
         self._depthwise = {(layer.kernel_size, layer.stride) for layer in layers if layer.kind == "depthwise"}
         number = 0
@@ -57,7 +59,18 @@ class FoldedNetwork(nn.Module):
         return self._buffer("weight", 0)
 
     def chains(self) -> list[Chain]:
-        """The chains with their weights of this moment."""
+        """The chains with their weights of this moment; the same ones while the buffers are the same."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._assemble()
+        buffers = list(self._buffers.values())
+        if self._assembled is None or not all(map(operator.is_, buffers, self._assembled[0])):
+            self._assembled = buffers, self._assemble()
+        return self._assembled[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_assembled": None}
+
+    def _assemble(self) -> list[Chain]:
         number, found = 0, []
         for chain in self._settings:
             layers = []
