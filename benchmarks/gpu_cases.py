@@ -21,6 +21,7 @@ from effnet_kernels import ops
 from effnet_kernels.backends import select
 from effnet_kernels.backends.triton.launch import capture_launches, simulated
 from effnet_kernels.modules import MBConvConfig
+from effnet_kernels.tools.timing import graphed
 
 Call = Callable[[], object]
 Contenders = dict[str, Callable[[], Call]]
@@ -232,20 +233,6 @@ def _operator(ours: Callable[[], Tensor], eager: Callable[[], Tensor], inputs: t
     contenders |= {f"{base}, CUDA graph": lambda base=base: graphed(contenders[base]()) for base in list(contenders)}
     contenders[COMPILED.strip()] = lambda: both(torch.compile(eager))
     return {name: contenders[name] for name in operator_contenders()}
-
-
-def graphed(call: Call) -> Call:
-    """The call as a CUDA graph, which writes its gradients and outputs to the memory of its capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     """
     # Tensors that are only simulated to be on a GPU have no generator there.
     gpus = [device] if device.type == "cuda" and torch.cuda.is_initialized() else []
-    with torch.no_grad(), torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False), _without_tf32():
+    with torch.no_grad(), torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False), without_tf32():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs not saved here
         if gpus:
             with torch.cuda.device(device):
@@ -115,7 +115,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """float32 as it is: TF32, torch's default for convolutions on a GPU, errs more than networks that differ may."""
     settings: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import select
 from effnet_kernels.backends.select import Backend
+from effnet_kernels.interop.verification import without_tf32
 from effnet_kernels.tools import timing
 from effnet_kernels.tools.warmup import warmup
 
@@ -78,17 +79,13 @@ def selftest(make: Callable[[], nn.Module], resolution: int = 224, batch: int = 
     """
     with select.use_backend("triton"):
         from effnet_kernels.backends.triton.launch import simulated
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with without_tf32():
         torch.manual_seed(0)
         model = make().cuda()
         if not simulated():
             _compile(model, resolution, batch)
         x = torch.randn(4, 3, resolution, resolution, device="cuda").contiguous(memory_format=torch.channels_last)
         checks = [*_check_inference(model, x), *_check_training(model, x)]
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
     x = torch.randn(batch, 3, resolution, resolution, device="cuda").contiguous(memory_format=torch.channels_last)
     return Report(_device(), checks, [_time_inference(model, x, rounds), _time_training(model, x, rounds)])
 

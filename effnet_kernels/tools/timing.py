@@ -63,6 +63,20 @@ def host_milliseconds(call: Call, rounds: int = 5) -> float:
     return statistics.median(times)
 
 
+def graphed(call: Call) -> Call:
+    """The call as a CUDA graph, which writes its gradients and outputs to the memory of its capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes a second that a copy within the GPU's memory reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")

@@ -20,6 +20,7 @@ from effnet_kernels import EfficientNet
 from effnet_kernels.backends import select
 from effnet_kernels.backends.triton import launch
 from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
+from effnet_kernels.tools.timing import graphed
 from gpu.compare import assert_accurate, channels_last
 
 pytestmark = pytest.mark.skipif(launch.simulated(), reason="a simulator has no streams, graphs or device memory")
@@ -83,48 +84,39 @@ def test_two_threads() -> None:
         assert_same_step(model, other)
 
 
-def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of a step, after three steps on a side stream, as torch's documentation has it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_a_captured_training_step(dtype: torch.dtype | None) -> None:
     model, x = network(), channels_last(4, 3, 64, 64)
     eager = copy.deepcopy(model)
     labels = torch.arange(4, device="cuda")
 
-    def made(network: nn.Module) -> Callable[[], Tensor]:
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    def made(network: nn.Module) -> tuple[Callable[[], None], Tensor]:
+        """A step, and the loss that it writes."""
+        optimizer, written = (
+            torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9),
+            torch.zeros((), device="cuda"),
+        )
 
-        def run() -> Tensor:
+        def run() -> None:
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cuda", dtype or torch.float16, enabled=dtype is not None):
                 loss = F.cross_entropy(network(x), labels)
             loss.backward()
             optimizer.step()
-            return loss.detach()
+            written.copy_(loss.detach())
 
-        return run
+        return run, written
 
-    graph, loss = captured(made(model))
-    eagerly = made(eager)
+    run, loss = made(model)
+    replay = graphed(run)
+    eagerly, expected = made(eager)
+    # As many steps as come before the capture.
     for _ in range(3):
         eagerly()
-    losses = []
     for _ in range(3):
-        graph.replay()
-        losses.append(loss.item())
-    assert losses == [eagerly().item() for _ in range(3)]
+        replay()
+        eagerly()
+        assert loss.item() == expected.item()
     for p, q in zip(model.parameters(), eager.parameters(), strict=True):
         assert torch.equal(p, q)
     for p, q in zip(model.buffers(), eager.buffers(), strict=True):
