@@ -49,7 +49,7 @@ _timers: list[Timer] = []
 _OWN_NAMES = {
     *("grid", "num_warps", "num_stages", "max_registers", "constants", "options", "key", "kernel", "function"),
     *("traces", "current_trace", "trace", "capture", "simulated", "timers", "handles", "handle", "run", "type"),
-    *("x", "y", "z", "device", "execute", "binary", "metadata", "cuda", "bindings", "_"),
+    *("x", "y", "z", "fits", "device", "execute", "binary", "metadata", "cuda", "bindings", "_"),
 }
 # The device of each compiled binary, how Triton runs it, and Triton's own object, at whose end the binary is unloaded.
 # A binary's key has all that tells it from others.
@@ -94,12 +94,11 @@ def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, ma
         return timers[-1](kernel, lambda: run(key, kernel, grid, ({listed[0]},), constants, options))
     handle = handles.get(key)
     x, y, z = grid
-    if handle is None or not (0 < x <= {_GRID_LIMITS[0]} and 0 < y <= {_GRID_LIMITS[1]} and 0 < z <= {_GRID_LIMITS[2]}):
+    fits = 0 < x <= {_GRID_LIMITS[0]} and 0 < y <= {_GRID_LIMITS[1]} and 0 < z <= {_GRID_LIMITS[2]}
+    if handle is None or not fits or handle[0] != cuda.current_device():
         return run(key, kernel, grid, ({listed[0]},), constants, options)
     device, execute, binary, metadata, _ = handle
-    if device != cuda.current_device():
-        return run(key, kernel, grid, ({listed[0]},), constants, options)
-    # An address is what Triton makes of a tensor, after it has asked the driver for each.
+    # Triton would turn each tensor into its address itself, and ask the driver about it.
     execute(
         x, y, z, bindings._cuda_getCurrentRawStream(device), binary, metadata, None, None, None,
         {", ".join(addresses.get(name, name) for name in kernel.arg_names)},
