@@ -15,9 +15,9 @@ namespace py = pybind11;
 
 namespace {
 
-// Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's arguments
-// change.
-constexpr int interface_version = 3;
+// Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's
+// arguments change.
+constexpr int interface_version = 4;
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -231,9 +231,10 @@ struct PooledBytes {
   std::size_t bytes;
 };
 
-effnet::LayerSpec layer_spec(const py::dict& given) {
+effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
   const auto number = [&](const char* key) { return given[key].cast<std::int64_t>(); };
   const auto address = [&](const char* key) { return pointer<const float>(given[key].cast<std::uintptr_t>()); };
+  const auto weights = [&](const char* key) { return effnet::Weights{address(key), type}; };
   effnet::LayerSpec spec;
   spec.kind = given["depthwise"].cast<bool>() ? effnet::LayerKind::depthwise : effnet::LayerKind::conv;
   spec.in_channels = number("in_channels");
@@ -248,44 +249,45 @@ effnet::LayerSpec layer_spec(const py::dict& given) {
   spec.act = static_cast<effnet::Activation>(number("act"));
   spec.residual = number("residual");
   spec.pool = given["pool"].cast<bool>();
-  spec.weight = address("weight");
+  spec.weight = weights("weight");
   spec.bias = address("bias");
   spec.excitation.squeeze = number("squeeze");
   if (spec.excitation.squeeze > 0) {
     spec.excitation.act = static_cast<effnet::Activation>(number("squeeze_act"));
     spec.excitation.gate = static_cast<effnet::Gate>(number("gate"));
-    spec.excitation.w1 = address("w1");
+    spec.excitation.w1 = weights("w1");
     spec.excitation.b1 = address("b1");
-    spec.excitation.w2 = address("w2");
+    spec.excitation.w2 = weights("w2");
     spec.excitation.b2 = address("b2");
   }
   return spec;
 }
 
-std::unique_ptr<effnet::Network> make_network(const py::list& given, std::vector<std::int64_t> outputs) {
+std::unique_ptr<effnet::Network> make_network(const py::list& given, std::vector<std::int64_t> outputs, bool bf16) {
+  const effnet::Type type = bf16 ? effnet::Type::bf16 : effnet::Type::f32;
   std::vector<effnet::Layer> layers;
-  for (const auto& layer : given) layers.push_back(effnet::pack(layer_spec(layer.cast<py::dict>())));
-  return std::make_unique<effnet::Network>(std::move(layers), std::move(outputs));
+  for (const auto& layer : given) layers.push_back(effnet::pack(layer_spec(layer.cast<py::dict>(), type), type));
+  return std::make_unique<effnet::Network>(std::move(layers), std::move(outputs), type);
 }
 
-// The address of a tensor and its strides of image, channel, row and pixel, in floats.
+// The address of a tensor and its strides of image, channel, row and pixel, in numbers.
 using Tensor = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
-effnet::View view_of(const Tensor& tensor) {
+effnet::View view_of(const Tensor& tensor, bool bf16) {
   const auto [address, image, channel, row, pixel] = tensor;
-  return {pointer<float>(address), image, channel, row, pixel};
+  return {pointer<void>(address), bf16 ? effnet::Type::bf16 : effnet::Type::f32, image, channel, row, pixel};
 }
 
 py::object run_network(const effnet::Network& network, const Tensor& image, std::int64_t batch, std::int64_t height,
-                       std::int64_t width, const std::vector<Tensor>& outputs, int threads, bool profiled,
+                       std::int64_t width, const std::vector<Tensor>& outputs, bool bf16, int threads, bool profiled,
                        const char* isa) {
   std::vector<effnet::View> views;
-  for (const Tensor& output : outputs) views.push_back(view_of(output));
+  for (const Tensor& output : outputs) views.push_back(view_of(output, bf16));
   const std::string name = isa_or_selected(isa);
   std::vector<effnet::StepProfile> profile;
   {
     py::gil_scoped_release unlocked;
-    network.run(view_of(image), batch, height, width, views, name, threads, profiled ? &profile : nullptr);
+    network.run(view_of(image, bf16), batch, height, width, views, name, threads, profiled ? &profile : nullptr);
   }
   if (!profiled) return py::none();
   py::list steps;
@@ -303,10 +305,18 @@ py::list output_sizes(const effnet::Network& network, std::int64_t height, std::
   return sizes;
 }
 
-double fma_peak(int threads, const char* isa) {
+double fma_peak(int threads, bool bf16, const char* isa) {
   const std::string name = isa_or_selected(isa);
   py::gil_scoped_release unlocked;
-  return effnet::fma_peak(name, threads);
+  return effnet::fma_peak(name, threads, bf16);
+}
+
+bool shared_with_earlier(const effnet::Kernels& kernels) {
+  for (const effnet::Kernels* other : effnet::kernel_table()) {
+    if (other == &kernels) break;
+    if (other->f32.gemm_bias_act_residual_sum == kernels.f32.gemm_bias_act_residual_sum) return true;
+  }
+  return false;
 }
 
 py::list kernels() {
@@ -316,6 +326,9 @@ py::list kernels() {
     entry["isa"] = kernels->isa;
     entry["lanes"] = kernels->lanes;
     entry["emulated"] = kernels->emulated;
+    entry["bf16"] = kernels->bf16 != nullptr;
+    // Whether its kernels for float32 are another row's.
+    entry["shares_f32"] = shared_with_earlier(*kernels);
     entry["supported"] = effnet::isa_supported(kernels->isa);
     rows.append(entry);
   }
@@ -337,7 +350,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   } catch (const std::exception&) {
     // EFFNET_KERNELS_ISA is wrong, which the first call reports.
   }
-  m.def("partition_pixels", &partition_pixels, "Divides pixels into shards: (images, pixels, groups, shards of a group).");
+  m.def("partition_pixels", &partition_pixels,
+        "Divides pixels into shards: (images, pixels, groups, shards of a group).");
   m.def("depthwise_shards", &effnet::depthwise_shards);
   m.def("pointwise_forward", &pointwise_forward);
   m.def("pointwise_backward", &pointwise_backward);
@@ -363,14 +377,16 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     effnet::release_memory();
   });
   py::class_<effnet::Network>(m, "Network")
-      .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"))
+      .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"), py::arg("bf16"))
       .def("run", &run_network, py::arg("image"), py::arg("batch"), py::arg("height"), py::arg("width"),
-           py::arg("outputs"), py::arg("threads"), py::arg("profiled") = false, py::arg("isa") = py::none())
+           py::arg("outputs"), py::arg("bf16"), py::arg("threads"), py::arg("profiled") = false,
+           py::arg("isa") = py::none())
       .def("output_sizes", &output_sizes, py::arg("height"), py::arg("width"));
-  m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("isa") = py::none(),
+  m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("bf16") = false, py::arg("isa") = py::none(),
         "Measured floating-point operations a second of multiply-adds in registers.");
   m.def("kernels", &kernels, "The instruction sets of the table of kernels.");
   m.def("supported_isas", &effnet::supported_isas);
   m.def("selected_isa", &effnet::selected_isa);
+  m.def("without_bf16", &effnet::without_bf16, "The error where an instruction set has no kernels for bfloat16.");
   m.def("thread_runtime", &effnet::thread_runtime);
 }

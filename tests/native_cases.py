@@ -27,11 +27,12 @@ pools_memory = pytest.mark.skipif(
 )
 
 
-def kernel_isas() -> list[str]:
-    """Every instruction set of the table that this machine can run, those that only tests reach included."""
+def kernel_isas(dtype: torch.dtype = torch.float32) -> list[str]:
+    """Every instruction set with kernels of its own that this machine can run, those that only tests reach included."""
     if cpu.unavailable_reason() is not None:
         return []
-    return [row["isa"] for row in extension().kernels() if row["supported"]]
+    rows = [row for row in extension().kernels() if row["supported"]]
+    return [row["isa"] for row in rows if (row["bf16"] if dtype == torch.bfloat16 else not row["shares_f32"])]
 
 
 @contextlib.contextmanager

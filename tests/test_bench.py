@@ -88,6 +88,6 @@ def test_unknown_engine(capsys):
 
 def test_every_isa_has_a_peak():
     for isa in kernel_isas():
-        peak = extension().fma_peak(1, isa)
+        peak = extension().fma_peak(1, isa=isa)
         assert math.isfinite(peak)
         assert peak > 1e8

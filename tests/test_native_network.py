@@ -18,7 +18,21 @@ from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Chain, Excitation, La
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
-ISAS = kernel_isas()
+
+class Target(NamedTuple):
+    """The kernels of an instruction set for networks of one dtype."""
+
+    isa: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.isa}-{str(self.dtype).removeprefix('torch.')}"
+
+
+TARGETS = [Target(isa, dtype) for dtype in (torch.float32, torch.bfloat16) for isa in kernel_isas(dtype)]
+# Numbers that differ in float32's last bit are now and then rounded to neighbours of bfloat16, 2^-8 apart, and a gate's
+# product with weights is rounded too. tests/test_bfloat16.py tests single products bit for bit.
+NETWORK_TOLERANCES = TOLERANCES | {torch.bfloat16: 2**-7}
 
 
 class Step(NamedTuple):
@@ -45,6 +59,18 @@ def depthwise(channels, kernel=3, squeeze=0, gate="sigmoid", padding=None, strid
     return Step(Layer("depthwise", weight, torch.randn(channels), stride, padding, None, act, excitation))
 
 
+def rounded(steps: list[Step], dtype: torch.dtype) -> list[Step]:
+    """The steps with weights of a dtype; vectors stay float32."""
+
+    def in_dtype(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dim() == 1 else t.to(dtype)
+
+    return [
+        step._replace(layer=step.layer.with_parameters([in_dtype(t) for t in step.layer.parameters()]))
+        for step in steps
+    ]
+
+
 def network_of(steps: list[Step], outputs: list[int]) -> Network:
     """The steps in chains that end where a residual begins, where it is added, and at outputs and means."""
     around = {end for i, step in enumerate(steps) if step.residual >= 0 for end in (step.residual, i + 1)}
@@ -57,71 +83,83 @@ def network_of(steps: list[Step], outputs: list[int]) -> Network:
     return Network(chains, [ends.index(output) for output in outputs])
 
 
-def expected(steps: list[Step], x: Tensor) -> list[Tensor]:
-    """Every tensor, the image first."""
+def expected(steps: list[Step], x: Tensor, outputs: list[int]) -> list[Tensor]:
+    """Every tensor in float64, the image first; in bfloat16 rounded where the engine stores it."""
+
+    def stored(y: Tensor) -> Tensor:
+        return y if x.dtype == torch.float32 else y.to(x.dtype).double()
+
+    read_twice = {step.residual for step in steps} | set(outputs)
     tensors = [x.double()]
-    for layer, residual, pool in steps:
-        x, kernel = tensors[-1], layer.weight.shape[-1]
-        padding = resolve_padding(layer.padding, (x.shape[2], x.shape[3]), kernel, layer.stride)
-        groups = x.shape[1] if layer.kind == "depthwise" else 1
-        y = F.conv2d(F.pad(x, padding), layer.weight.double(), layer.bias.double(), layer.stride, groups=groups)
+    for i, (layer, residual, pool) in enumerate(steps):
+        z, kernel = tensors[-1], layer.weight.shape[-1]
+        padding = resolve_padding(layer.padding, (z.shape[2], z.shape[3]), kernel, layer.stride)
+        groups = z.shape[1] if layer.kind == "depthwise" else 1
+        y = F.conv2d(F.pad(z, padding), layer.weight.double(), layer.bias.double(), layer.stride, groups=groups)
         y = activate(y, layer.act)
         if residual >= 0:
             y = y + tensors[residual]
         if layer.excitation is not None:
             w1, b1, w2, b2 = (t.double() for t in layer.excitation[:4])
             hidden = activate(F.conv2d(y.mean((2, 3), keepdim=True), w1, b1), layer.excitation.act)
-            y = y * gate_of(F.conv2d(hidden, w2, b2), layer.excitation.gate)
-        tensors.append(y.mean((2, 3), keepdim=True) if pool else y)
+            y = stored(y) * gate_of(F.conv2d(hidden, w2, b2), layer.excitation.gate)
+        y = y.mean((2, 3), keepdim=True) if pool else y
+        # The rows between a convolution and a depthwise one stay float32.
+        before_depthwise = i + 1 < len(steps) and steps[i + 1].layer.kind == "depthwise"
+        on_the_way = before_depthwise and layer.kind != "depthwise" and residual < 0 and i + 1 not in read_twice
+        tensors.append(y if on_the_way else stored(y))
     return tensors
 
 
-def check(steps: list[Step], x: Tensor, isa: str | None, threads: int = 1, outputs: list[int] | None = None) -> None:
+def check(steps: list[Step], x: Tensor, target: Target, threads: int = 1, outputs: list[int] | None = None) -> None:
     outputs = [len(steps)] if outputs is None else outputs
-    right = expected(steps, x)
-    network = network_of(steps, outputs)
-    with running(isa, threads):
-        actual = network.run(x)
+    steps, x = rounded(steps, target.dtype), x.to(target.dtype)
+    right = expected(steps, x, outputs)
+    with running(target.isa, threads):
+        actual = network_of(steps, outputs).run(x)
     for index, y in zip(outputs, actual, strict=True):
-        assert_close(y.double(), right[index], TOLERANCES[torch.float32])
+        assert y.dtype == target.dtype
+        assert_close(y.double(), right[index], NETWORK_TOLERANCES[target.dtype])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33])
-def test_pointwise_channels(isa, channels):
+def test_pointwise_channels(target, channels):
     for others, size in itertools.product((1, 5, 8, 16, 27), (1, 5)):
-        check([dense(3, others, act="relu"), dense(others, channels, act="silu")], torch.randn(2, 3, size, size), isa)
+        check(
+            [dense(3, others, act="relu"), dense(others, channels, act="silu")], torch.randn(2, 3, size, size), target
+        )
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_pointwise_rows(isa):
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_pointwise_rows(target):
     # Every height of a register tile, several tiles with and without a remainder, and more than one block of rows.
     layers = [dense(4, 8), dense(8, 19, act="silu"), dense(19, 19, residual=2)]
     for size in (*range(1, 32), 42, 43, 83, 512):
-        check(layers, torch.randn(3, 4, 1, size), isa)
+        check(layers, torch.randn(3, 4, 1, size), target)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_dense(isa, kernel, stride):
+def test_dense(target, kernel, stride):
     padding = (kernel // 2, (kernel - 1) // 2, kernel // 2, (kernel - 1) // 2)
     for channels, size, outputs in itertools.product((1, 3, 16), ((7, 9), (8, 33)), (5, 16, 40)):
         x = torch.randn(2, channels, *size)
         for given in (padding, "same", (0, 1, 2, 0)):
-            check([dense(channels, outputs, kernel, stride=stride, padding=given, act="silu")], x, isa)
+            check([dense(channels, outputs, kernel, stride=stride, padding=given, act="silu")], x, target)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_dense_with_residual(isa):
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_dense_with_residual(target):
     layers = [dense(3, 24), dense(24, 40, 3, act="silu"), dense(40, 24, 3, residual=1), dense(24, 24, act="silu")]
-    check(layers, torch.randn(2, 3, 8, 8), isa, outputs=[3, 4])
+    check(layers, torch.randn(2, 3, 8, 8), target, outputs=[3, 4])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_expand_and_depthwise(isa, kernel, stride):
+def test_expand_and_depthwise(target, kernel, stride):
     for channels, size, padding in itertools.product(
         (8, 17, 40), ((1, 1), (6, 11), (29, 31)), ((kernel // 2,) * 4, "same", (0, 3, 2, 1))
     ):
@@ -131,15 +169,15 @@ def test_expand_and_depthwise(isa, kernel, stride):
         x = torch.randn(2, 3, *size)
         # Behind a 1x1 convolution, behind the stem, and behind a map that something else reads.
         expand = [dense(3, 9), dense(9, channels, act="silu")]
-        check([*expand, depthwise(channels, kernel, squeeze=5, **options), dense(channels, 12)], x, isa)
-        check([dense(3, channels, 3, act="silu"), depthwise(channels, kernel, **options)], x, isa)
-        check([*expand, depthwise(channels, kernel, **options), dense(channels, 12)], x, isa, outputs=[2, 4])
+        check([*expand, depthwise(channels, kernel, squeeze=5, **options), dense(channels, 12)], x, target)
+        check([dense(3, channels, 3, act="silu"), depthwise(channels, kernel, **options)], x, target)
+        check([*expand, depthwise(channels, kernel, **options), dense(channels, 12)], x, target, outputs=[2, 4])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_squeeze_and_excitation(isa, gate, size):
+def test_squeeze_and_excitation(target, gate, size):
     for channels, squeeze, outputs in ((8, 1, 4), (20, 6, 40), (33, 17, 9)):
         layers = [
             dense(3, channels, 3, act="silu"),
@@ -147,28 +185,28 @@ def test_squeeze_and_excitation(isa, gate, size):
             dense(channels, outputs),
         ]
         x = torch.randn(3, 3, size, size)
-        check(layers, x, isa)
-        check(layers, x, isa, outputs=[2, 3])
-        check(layers[:2], x, isa)
+        check(layers, x, target)
+        check(layers, x, target, outputs=[2, 3])
+        check(layers[:2], x, target)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_pool_and_classifier(isa, act):
+def test_pool_and_classifier(target, act):
     for channels, outputs, size in ((5, 3, 1), (16, 33, 7), (100, 1000, 12)):
         layers = [dense(3, 8), dense(8, channels, act=act, pool=True), dense(channels, outputs)]
-        check(layers, torch.randn(5, 3, size, size), isa)
+        check(layers, torch.randn(5, 3, size, size), target)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_images_go_together_in_any_number(isa):
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_images_go_together_in_any_number(target):
     layers = [dense(3, 8, 3, stride=2, act="silu"), depthwise(8, squeeze=2), dense(8, 8), dense(8, 8, residual=3)]
     for batch in (1, 2, 3, 4, 5, 8, 9, 13):
-        check(layers, torch.randn(batch, 3, 9, 9), isa)
+        check(layers, torch.randn(batch, 3, 9, 9), target)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_threads_change_no_bit(isa):
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_threads_change_no_bit(target):
     layers = [
         dense(3, 24, 3, stride=2, act="silu"),
         depthwise(24, squeeze=6, act="silu"),
@@ -179,15 +217,16 @@ def test_threads_change_no_bit(isa):
         dense(16, 33, act="silu", pool=True),
         dense(33, 10),
     ]
-    network = network_of(layers, [8])
+    with running(target.isa, 1):
+        network = network_of(rounded(layers, target.dtype), [8])
     for batch, size in ((1, 32), (3, 57)):
         x = torch.randn(batch, 3, size, size)
-        with running(isa, 1):
+        with running(target.isa, 1):
             once = network.run(x)[0]
         for threads in (2, 3, 7):
-            with running(isa, threads):
+            with running(target.isa, threads):
                 assert torch.equal(network.run(x)[0], once)
-    check(layers, x, isa, threads=2)
+    check(layers, x, target, threads=2)
 
 
 def test_strides_of_the_image_change_no_bit():

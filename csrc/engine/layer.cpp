@@ -5,50 +5,60 @@
 namespace effnet {
 namespace {
 
-// Calls visit(packed index, weight index) for every element of a weight. The inner dimension is (channel, tap row, tap
-// column) in the weight and (tap row, tap column, channel) in the packed matrix, where a row of taps is a segment.
-template <class Visit>
-void for_each_element(std::int64_t out, std::int64_t channels, std::int64_t kernel, const Visit& visit) {
-  const std::int64_t taps = kernel * kernel, inner = taps * channels;
+// The inner dimension is (channel, tap row, tap column) in a weight, and (tap row, tap column, channel) in the packed
+// matrix, where a row of taps is a segment.
+void pack_elements(const Weights& weight, std::int64_t out, std::int64_t channels, std::int64_t kernel, Type type,
+                   PackedMatrix& matrix) {
+  const std::int64_t taps = kernel * kernel, segment = kernel * channels;
+  const std::int64_t count = type == Type::bf16 ? 2 : 1;  // numbers of the inner dimension that lie side by side
   for (std::int64_t row = 0; row < out; ++row) {
-    const std::int64_t panel = row / panel_columns * inner * panel_columns + row % panel_columns;
+    float* panel = matrix.panels.get() + row / panel_columns * matrix.panel_floats;
     for (std::int64_t tap = 0; tap < taps; ++tap) {
       for (std::int64_t channel = 0; channel < channels; ++channel) {
-        visit(panel + (tap * channels + channel) * panel_columns, (row * channels + channel) * taps + tap);
+        const float value = weight.at((row * channels + channel) * taps + tap);
+        const std::int64_t in_segment = tap % kernel * channels + channel;
+        const std::int64_t step = tap / kernel * ceil_div(segment, count) + in_segment / count;
+        const std::int64_t index = (step * panel_columns + row % panel_columns) * count + in_segment % count;
+        if (type == Type::bf16) {
+          reinterpret_cast<Bf16*>(panel)[index] = to_bf16(value);
+        } else {
+          panel[index] = value;
+        }
       }
     }
   }
 }
 
-PackedMatrix pack_matrix(const float* weight, const float* bias, std::int64_t out, std::int64_t channels,
-                         std::int64_t kernel) {
+PackedMatrix pack_matrix(const Weights& weight, const float* bias, std::int64_t out, std::int64_t channels,
+                         std::int64_t kernel, Type type) {
   PackedMatrix matrix;
   matrix.out = out;
   matrix.inner = channels * kernel * kernel;
-  const std::int64_t columns = matrix.panel_count() * panel_columns;
-  matrix.panels = allocate_zeros(columns * matrix.inner);
-  matrix.bias = allocate_zeros(columns);
-  float* packed = matrix.panels.get();
-  for_each_element(out, channels, kernel, [&](std::int64_t to, std::int64_t from) { packed[to] = weight[from]; });
+  // A pair of bfloat16 numbers is as large as a float.
+  const std::int64_t steps = type == Type::bf16 ? kernel * ceil_div(kernel * channels, 2) : matrix.inner;
+  matrix.panel_floats = steps * panel_columns;
+  matrix.panels = allocate_zeros(matrix.panel_count() * matrix.panel_floats);
+  matrix.bias = allocate_zeros(matrix.panel_count() * panel_columns);
+  pack_elements(weight, out, channels, kernel, type, matrix);
   std::memcpy(matrix.bias.get(), bias, static_cast<std::size_t>(out) * sizeof(float));
   return matrix;
 }
 
 // [channels, kernel, kernel] and [channels] to [panels, 1 + kernel * kernel, 16].
-Buffer pack_taps(const float* weight, const float* bias, std::int64_t channels, std::int64_t kernel) {
+Buffer pack_taps(const Weights& weight, const float* bias, std::int64_t channels, std::int64_t kernel) {
   const std::int64_t taps = kernel * kernel;
   Buffer packed = allocate_zeros(round_up(channels, panel_columns) * (1 + taps));
   for (std::int64_t channel = 0; channel < channels; ++channel) {
     float* to = packed.get() + channel / panel_columns * (1 + taps) * panel_columns + channel % panel_columns;
     to[0] = bias[channel];
-    for (std::int64_t tap = 0; tap < taps; ++tap) to[(1 + tap) * panel_columns] = weight[channel * taps + tap];
+    for (std::int64_t tap = 0; tap < taps; ++tap) to[(1 + tap) * panel_columns] = weight.at(channel * taps + tap);
   }
   return packed;
 }
 
 LayerSpec without_weights(LayerSpec spec) {
-  spec.weight = spec.bias = nullptr;
-  spec.excitation.w1 = spec.excitation.b1 = spec.excitation.w2 = spec.excitation.b2 = nullptr;
+  spec.weight = spec.excitation.w1 = spec.excitation.w2 = {};
+  spec.bias = spec.excitation.b1 = spec.excitation.b2 = nullptr;
   return spec;
 }
 
@@ -75,17 +85,17 @@ ConvShape conv_shape(const LayerSpec& layer, std::int64_t height, std::int64_t w
   return shape;
 }
 
-Layer pack(const LayerSpec& spec) {
+Layer pack(const LayerSpec& spec, Type type) {
   Layer layer(without_weights(spec));
   if (spec.kind == LayerKind::conv) {
-    layer.matrix = pack_matrix(spec.weight, spec.bias, spec.out_channels, spec.in_channels, spec.kernel);
+    layer.matrix = pack_matrix(spec.weight, spec.bias, spec.out_channels, spec.in_channels, spec.kernel, type);
   } else {
     layer.taps = pack_taps(spec.weight, spec.bias, spec.out_channels, spec.kernel);
   }
   const Excitation& excitation = spec.excitation;
   if (excitation.squeeze > 0) {
-    layer.reduce = pack_matrix(excitation.w1, excitation.b1, excitation.squeeze, spec.out_channels, 1);
-    layer.expand = pack_matrix(excitation.w2, excitation.b2, spec.out_channels, excitation.squeeze, 1);
+    layer.reduce = pack_matrix(excitation.w1, excitation.b1, excitation.squeeze, spec.out_channels, 1, Type::f32);
+    layer.expand = pack_matrix(excitation.w2, excitation.b2, spec.out_channels, excitation.squeeze, 1, Type::f32);
   }
   return layer;
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "engine/bf16.h"
+#include "engine/view.h"
 #include "kernels/conv_shape.h"
 #include "kernels/kernels.h"
 #include "platform/buffer.h"
@@ -17,14 +19,25 @@ struct Padding {
   bool any() const { return left != 0 || right != 0 || top != 0 || bottom != 0; }
 };
 
+// Numbers in the caller's memory, one after another.
+struct Weights {
+  const void* data = nullptr;
+  Type type = Type::f32;
+
+  float at(std::int64_t index) const {
+    if (type == Type::bf16) return to_float(static_cast<const Bf16*>(data)[index]);
+    return static_cast<const float*>(data)[index];
+  }
+};
+
 // Squeeze-and-excitation after a depthwise layer: gate(w2 @ act(w1 @ mean + b1) + b2).
 struct Excitation {
   std::int64_t squeeze = 0;  // channels between the two layers; 0 where there is none
   Activation act = Activation::none;
   Gate gate = Gate::sigmoid;
-  const float* w1 = nullptr;  // [squeeze, channels]
+  Weights w1;                 // [squeeze, channels]
   const float* b1 = nullptr;  // [squeeze]
-  const float* w2 = nullptr;  // [channels, squeeze]
+  Weights w2;                 // [channels, squeeze]
   const float* b2 = nullptr;  // [channels]
 };
 
@@ -37,11 +50,11 @@ struct LayerSpec {
   std::int64_t in_channels = 0, out_channels = 0, kernel = 1, stride = 1;
   Padding padding;
   Activation act = Activation::none;
-  std::int64_t residual = -1;     // the tensor that is added to the output, or -1
-  bool pool = false;              // whether the output is averaged over its pixels
-  const float* weight = nullptr;  // [out, in, kernel, kernel], a depthwise one [out, kernel, kernel]
-  const float* bias = nullptr;    // [out]
-  Excitation excitation;          // of a depthwise layer
+  std::int64_t residual = -1;   // the tensor that is added to the output, or -1
+  bool pool = false;            // whether the output is averaged over its pixels
+  Weights weight;               // [out, in, kernel, kernel], a depthwise one [out, kernel, kernel]
+  const float* bias = nullptr;  // [out]
+  Excitation excitation;        // of a depthwise layer
 
   // Whether each pixel of the output depends on the pixel of the input at the same place alone.
   bool pointwise() const { return kind == LayerKind::conv && kernel == 1 && stride == 1 && !padding.any(); }
@@ -50,23 +63,27 @@ struct LayerSpec {
 // The sizes of a layer's convolution of a map of this size.
 ConvShape conv_shape(const LayerSpec& layer, std::int64_t height, std::int64_t width);
 
-// A matrix [out, segments * length] in panels: [panels, segments * length, 16]; and its bias [panels * 16].
+// A matrix [out, segments * length] in panels, as Gemm reads them; and its bias [panels * 16].
 struct PackedMatrix {
   std::int64_t out = 0, inner = 0;
+  std::int64_t panel_floats = 0;  // memory of a panel
   Buffer panels, bias;
 
   std::int64_t panel_count() const { return ceil_div(out, panel_columns); }
-  const float* panel(std::int64_t index) const { return panels.get() + index * inner * panel_columns; }
-  // The columns of a panel that are outputs, not padding.
-  std::int64_t columns(std::int64_t index) const {
+  template <class T>
+  const T* panel(std::int64_t index) const {
+    return reinterpret_cast<const T*>(panels.get() + index * panel_floats);
+  }
+  // The columns of so many panels that are outputs, not padding.
+  std::int64_t columns(std::int64_t index, std::int64_t panels = 1) const {
     const std::int64_t left = out - index * panel_columns;
-    return left < panel_columns ? left : panel_columns;
+    return left < panels * panel_columns ? left : panels * panel_columns;
   }
 };
 
 struct Layer {
   LayerSpec spec;               // with null pointers: the weights are below
-  PackedMatrix matrix;          // of a conv
+  PackedMatrix matrix;          // of a conv, in the network's type
   Buffer taps;                  // of a depthwise layer: [panels, 1 + kernel * kernel, 16], the bias first
   PackedMatrix reduce, expand;  // of its excitation
 
@@ -78,7 +95,8 @@ struct Layer {
   }
 };
 
-// Packs the weights of a layer, and keeps no pointer to the caller's.
-Layer pack(const LayerSpec& spec);
+// Packs the weights of a layer for maps of a type, and keeps no pointer to the caller's. Depthwise weights and those of
+// squeeze-and-excitation stay float32.
+Layer pack(const LayerSpec& spec, Type type);
 
 }  // namespace effnet

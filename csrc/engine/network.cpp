@@ -25,8 +25,8 @@ std::set<const Network*>& networks() {
 
 }  // namespace
 
-Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs)
-    : layers_(std::move(layers)), outputs_(std::move(outputs)) {
+Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs, Type type)
+    : layers_(std::move(layers)), outputs_(std::move(outputs)), type_(type) {
   const std::int64_t count = static_cast<std::int64_t>(layers_.size());
   if (count == 0) throw std::invalid_argument("expected at least one layer, got none");
   for (std::int64_t i = 0; i < count; ++i) {
@@ -93,7 +93,9 @@ std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height
     }
   }
   // Threads that get here at the same time make a plan each; the duplicates are forgotten in their turn.
-  auto made = std::make_shared<Plan>(layers_, outputs_, images, height, width, kernels_of(isa), std::max(1, threads));
+  const Kernels& kernels = kernels_of(isa);
+  if (type_ == Type::bf16 && kernels.bf16 == nullptr) throw std::invalid_argument(without_bf16(isa));
+  auto made = std::make_shared<Plan>(layers_, outputs_, type_, images, height, width, kernels, std::max(1, threads));
   std::shared_ptr<Plan> forgotten;  // freed after the lock is released
   const Lock lock;
   plans_.push_front(made);
@@ -115,11 +117,9 @@ void Network::run(const View& image, std::int64_t batch, std::int64_t height, st
                   std::vector<StepProfile>* profile) const {
   const std::shared_ptr<Plan> plan = plan_for(std::min(batch, images_together), height, width, isa, threads);
   for (std::int64_t first = 0; first < batch; first += images_together) {
-    View part = image;
-    part.data += first * image.image;
-    std::vector<View> parts = outputs;
-    for (View& output : parts) output.data += first * output.image;
-    plan->run(part, std::min(images_together, batch - first), parts, profile);
+    std::vector<View> parts;
+    for (const View& output : outputs) parts.push_back(output.from_image(first));
+    plan->run(image.from_image(first), std::min(images_together, batch - first), parts, profile);
   }
 }
 

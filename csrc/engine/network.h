@@ -23,15 +23,17 @@ struct StepProfile {
 
 class Network {
  public:
-  // outputs are the numbers of tensors (see LayerSpec), in ascending order.
-  Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs);
+  // outputs are the numbers of tensors (see LayerSpec), in ascending order; the layers were packed for maps of a type.
+  Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs, Type type);
   ~Network();
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
 
   std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
 
-  // Any number of threads may call it at the same time. If profile is not null, each step's cost is added to it.
+  // The image and the outputs may be of any type. Throws std::invalid_argument if the instruction set has no kernels
+  // for the network's. Any number of threads may call it at the same time. If profile is not null, each step's cost is
+  // added to it.
   void run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
            const std::vector<View>& outputs, const std::string& isa, int threads,
            std::vector<StepProfile>* profile) const;
@@ -44,6 +46,7 @@ class Network {
 
   std::vector<Layer> layers_;
   std::vector<std::int64_t> outputs_;
+  Type type_;
   mutable std::list<std::shared_ptr<Plan>> plans_;  // the latest first
 };
 

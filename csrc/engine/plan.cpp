@@ -5,6 +5,7 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "engine/bf16.h"
 #include "platform/lock.h"
 #include "platform/parallel.h"
 
@@ -29,7 +30,7 @@ bool contains(const std::vector<std::int64_t>& values, std::int64_t value) {
 class Layout {
  public:
   Layout(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
-         std::int64_t height, std::int64_t width)
+         std::int64_t height, std::int64_t width, Type type)
       : layers_(layers), outputs_(outputs), images_(images) {
     const std::vector<MapSize> sizes = tensor_sizes(layers, height, width);
     const std::int64_t count = static_cast<std::int64_t>(layers.size());
@@ -38,7 +39,7 @@ class Layout {
     hidden = gate = sums;
     for (std::int64_t i = 0; i <= count; ++i) {
       const MapSize& size = sizes[static_cast<std::size_t>(i)];
-      places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, i == 0};
+      places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type, i == 0};
     }
     for (std::int64_t i = 0; i < count; ++i) {
       const std::size_t at = static_cast<std::size_t>(i);
@@ -116,11 +117,59 @@ class Layout {
   std::vector<Taken> taken_;
 };
 
-void copy_row(const float* from, std::int64_t pitch, const MapSize& size, const View& view, float* to) {
+template <class From, class To>
+void copy_row(const From* from, std::int64_t pitch, const MapSize& size, const View& view, To* to) {
   for (std::int64_t x = 0; x < size.width; ++x, from += pitch) {
-    float* pixel = to + x * view.pixel;
-    for (std::int64_t c = 0; c < size.channels; ++c) pixel[c * view.channel] = from[c];
+    To* pixel = to + x * view.pixel;
+    for (std::int64_t c = 0; c < size.channels; ++c) pixel[c * view.channel] = convert<To>(from[c]);
   }
+}
+
+template <class From>
+void copy_row(const From* from, std::int64_t pitch, const MapSize& size, const View& view, std::int64_t offset) {
+  if (view.type == Type::bf16) {
+    copy_row(from, pitch, size, view, view.at<Bf16>(offset));
+  } else {
+    copy_row(from, pitch, size, view, view.at<float>(offset));
+  }
+}
+
+// The steps of all layers, whose maps are of type T.
+template <class T>
+std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, const Layout& layout,
+                                              std::int64_t images) {
+  std::vector<std::unique_ptr<Step>> steps;
+  std::int64_t gate = absent;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const LayerSpec& spec = layers[i].spec;
+    const bool fused = layout.fused_into_next(static_cast<std::int64_t>(i));
+    const Layer* producer = fused ? &layers[i] : nullptr;
+    const Place& x = layout.places[i];
+    if (fused) ++i;
+    const Layer& layer = layers[i];
+    const Place& y = layout.places[i + 1];
+    const std::int64_t residual =
+        layer.spec.residual < 0 ? absent : layout.places[static_cast<std::size_t>(layer.spec.residual)].offset;
+    if (layer.spec.kind == LayerKind::depthwise) {
+      steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i]));
+      gate = absent;
+      if (layer.spec.excitation.squeeze > 0) {
+        const bool gates_map = layout.gates_map(static_cast<std::int64_t>(i));
+        steps.push_back(squeeze_step(layer, y, layout.sums[i], layout.hidden[i], images));
+        steps.push_back(excite_step(layer, y, layout.hidden[i], layout.gate[i]));
+        if (gates_map) steps.push_back(scale_step<T>(y, layout.gate[i]));
+        gate = gates_map ? absent : layout.gate[i];
+      }
+      continue;
+    }
+    if (spec.pointwise() && !x.is_image) {
+      steps.push_back(pointwise_step<T>(layer, x, y, residual, gate));
+    } else {
+      steps.push_back(dense_step<T>(layer, x, y, residual));
+    }
+    gate = absent;
+  }
+  return steps;
 }
 
 }  // namespace
@@ -143,40 +192,11 @@ std::vector<MapSize> tensor_sizes(const std::vector<Layer>& layers, std::int64_t
   return sizes;
 }
 
-Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
+Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
            std::int64_t height, std::int64_t width, const Kernels& kernels, int threads)
-    : images_(images), height_(height), width_(width), kernels_(kernels), threads_(threads) {
-  const Layout layout(layers, outputs, images, height, width);
-  std::int64_t gate = absent;
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    const LayerSpec& spec = layers[i].spec;
-    const bool fused = layout.fused_into_next(static_cast<std::int64_t>(i));
-    const Layer* producer = fused ? &layers[i] : nullptr;
-    const Place& x = layout.places[i];
-    if (fused) ++i;
-    const Layer& layer = layers[i];
-    const Place& y = layout.places[i + 1];
-    const std::int64_t residual =
-        layer.spec.residual < 0 ? absent : layout.places[static_cast<std::size_t>(layer.spec.residual)].offset;
-    if (layer.spec.kind == LayerKind::depthwise) {
-      steps_.push_back(depthwise_step(layer, producer, x, y, layout.sums[i]));
-      gate = absent;
-      if (layer.spec.excitation.squeeze > 0) {
-        const bool gates_map = layout.gates_map(static_cast<std::int64_t>(i));
-        steps_.push_back(squeeze_step(layer, y, layout.sums[i], layout.hidden[i], images));
-        steps_.push_back(excite_step(layer, y, layout.hidden[i], layout.gate[i]));
-        if (gates_map) steps_.push_back(scale_step(y, layout.gate[i]));
-        gate = gates_map ? absent : layout.gate[i];
-      }
-      continue;
-    }
-    if (spec.pointwise() && !x.is_image) {
-      steps_.push_back(pointwise_step(layer, x, y, residual, gate));
-    } else {
-      steps_.push_back(dense_step(layer, x, y, residual));
-    }
-    gate = absent;
-  }
+    : type_(type), images_(images), height_(height), width_(width), kernels_(kernels), threads_(threads) {
+  const Layout layout(layers, outputs, images, height, width, type);
+  steps_ = type == Type::bf16 ? make_steps<Bf16>(layers, layout, images) : make_steps<float>(layers, layout, images);
   for (const std::int64_t tensor : outputs) {
     const Place& place = layout.places[static_cast<std::size_t>(tensor)];
     outputs_.push_back({place.offset, {place.channels, place.height, place.width}});
@@ -239,8 +259,13 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
       const std::int64_t pitch = round_up(size.channels, panel_columns), rows = images * size.height;
       for (std::int64_t row = rows * team.index() / team.count(); row < rows * (team.index() + 1) / team.count();
            ++row) {
-        copy_row(arena.get() + offset + row * size.width * pitch, pitch, size, view,
-                 view.data + row / size.height * view.image + row % size.height * view.row);
+        const std::int64_t from = row * size.width * pitch;
+        const std::int64_t to = row / size.height * view.image + row % size.height * view.row;
+        if (type_ == Type::bf16) {
+          copy_row(run.at<Bf16>(offset) + from, pitch, size, view, to);
+        } else {
+          copy_row(run.at<float>(offset) + from, pitch, size, view, to);
+        }
       }
     }
   });

@@ -13,7 +13,7 @@ namespace effnet {
 class Plan {
  public:
   // For up to `images` images at a time.
-  Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
+  Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
        std::int64_t height, std::int64_t width, const Kernels& kernels, int threads);
 
   bool fits(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa, int threads) const;
@@ -31,6 +31,7 @@ class Plan {
   Buffer take_arena() const;
   void return_arena(Buffer arena) const;
 
+  Type type_;
   std::int64_t images_, height_, width_;
   const Kernels& kernels_;
   int threads_;

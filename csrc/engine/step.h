@@ -1,6 +1,7 @@
 // The steps of a plan. A step is one or two layers that run together, divided into work items that any thread may take.
 //
-// Tensors are [images, height, width, round_up(channels, 16)] in the plan's arena. The floats after the last channel
+// Tensors are [images, height, width, round_up(channels, 16)] in the plan's arena, of the network's type: T in the
+// functions below, which is float or Bf16. Vectors of a number a channel are floats. The numbers after the last channel
 // of a pixel are never read.
 #pragma once
 
@@ -14,13 +15,15 @@ namespace effnet {
 
 // A tensor in the plan's arena, or the network's input.
 struct Place {
-  std::int64_t offset = 0;
+  std::int64_t offset = 0;  // in floats
   std::int64_t channels = 0, height = 0, width = 0;
+  Type type = Type::f32;
   bool is_image = false;
 
   std::int64_t pitch() const { return round_up(channels, panel_columns); }
   std::int64_t pixels() const { return height * width; }
-  std::int64_t floats() const { return pixels() * pitch(); }
+  std::int64_t size() const { return pixels() * pitch(); }  // of one image, in numbers
+  std::int64_t floats() const { return ceil_div(size() * size_of(type), size_of(Type::f32)); }
 };
 
 // The arguments of one run through the steps.
@@ -32,10 +35,17 @@ struct Run {
   const Kernels& kernels;
 
   float* at(std::int64_t offset) const { return arena + offset; }
-  float* at(const Place& place) const { return arena + place.offset; }
+  template <class T>
+  T* at(std::int64_t offset) const {
+    return reinterpret_cast<T*>(arena + offset);
+  }
+  template <class T>
+  T* at(const Place& place) const {
+    return at<T>(place.offset);
+  }
   View map(const Place& place) const {
     if (place.is_image) return image;
-    return {at(place), place.floats(), 1, place.width * place.pitch(), place.pitch()};
+    return {at(place.offset), place.type, place.size(), 1, place.width * place.pitch(), place.pitch()};
   }
 };
 
@@ -59,21 +69,27 @@ class Step {
 // In place of an offset in the arena: there is no such tensor.
 constexpr std::int64_t absent = -1;
 
+// Panels that a matrix product reads together.
+constexpr std::int64_t panels_together = 2;
+
 // Shards of a map's rows, each of which has partial sums of its own in a depthwise step.
 constexpr std::int64_t sum_shards = 4;
 
 // A 1 x 1 convolution: act(x @ w + b) + residual, or with Layer.spec.pool the spatial mean of that. If there is a gate,
 // it scales the weights.
+template <class T>
 std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
                                      std::int64_t gate);
 
 // Any other dense convolution: act(conv(x) + b) + residual. Also a 1 x 1 convolution of the network's input, whose
 // strides may be any.
+template <class T>
 std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual);
 
 // A depthwise convolution of x; or, with a producer, of that layer's output of x, of which only a few rows at a time
 // are stored. If sums is not absent, the output's sums for the squeeze are [images, sum_shards, round_up(channels, 16)]
 // there.
+template <class T>
 std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, const Place& x, const Place& y,
                                      std::int64_t sums);
 
@@ -85,6 +101,7 @@ std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::in
 std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate);
 
 // Multiplies the map by the gate, in place.
+template <class T>
 std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate);
 
 }  // namespace effnet

@@ -1,6 +1,7 @@
 // Steps that are matrix products: 1 x 1 and dense convolutions, and the layers of squeeze-and-excitation.
 #include <algorithm>
 
+#include "engine/bf16.h"
 #include "engine/padded_rows.h"
 #include "engine/step.h"
 
@@ -9,7 +10,7 @@ namespace {
 
 // The size of a block of rows of the input, which stays in the second-level cache while the panels of the weights are
 // read.
-constexpr std::int64_t block_floats = 96 * 1024;
+constexpr std::int64_t block_bytes = 384 * 1024;
 constexpr std::int64_t least_rows = 28;
 // Several for each thread, so that the others take over the work items of a thread that is interrupted.
 constexpr std::int64_t items_per_thread = 8;
@@ -20,19 +21,22 @@ struct Blocks {
   std::int64_t panel_groups, panels;  // groups of so many panels; the last one may be smaller
 };
 
-Blocks divide(std::int64_t rows, std::int64_t inner, std::int64_t panels, std::int64_t images, int threads) {
+// For rows of so many bytes.
+Blocks divide(std::int64_t rows, std::int64_t row_bytes, std::int64_t panels, std::int64_t images, int threads) {
   const std::int64_t wanted = threads > 1 ? ceil_div(items_per_thread * threads, images) : 1;
   Blocks blocks;
-  blocks.rows = std::max(least_rows, std::min(block_floats / inner, rows / wanted));
+  blocks.rows = std::max(least_rows, std::min(block_bytes / row_bytes, rows / wanted));
   blocks.count = std::max<std::int64_t>(1, rows / blocks.rows);
   blocks.rows = ceil_div(rows, blocks.count);
   blocks.count = ceil_div(rows, blocks.rows);
-  blocks.panel_groups = std::min(panels, ceil_div(wanted, blocks.count));
-  blocks.panels = ceil_div(panels, blocks.panel_groups);
+  const std::int64_t pairs = ceil_div(panels, panels_together);
+  blocks.panel_groups = std::min(pairs, ceil_div(wanted, blocks.count));
+  blocks.panels = ceil_div(pairs, blocks.panel_groups) * panels_together;
   blocks.panel_groups = ceil_div(panels, blocks.panels);
   return blocks;
 }
 
+template <class T>
 class PointwiseStep final : public Step {
  public:
   PointwiseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual, std::int64_t gate)
@@ -50,7 +54,9 @@ class PointwiseStep final : public Step {
     return groups(run) * blocks.count * blocks.panel_groups;
   }
 
-  std::int64_t scratch_floats() const override { return gate_ != absent ? layer_.matrix.inner * panel_columns : 0; }
+  std::int64_t scratch_floats() const override {
+    return gate_ != absent ? panels_together * layer_.matrix.panel_floats : 0;
+  }
 
   std::int64_t multiply_adds() const override {
     return x_.pixels() * layer_.spec.in_channels * layer_.spec.out_channels;
@@ -63,34 +69,35 @@ class PointwiseStep final : public Step {
     const std::int64_t begin = item % blocks.count * blocks.rows;
     const std::int64_t rows = std::min(blocks.rows, group_rows(run) - begin);
     const std::int64_t first = group * x_.pixels() + begin;
-    Gemm gemm{};
-    gemm.a = run.at(x_) + first * x_.pitch();
+    Gemm<T> gemm{};
+    gemm.a = run.at<T>(x_) + first * x_.pitch();
     gemm.a_row = x_.pitch();
     gemm.segments = 1;
     gemm.segment_length = layer_.matrix.inner;
     gemm.y_row = y_.pitch();
+    gemm.y_panel = panel_columns;
     gemm.rows = rows;
     gemm.row_by_row = x_.pixels() == 1;
     gemm.act = layer_.spec.act;
     const std::int64_t end = std::min(layer_.matrix.panel_count(), (panel_group + 1) * blocks.panels);
-    for (std::int64_t panel = panel_group * blocks.panels; panel < end; ++panel) {
+    for (std::int64_t panel = panel_group * blocks.panels; panel < end; panel += panels_together) {
+      const std::int64_t panels = std::min(panels_together, end - panel);
       const std::int64_t column = panel * panel_columns;
-      gemm.b = layer_.matrix.panel(panel);
+      gemm.b = layer_.matrix.template panel<T>(panel);
       gemm.bias = layer_.matrix.bias.get() + column;
-      gemm.columns = layer_.matrix.columns(panel);
+      gemm.columns = layer_.matrix.columns(panel, panels);
       if (gate_ != absent) {
-        run.kernels.scale_panel_f32(gemm.b, run.at(gate_) + group * x_.pitch(), scratch, layer_.matrix.inner,
-                                    panel_columns);
-        gemm.next_b = gemm.b + layer_.matrix.inner * panel_columns;
-        gemm.b = scratch;
+        scale_weights(run, panel, panels, run.at(gate_) + group * x_.pitch(), reinterpret_cast<T*>(scratch));
+        gemm.next_b = layer_.matrix.template panel<T>(panel + panels);
+        gemm.b = reinterpret_cast<T*>(scratch);
       }
       if (layer_.spec.pool) {
-        pool(run, gemm, run.at(y_) + group * y_.pitch() + column);
+        pool(run, gemm, run.at<T>(y_) + group * y_.pitch() + column);
         continue;
       }
-      gemm.y = run.at(y_) + first * y_.pitch() + column;
-      if (residual_ != absent) gemm.residual = run.at(residual_) + first * y_.pitch() + column;
-      run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+      gemm.y = run.at<T>(y_) + first * y_.pitch() + column;
+      if (residual_ != absent) gemm.residual = run.at<T>(residual_) + first * y_.pitch() + column;
+      run.kernels.of<T>().gemm_bias_act_residual_sum(gemm);
     }
   }
 
@@ -101,22 +108,30 @@ class PointwiseStep final : public Step {
   std::int64_t group_rows(const Run& run) const { return by_image() ? x_.pixels() : run.images * x_.pixels(); }
 
   Blocks blocks_of(const Run& run) const {
-    Blocks blocks = divide(group_rows(run), layer_.matrix.inner, layer_.matrix.panel_count(), groups(run), run.threads);
+    const std::int64_t row_bytes = layer_.matrix.inner * size_of(type_of<T>);
+    Blocks blocks = divide(group_rows(run), row_bytes, layer_.matrix.panel_count(), groups(run), run.threads);
     // One work item sees all the pixels of its panels, so that it can compute their mean.
     if (layer_.spec.pool && blocks.count > 1) {
       blocks.count = 1;
       blocks.rows = x_.pixels();
-      blocks.panels = 1;
-      blocks.panel_groups = layer_.matrix.panel_count();
+      blocks.panels = panels_together;
+      blocks.panel_groups = ceil_div(layer_.matrix.panel_count(), panels_together);
     }
     return blocks;
   }
 
-  void pool(const Run& run, Gemm& gemm, float* mean) const {
-    alignas(64) float sums[panel_columns] = {};
+  void scale_weights(const Run& run, std::int64_t first, std::int64_t panels, const float* gate, T* to) const {
+    for (std::int64_t panel = first; panel < first + panels; ++panel) {
+      run.kernels.of<T>().scale_panel(layer_.matrix.template panel<T>(panel), gate, to, layer_.matrix.inner);
+      to += layer_.matrix.panel_floats * size_of(Type::f32) / size_of(type_of<T>);
+    }
+  }
+
+  void pool(const Run& run, Gemm<T>& gemm, T* mean) const {
+    alignas(64) float sums[panels_together * panel_columns] = {};
     gemm.sums = sums;
-    run.kernels.gemm_f32_bias_act_residual_sum(gemm);
-    for (std::int64_t c = 0; c < panel_columns; ++c) mean[c] = sums[c] / static_cast<float>(x_.pixels());
+    run.kernels.of<T>().gemm_bias_act_residual_sum(gemm);
+    for (std::int64_t c = 0; c < gemm.columns; ++c) mean[c] = convert<T>(sums[c] / static_cast<float>(x_.pixels()));
   }
 
   const Layer& layer_;
@@ -124,6 +139,7 @@ class PointwiseStep final : public Step {
   const std::int64_t residual_, gate_;
 };
 
+template <class T>
 class DenseStep final : public Step {
  public:
   DenseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual)
@@ -136,13 +152,16 @@ class DenseStep final : public Step {
         residual_(residual),
         shape_(conv_shape(layer.spec, x.height, x.width)),
         pitch_(shape_.padded_width() * layer.spec.in_channels) {
-    const std::int64_t rows = std::max<std::int64_t>(1, block_floats / pitch_ - shape_.kernel);
+    const std::int64_t rows = std::max<std::int64_t>(1, block_bytes / (pitch_ * size_of(type_of<T>)) - shape_.kernel);
     most_rows_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
   }
 
   std::int64_t items(const Run& run) const override { return run.images * ceil_div(y_.height, rows_per_item(run)); }
 
-  std::int64_t scratch_floats() const override { return ((most_rows_ - 1) * shape_.stride + shape_.kernel) * pitch_; }
+  std::int64_t scratch_floats() const override {
+    const std::int64_t numbers = ((most_rows_ - 1) * shape_.stride + shape_.kernel) * pitch_;
+    return ceil_div(numbers * size_of(type_of<T>), size_of(Type::f32));
+  }
 
   std::int64_t multiply_adds() const override { return y_.pixels() * layer_.matrix.inner * layer_.spec.out_channels; }
 
@@ -151,25 +170,27 @@ class DenseStep final : public Step {
     const std::int64_t image = item / items_per_image, begin = item % items_per_image * rows_per_item(run);
     const std::int64_t end = std::min(y_.height, begin + rows_per_item(run));
     const std::int64_t rows = (end - begin - 1) * shape_.stride + shape_.kernel;
-    copy_padded_rows(run.map(x_), image, shape_, shape_.in_row(begin), rows, scratch);
-    Gemm gemm{};
+    T* padded = reinterpret_cast<T*>(scratch);
+    copy_padded_rows(run.map(x_), image, shape_, shape_.in_row(begin), rows, padded);
+    Gemm<T> gemm{};
     gemm.a_row = shape_.stride * layer_.spec.in_channels;
     gemm.a_segment = pitch_;
     gemm.segments = shape_.kernel;
     gemm.segment_length = shape_.kernel * layer_.spec.in_channels;
     gemm.y_row = y_.pitch();
+    gemm.y_panel = panel_columns;
     gemm.rows = y_.width;
     gemm.act = layer_.spec.act;
-    for (std::int64_t panel = 0; panel < layer_.matrix.panel_count(); ++panel) {
-      gemm.b = layer_.matrix.panel(panel);
+    for (std::int64_t panel = 0; panel < layer_.matrix.panel_count(); panel += panels_together) {
+      gemm.b = layer_.matrix.template panel<T>(panel);
       gemm.bias = layer_.matrix.bias.get() + panel * panel_columns;
-      gemm.columns = layer_.matrix.columns(panel);
+      gemm.columns = layer_.matrix.columns(panel, panels_together);
       for (std::int64_t row = begin; row < end; ++row) {
         const std::int64_t at = (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
-        gemm.a = scratch + (row - begin) * shape_.stride * pitch_;
-        gemm.y = run.at(y_) + at;
-        gemm.residual = residual_ != absent ? run.at(residual_) + at : nullptr;
-        run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+        gemm.a = padded + (row - begin) * shape_.stride * pitch_;
+        gemm.y = run.at<T>(y_) + at;
+        gemm.residual = residual_ != absent ? run.at<T>(residual_) + at : nullptr;
+        run.kernels.of<T>().gemm_bias_act_residual_sum(gemm);
       }
     }
   }
@@ -210,12 +231,12 @@ class SqueezeStep final : public Step {
         scratch[image * pitch + c] = total * inverse;
       }
     }
-    Gemm gemm{};
+    Gemm<float> gemm{};
     gemm.a = scratch;
     gemm.a_row = pitch;
     gemm.segments = 1;
     gemm.segment_length = layer_.reduce.inner;
-    gemm.b = layer_.reduce.panel(item);
+    gemm.b = layer_.reduce.panel<float>(item);
     gemm.bias = layer_.reduce.bias.get() + item * panel_columns;
     gemm.columns = layer_.reduce.columns(item);
     gemm.y_row = round_up(layer_.reduce.out, panel_columns);
@@ -223,7 +244,7 @@ class SqueezeStep final : public Step {
     gemm.rows = run.images;
     gemm.row_by_row = true;
     gemm.act = layer_.spec.excitation.act;
-    run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+    run.kernels.f32.gemm_bias_act_residual_sum(gemm);
   }
 
  private:
@@ -246,7 +267,7 @@ class ExciteStep final : public Step {
   void run_item(const Run& run, std::int64_t item, float*) const override {
     const std::int64_t pitch = map_.pitch();
     const std::int64_t end = std::min(layer_.expand.panel_count(), (item + 1) * panels_per_item);
-    Gemm gemm{};
+    Gemm<float> gemm{};
     gemm.a = run.at(hidden_);
     gemm.a_row = round_up(layer_.expand.inner, panel_columns);
     gemm.segments = 1;
@@ -256,11 +277,11 @@ class ExciteStep final : public Step {
     gemm.row_by_row = true;
     for (std::int64_t panel = item * panels_per_item; panel < end; ++panel) {
       const std::int64_t column = panel * panel_columns;
-      gemm.b = layer_.expand.panel(panel);
+      gemm.b = layer_.expand.panel<float>(panel);
       gemm.bias = layer_.expand.bias.get() + column;
       gemm.columns = layer_.expand.columns(panel);
       gemm.y = run.at(gate_) + column;
-      run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+      run.kernels.f32.gemm_bias_act_residual_sum(gemm);
       for (std::int64_t image = 0; image < run.images; ++image) {
         run.kernels.gate_f32(run.at(gate_) + image * pitch + column, gemm.columns, layer_.spec.excitation.gate);
       }
@@ -275,6 +296,7 @@ class ExciteStep final : public Step {
   const std::int64_t hidden_, gate_;
 };
 
+template <class T>
 class ScaleStep final : public Step {
  public:
   ScaleStep(const Place& map, std::int64_t gate) : Step("scale"), map_(map), gate_(gate) {}
@@ -282,9 +304,9 @@ class ScaleStep final : public Step {
   std::int64_t items(const Run& run) const override { return run.images * map_.height; }
 
   void run_item(const Run& run, std::int64_t item, float*) const override {
-    float* row = run.at(map_) + item * map_.width * map_.pitch();
+    T* row = run.at<T>(map_) + item * map_.width * map_.pitch();
     const float* gate = run.at(gate_) + item / map_.height * map_.pitch();
-    run.kernels.scale_rows_f32(row, map_.pitch(), gate, row, map_.pitch(), map_.width, map_.channels);
+    run.kernels.of<T>().scale_rows(row, map_.pitch(), gate, row, map_.pitch(), map_.width, map_.channels);
   }
 
  private:
@@ -294,13 +316,15 @@ class ScaleStep final : public Step {
 
 }  // namespace
 
+template <class T>
 std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
                                      std::int64_t gate) {
-  return std::make_unique<PointwiseStep>(layer, x, y, residual, gate);
+  return std::make_unique<PointwiseStep<T>>(layer, x, y, residual, gate);
 }
 
+template <class T>
 std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual) {
-  return std::make_unique<DenseStep>(layer, x, y, residual);
+  return std::make_unique<DenseStep<T>>(layer, x, y, residual);
 }
 
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
@@ -312,6 +336,18 @@ std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int
   return std::make_unique<ExciteStep>(layer, map, hidden, gate);
 }
 
-std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) { return std::make_unique<ScaleStep>(map, gate); }
+template <class T>
+std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) {
+  return std::make_unique<ScaleStep<T>>(map, gate);
+}
+
+#define EFFNET_STEPS(T)                                                                                    \
+  template std::unique_ptr<Step> pointwise_step<T>(const Layer&, const Place&, const Place&, std::int64_t, \
+                                                   std::int64_t);                                          \
+  template std::unique_ptr<Step> dense_step<T>(const Layer&, const Place&, const Place&, std::int64_t);    \
+  template std::unique_ptr<Step> scale_step<T>(const Place&, std::int64_t);
+EFFNET_STEPS(float)
+EFFNET_STEPS(Bf16)
+#undef EFFNET_STEPS
 
 }  // namespace effnet

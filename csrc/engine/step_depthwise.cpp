@@ -1,16 +1,18 @@
 // Depthwise convolutions. Rows of the input are copied or, if the layer before runs in the same step, computed into a
-// ring buffer that stays in cache.
+// ring buffer of floats that stays in cache.
 #include <algorithm>
 
+#include "engine/bf16.h"
 #include "engine/padded_rows.h"
 #include "engine/step.h"
 
 namespace effnet {
 namespace {
 
-// The size of the ring, which decides how many output rows are computed between two fills.
+// The size of a panel's ring, which decides how many output rows are computed between two fills.
 constexpr std::int64_t ring_floats = 12 * 1024;
 
+template <class T>
 class DepthwiseStep final : public Step {
  public:
   DepthwiseStep(const Layer& layer, const Layer* producer, const Place& x, const Place& y, std::int64_t sums)
@@ -24,7 +26,7 @@ class DepthwiseStep final : public Step {
     }
     shape_ = conv_shape(layer.spec, height, width);
     pitch_ = shape_.padded_width() * panel_columns;
-    group_panels_ = dense_producer_ ? layer.panel_count() : 1;
+    group_panels_ = dense_producer_ ? layer.panel_count() : producer != nullptr ? panels_together : 1;
     const std::int64_t rows = ring_floats / pitch_;
     chunk_rows_ = std::max<std::int64_t>(1, (rows - shape_.kernel) / shape_.stride + 1);
     chunk_rows_ = std::min(chunk_rows_, shape_.out_height);
@@ -42,7 +44,8 @@ class DepthwiseStep final : public Step {
   }
 
   std::int64_t scratch_floats() const override {
-    return group_panels_ * ring_rows_ * pitch_ + source_rows() * source_pitch_;
+    const std::int64_t source_bytes = source_rows() * source_pitch_ * size_of(type_of<T>);
+    return group_panels_ * ring_rows_ * pitch_ + ceil_div(source_bytes, size_of(Type::f32));
   }
 
   std::int64_t multiply_adds() const override {
@@ -54,7 +57,8 @@ class DepthwiseStep final : public Step {
   void run_item(const Run& run, std::int64_t item, float* scratch) const override {
     const std::int64_t divided = item - whole_maps(run);
     const std::int64_t map = divided < 0 ? item : whole_maps(run) + divided / items_per_divided_map_;
-    const std::int64_t image = map / groups(), first_panel = map % groups() * group_panels_;
+    const std::int64_t image = map / groups();
+    const std::int64_t first_panel = map % groups() * group_panels_;
     if (divided < 0) {
       run_rows(run, image, first_panel, 0, y_.height, scratch);
     } else {
@@ -75,7 +79,11 @@ class DepthwiseStep final : public Step {
     return name + " at " + number(x.height) + "x" + number(x.width);
   }
 
-  std::int64_t groups() const { return layer_.panel_count() / group_panels_; }
+  std::int64_t groups() const { return ceil_div(layer_.panel_count(), group_panels_); }
+  // The panels of the group that begins with this one.
+  std::int64_t panels(std::int64_t first_panel) const {
+    return std::min(group_panels_, layer_.panel_count() - first_panel);
+  }
   std::int64_t whole_maps(const Run& run) const {
     if (items_per_divided_map_ == 1) return run.images * groups();
     return run.images * groups() / run.threads * run.threads;
@@ -100,7 +108,7 @@ class DepthwiseStep final : public Step {
         load_rows(run, image, first_panel, next, rows, scratch);
         next += rows;
       }
-      for (std::int64_t index = 0; index < group_panels_; ++index) {
+      for (std::int64_t index = 0; index < panels(first_panel); ++index) {
         convolve(run, image, first_panel + index, chunk, chunk_end, scratch + index * ring_rows_ * pitch_);
       }
     }
@@ -125,21 +133,22 @@ class DepthwiseStep final : public Step {
       copy(run, image, first_panel, row, rows, to);
       return;
     }
-    Gemm gemm{};
+    Gemm<T, float> gemm{};
     gemm.y_row = panel_columns;
+    gemm.y_panel = ring_rows_ * pitch_;
     gemm.width = shape_.width;
     gemm.gap = pitch_ - shape_.width * panel_columns;
     gemm.act = producer_->spec.act;
     if (!dense_producer_) {
-      gemm.a = run.at(x_) + (image * x_.pixels() + row * x_.width) * x_.pitch();
+      gemm.a = run.at<T>(x_) + (image * x_.pixels() + row * x_.width) * x_.pitch();
       gemm.a_row = x_.pitch();
       gemm.segments = 1;
       gemm.segment_length = producer_->matrix.inner;
       gemm.rows = rows * shape_.width;
-      multiply(run, gemm, first_panel, to);
+      multiply(run, gemm, first_panel, panels(first_panel), to);
       return;
     }
-    float* padded = ring + group_panels_ * ring_rows_ * pitch_;
+    T* padded = reinterpret_cast<T*>(ring + group_panels_ * ring_rows_ * pitch_);
     copy_padded_rows(run.map(x_), image, source_shape_, source_shape_.in_row(row),
                      (rows - 1) * source_shape_.stride + source_shape_.kernel, padded);
     gemm.a_row = source_shape_.stride * producer_->spec.in_channels;
@@ -147,29 +156,30 @@ class DepthwiseStep final : public Step {
     gemm.segments = source_shape_.kernel;
     gemm.segment_length = source_shape_.kernel * producer_->spec.in_channels;
     gemm.rows = shape_.width;
-    for (std::int64_t index = 0; index < group_panels_; ++index) {
+    for (std::int64_t index = 0; index < panels(first_panel); index += panels_together) {
       for (std::int64_t i = 0; i < rows; ++i) {
         gemm.a = padded + i * source_shape_.stride * source_pitch_;
-        multiply(run, gemm, first_panel + index, to + (index * ring_rows_ + i) * pitch_);
+        const std::int64_t count = std::min(panels_together, panels(first_panel) - index);
+        multiply(run, gemm, first_panel + index, count, to + (index * ring_rows_ + i) * pitch_);
       }
     }
   }
 
-  void multiply(const Run& run, Gemm& gemm, std::int64_t panel, float* to) const {
-    gemm.b = producer_->matrix.panel(panel);
+  void multiply(const Run& run, Gemm<T, float>& gemm, std::int64_t panel, std::int64_t count, float* to) const {
+    gemm.b = producer_->matrix.template panel<T>(panel);
     gemm.bias = producer_->matrix.bias.get() + panel * panel_columns;
-    gemm.columns = producer_->matrix.columns(panel);
+    gemm.columns = producer_->matrix.columns(panel, count);
     gemm.y = to;
-    run.kernels.gemm_f32_bias_act_residual_sum(gemm);
+    run.kernels.of<T>().gemm_to_floats(gemm);
   }
 
   void copy(const Run& run, std::int64_t image, std::int64_t panel, std::int64_t row, std::int64_t rows,
             float* to) const {
     const std::int64_t channels = columns(panel);
-    const float* from = run.at(x_) + (image * x_.pixels() + row * x_.width) * x_.pitch() + panel * panel_columns;
+    const T* from = run.at<T>(x_) + (image * x_.pixels() + row * x_.width) * x_.pitch() + panel * panel_columns;
     for (std::int64_t i = 0; i < rows; ++i, to += pitch_) {
       for (std::int64_t pixel = 0; pixel < x_.width; ++pixel, from += x_.pitch()) {
-        std::copy(from, from + channels, to + pixel * panel_columns);
+        for (std::int64_t c = 0; c < channels; ++c) to[pixel * panel_columns + c] = convert<float>(from[c]);
         std::fill(to + pixel * panel_columns + channels, to + (pixel + 1) * panel_columns, 0.0f);
       }
     }
@@ -178,7 +188,7 @@ class DepthwiseStep final : public Step {
   void convolve(const Run& run, std::int64_t image, std::int64_t panel, std::int64_t begin, std::int64_t end,
                 const float* ring) const {
     const float* rows[8];
-    DepthwiseRow call{};
+    DepthwiseRow<T> call{};
     call.x = rows;
     call.packed = layer_.panel_taps(panel);
     call.width = y_.width;
@@ -195,8 +205,8 @@ class DepthwiseStep final : public Step {
         rows[tap] = ring + (first + tap) % ring_rows_ * pitch_;
       }
       call.sums = sums_ == absent ? nullptr : row_sums(run, image, panel, row);
-      call.y = run.at(y_) + (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
-      run.kernels.depthwise_row_f32_bias_act_sum(call);
+      call.y = run.at<T>(y_) + (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
+      run.kernels.of<T>().depthwise_row_bias_act_sum(call);
     }
   }
 
@@ -233,9 +243,15 @@ class DepthwiseStep final : public Step {
 
 }  // namespace
 
+template <class T>
 std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, const Place& x, const Place& y,
                                      std::int64_t sums) {
-  return std::make_unique<DepthwiseStep>(layer, producer, x, y, sums);
+  return std::make_unique<DepthwiseStep<T>>(layer, producer, x, y, sums);
 }
+
+template std::unique_ptr<Step> depthwise_step<float>(const Layer&, const Layer*, const Place&, const Place&,
+                                                     std::int64_t);
+template std::unique_ptr<Step> depthwise_step<Bf16>(const Layer&, const Layer*, const Place&, const Place&,
+                                                    std::int64_t);
 
 }  // namespace effnet

@@ -3,18 +3,40 @@
 
 #include <cstdint>
 
+#include "kernels/kernels.h"
+
 namespace effnet {
+
+// The type of numbers in memory.
+enum class Type : std::int32_t { f32, bf16 };
+
+template <class T>
+constexpr Type type_of = sizeof(T) == sizeof(Bf16) ? Type::bf16 : Type::f32;
+
+constexpr std::int64_t size_of(Type type) { return type == Type::bf16 ? sizeof(Bf16) : sizeof(float); }
 
 // Sizes of one image's map.
 struct MapSize {
   std::int64_t channels, height, width;
 };
 
-// A map in memory: the address of its first number, and the strides of its dimensions in floats. The caller's image and
-// outputs may have any strides.
+// A map in memory: the address of its first number, and the strides of its dimensions in numbers. The caller's image
+// and outputs may have any strides.
 struct View {
-  float* data;
+  void* data;
+  Type type;
   std::int64_t image, channel, row, pixel;
+
+  template <class T>
+  T* at(std::int64_t offset) const {
+    return static_cast<T*>(data) + offset;
+  }
+  // The map from an image on.
+  View from_image(std::int64_t index) const {
+    View view = *this;
+    view.data = static_cast<char*>(data) + index * image * size_of(type);
+    return view;
+  }
 };
 
 }  // namespace effnet

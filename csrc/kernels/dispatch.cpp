@@ -14,9 +14,23 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
+// Made here, because code that is compiled for an instruction set must not run where it is missing, not even to
+// initialise a table.
+Kernels make_avx512_bf16() {
+  Kernels kernels = avx512_kernels;
+  kernels.isa = "avx512_bf16";
+  kernels.bf16 = &avx512_bf16_kernels;
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 const std::vector<const Kernels*>& kernel_table() {
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
+  static const Kernels avx512_bf16 = make_avx512_bf16();
+#endif
   static const std::vector<const Kernels*> table = {
       &scalar_kernels,
 #if defined(EFFNET_HAVE_EMULATED)
@@ -31,6 +45,9 @@ const std::vector<const Kernels*>& kernel_table() {
 #if defined(EFFNET_HAVE_AVX512)
       &avx512_kernels,
 #endif
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
+      &avx512_bf16,
+#endif
   };
   return table;
 }
@@ -38,8 +55,14 @@ const std::vector<const Kernels*>& kernel_table() {
 bool isa_supported(const std::string& isa) {
   if (isa == "avx2") return cpu_features().avx2;
   if (isa == "avx512") return cpu_features().avx512;
+  if (isa == "avx512_bf16") return cpu_features().avx512_bf16;
   // Everything else that a build contains is the baseline of the architecture it was built for.
   return true;
+}
+
+std::string without_bf16(const std::string& isa) {
+  return "expected an instruction set that multiplies in bfloat16 (avx512_bf16), got '" + isa +
+         "'; this machine and build have " + joined(supported_isas());
 }
 
 std::vector<std::string> supported_isas() {

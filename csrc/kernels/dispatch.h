@@ -12,6 +12,9 @@ namespace effnet {
 // table and nothing else.
 const std::vector<const Kernels*>& kernel_table();
 
+// The message of the error where an instruction set has no kernels for bfloat16.
+std::string without_bf16(const std::string& isa);
+
 // Whether this processor and operating system can run the kernels of an instruction set.
 bool isa_supported(const std::string& isa);
 

@@ -1,7 +1,10 @@
 // The arguments of every kernel: plain structs of raw pointers, so that a kernel knows neither Python nor torch.
 //
-// Activations are fp32, channels last. Weights are packed in panels of 16 output channels whatever the number of lanes,
-// the last panel filled up with zeros, so that packed weights do not depend on the machine.
+// Activations are channels last. Weights are packed in panels of 16 output channels whatever the number of lanes, the
+// last panel filled up with zeros, so that packed weights do not depend on the machine.
+//
+// Numbers are float32. Where a frozen network computes in bfloat16, its maps and the weights of matrix products are
+// bfloat16; sums, vectors of a number a channel, and everything between two maps stay float32.
 #pragma once
 
 #include <cstdint>
@@ -15,41 +18,51 @@ enum class Activation : std::int32_t { none, silu, relu, relu6, hardswish };
 // The last step of squeeze-and-excitation, which makes gates of numbers.
 enum class Gate : std::int32_t { sigmoid, hardsigmoid };
 
-// y = act(a @ b + bias) + residual for one panel of columns: a matrix product whose rows are pixels.
+// A number in bfloat16: the upper half of the bits of a float.
+enum class Bf16 : std::uint16_t {};
+
+// y = act(a @ b + bias) + residual for one panel of columns or two: a matrix product whose rows are pixels. Operands
+// are of type T, float or Bf16; y, and with it the residual, of either.
 //
-// A row of `a` consists of segments, so that a k x k convolution of padded rows has k segments of k * channels floats.
-// The rows of `y` are the pixels of a map that is `width` pixels wide, with `gap` unused floats between its lines.
+// A row of `a` consists of segments, so that a k x k convolution of padded rows has k segments of k * channels numbers.
+// The rows of `y` are the pixels of a map that is `width` pixels wide, with `gap` unused numbers between its lines.
+template <class T, class Y = T>
 struct Gemm {
-  const float* a;
-  std::int64_t a_row;                     // floats from a row to the next
-  std::int64_t a_segment;                 // floats from a segment to the next
+  const T* a;
+  std::int64_t a_row;                     // numbers from a row to the next
+  std::int64_t a_segment;                 // numbers from a segment to the next
   std::int64_t segments, segment_length;  // the inner dimension is their product, less k_tail_padding
-  std::int64_t k_tail_padding;            // floats at the end of the last segment that do not take part
-  const float* b;                         // [inner dimension, 16], packed
-  const float* next_b;                    // the panel that is read after it; null where that one follows it in memory
-  const float* bias;                      // [16]
-  const float* residual;                  // as y; may be null
-  float* y;                               // [rows, columns]; may be null where sums is not
-  std::int64_t y_row;                     // floats from a row to the next, within a line
+  std::int64_t k_tail_padding;            // numbers at the end of the last segment that do not take part; 0 for Bf16
+  // Packed, panel after panel: [inner dimension, 16], and for Bf16 [segments, pairs of a segment, 16, 2], where the
+  // last pair of an odd segment ends in a zero.
+  const T* b;
+  const T* next_b;       // the panel that is read after these; null where that one follows them in memory
+  const float* bias;     // [columns], rounded up to 16
+  const Y* residual;     // as y; may be null
+  Y* y;                  // [rows, columns]; may be null where sums is not
+  std::int64_t y_row;    // numbers from a row to the next, within a line
+  std::int64_t y_panel;  // numbers from the first panel's columns to the second's
   std::int64_t width, gap;
   std::int64_t rows;
   // Whether rows are computed one at a time, each with several chains of additions: faster where they are few. Either
   // way the order of the additions of a row does not depend on the number of rows.
   bool row_by_row;
-  std::int64_t columns;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
-  float* sums;           // [16], to which the sums of y's columns are added; may be null
+  // 1 to 16 of one panel, to 32 of two; in the last one 8 are written where 8 are enough, else 16.
+  std::int64_t columns;
+  float* sums;  // [columns], rounded up to 16, to which the sums of y's columns are added; may be null
   Activation act;
-  const float* prefetch_dst;  // memory that will be written after this product, prefetched a line a row; may be null
-  std::int64_t prefetch_dst_row;  // floats from a row to the next
+  const Y* prefetch_dst;  // memory that will be written after this product, prefetched a line a row; may be null
+  std::int64_t prefetch_dst_row;  // numbers from a row to the next
 };
 
 // One row of y = act(depthwise(x) + bias), one panel of channels wide, out of rows of x that are padded left and right.
+template <class Y>
 struct DepthwiseRow {
   const float* const* x;            // [kernel] rows of [width, 16]; only those from tap_begin to tap_end are read
   std::int64_t tap_begin, tap_end;  // kernel rows that lie inside the image
   const float* packed;              // [1 + kernel * kernel, 16]: the bias, then the taps in row order
-  float* y;                         // [width, channels]
-  std::int64_t y_pixel;             // floats from a pixel to the next
+  Y* y;                             // [width, channels], float or Bf16
+  std::int64_t y_pixel;             // numbers from a pixel to the next
   std::int64_t width;
   std::int64_t channels;  // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
   float* sums;            // [16], to which the sums of y over the row are added; may be null
@@ -144,20 +157,32 @@ struct DepthwiseWeightGradient {
   float* to;            // [kernel * kernel, 16]
 };
 
-// The kernels of one instruction set. A name spells dtype, operator, what is fused, and the tile: rows x vectors.
+// The kernels of one instruction set for maps and weights of type T.
+template <class T>
+struct MapKernels {
+  void (*gemm_bias_act_residual_sum)(const Gemm<T>&);
+  void (*gemm_to_floats)(const Gemm<T, float>&);
+  void (*depthwise_row_bias_act_sum)(const DepthwiseRow<T>&);
+  // y[row * y_row + i] = x[row * x_row + i] * factors[i]
+  void (*scale_rows)(const T* x, std::int64_t x_row, const float* factors, T* y, std::int64_t y_row, std::int64_t rows,
+                     std::int64_t count);
+  // The product of a packed panel (of one segment) and a factor for each number k of the inner dimension.
+  void (*scale_panel)(const T* x, const float* factors, T* y, std::int64_t inner);
+  // rounds * multiply_adds_per_round multiply-adds in registers, to measure the machine's peak
+  float (*multiply_add)(std::int64_t rounds);
+  int multiply_adds_per_round;
+};
+
+// The kernels of one instruction set. A name spells the operator and what is fused, and in the files of the instruction
+// sets also the tile: rows x vectors.
 struct Kernels {
   const char* isa;
   int lanes;
   bool emulated;  // for tests alone: runs the logic of an instruction set on machines without it
-  void (*gemm_f32_bias_act_residual_sum)(const Gemm&);
-  void (*depthwise_row_f32_bias_act_sum)(const DepthwiseRow&);
+  MapKernels<float> f32;
+  const MapKernels<Bf16>* bf16;  // null where the instruction set does not multiply in bfloat16
   // values[i] = gate(values[i])
   void (*gate_f32)(float* values, std::int64_t count, Gate gate);
-  // y[row * y_row + i] = x[row * x_row + i] * factors[i]
-  void (*scale_rows_f32)(const float* x, std::int64_t x_row, const float* factors, float* y, std::int64_t y_row,
-                         std::int64_t rows, std::int64_t count);
-  // y[row * columns + i] = x[row * columns + i] * factors[row], columns a multiple of 16
-  void (*scale_panel_f32)(const float* x, const float* factors, float* y, std::int64_t rows, std::int64_t columns);
   void (*activate_rows_f32)(const ActivateRows&);
   void (*gradient_rows_f32)(const GradientRows&);
   void (*act_grad_panel_f32)(const ActGradPanel&);
@@ -165,9 +190,15 @@ struct Kernels {
   void (*panel_sums_f32)(const PanelSums&);
   void (*weight_gradient_f32)(const WeightGradient&);
   void (*depthwise_weight_gradient_f32)(const DepthwiseWeightGradient&);
-  // rounds * chains * lanes multiply-adds in registers, to measure the machine's peak
-  float (*multiply_add_f32)(std::int64_t rounds);
-  int chains;
+
+  template <class T>
+  const MapKernels<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return f32;
+    } else {
+      return *bf16;
+    }
+  }
 };
 
 extern const Kernels scalar_kernels;
@@ -176,5 +207,7 @@ extern const Kernels emulated16_kernels;
 extern const Kernels neon_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+// Of processors with AVX512-BF16, whose other kernels are those of AVX-512.
+extern const MapKernels<Bf16> avx512_bf16_kernels;
 
 }  // namespace effnet

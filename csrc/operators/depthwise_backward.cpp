@@ -176,7 +176,7 @@ class Backward {
     const StridePhase vertical(h, shape_.top, shape_.stride);
     const std::int64_t first = vertical.newest - (size_ - 1);
     const float* taps[7];
-    DepthwiseRow row{};
+    DepthwiseRow<float> row{};
     row.x = taps;
     row.tap_begin = std::min(size_, std::max<std::int64_t>(0, -first));
     row.tap_end = std::max(row.tap_begin, std::min(size_, shape_.out_height - first));
@@ -195,7 +195,7 @@ class Backward {
         row.packed = taps_of(item.first_panel + panel, vertical.phase, horizontal.phase);
         row.width = ceil_div(shape_.width - column, shape_.stride);
         row.y = dx + column * panel_columns;
-        kernels_.depthwise_row_f32_bias_act_sum(row);
+        kernels_.f32.depthwise_row_bias_act_sum(row);
       }
       ActGradPanel back{};
       back.dq = dx;

@@ -74,7 +74,7 @@ class Forward {
     store.x = panel_rows(out, shape_.out_width);
     store.rows = shape_.out_width;
     store.channels = item.channels;
-    DepthwiseRow row{};
+    DepthwiseRow<float> row{};
     row.y_pixel = panel_columns;
     row.width = shape_.out_width;
     row.stride = shape_.stride;
@@ -100,7 +100,7 @@ class Forward {
         row.channels = columns_of(item.first_panel + panel, shape_.channels);
         float* of_panel = statistics + 2 * panel * panel_columns;
         row.sums = call_.reduction == Reduction::pooled_sums ? of_panel : nullptr;
-        kernels_.depthwise_row_f32_bias_act_sum(row);
+        kernels_.f32.depthwise_row_bias_act_sum(row);
         if (call_.reduction == Reduction::statistics) {
           kernels_.panel_statistics_f32(
               {row.y, panel_columns, shape_.out_width, row.channels, count, of_panel, of_panel + panel_columns});

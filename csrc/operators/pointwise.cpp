@@ -46,7 +46,7 @@ void pack_inputs(const PointwiseBackward& call, std::int64_t panel, float* to) {
 }
 
 // Makes rows in panels the left operand of a product.
-void read_panels(Gemm& gemm, const float* panels, std::int64_t rows, std::int64_t channels) {
+void read_panels(Gemm<float>& gemm, const float* panels, std::int64_t rows, std::int64_t channels) {
   gemm.a = panels;
   gemm.a_row = panel_columns;
   gemm.a_segment = rows * panel_columns;
@@ -123,7 +123,7 @@ class Forward {
                  std::int64_t last_panel, float* scratch) const {
     const std::int64_t pixel = shard.group * call_.pixels.group_rows() + begin;
     float* panel_scratch = scratch;
-    Gemm gemm{};
+    Gemm<float> gemm{};
     if (has_prologue_) {
       float* panels = scratch + most_rows_ * panel_columns;
       ActivateRows load_x = activate_rows(call_.prologue, shard.group, call_.channels);
@@ -147,7 +147,7 @@ class Forward {
       gemm.columns = columns_of(panel, call_.outputs);
       if (call_.reduction == Reduction::pooled_sums) {
         gemm.sums = sums;
-        kernels_.gemm_f32_bias_act_residual_sum(gemm);
+        kernels_.f32.gemm_bias_act_residual_sum(gemm);
         for (std::int64_t c = 0; c < gemm.columns; ++c) partials(shard, 0, panel)[c] += sums[c];
         continue;
       }
@@ -160,7 +160,7 @@ class Forward {
       gemm.residual = whole ? residual.data : nullptr;
       gemm.prefetch_dst = to.data;
       gemm.prefetch_dst_row = to.row;
-      kernels_.gemm_f32_bias_act_residual_sum(gemm);
+      kernels_.f32.gemm_bias_act_residual_sum(gemm);
       if (call_.reduction == Reduction::statistics) {
         add_statistics(shard, begin - shard.begin, rows, panel, gemm.y, gemm.y_row);
       }
@@ -296,7 +296,7 @@ class Backward {
 
   void data_gradient(const Shard& shard, std::int64_t pixel, std::int64_t rows, const float* g, float* product,
                      float* sums) const {
-    Gemm gemm{};
+    Gemm<float> gemm{};
     read_panels(gemm, g, rows, call_.outputs);
     alignas(64) static const float no_bias[panel_columns] = {};
     gemm.bias = no_bias;
@@ -313,7 +313,7 @@ class Backward {
       gemm.residual = whole ? residual.data : nullptr;
       gemm.prefetch_dst = to.data;
       gemm.prefetch_dst_row = to.row;
-      kernels_.gemm_f32_bias_act_residual_sum(gemm);
+      kernels_.f32.gemm_bias_act_residual_sum(gemm);
       if (whole) continue;
       if (call_.sums == nullptr) {
         store_panel(kernels_, product, rows, gemm.columns, residual, to);

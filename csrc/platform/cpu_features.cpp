@@ -18,15 +18,15 @@ struct Registers {
   unsigned eax, ebx, ecx, edx;
 };
 
-Registers cpuid(unsigned leaf) {
+Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
 #if defined(_MSC_VER)
   int out[4];
-  __cpuidex(out, static_cast<int>(leaf), 0);
+  __cpuidex(out, static_cast<int>(leaf), static_cast<int>(subleaf));
   return {static_cast<unsigned>(out[0]), static_cast<unsigned>(out[1]), static_cast<unsigned>(out[2]),
           static_cast<unsigned>(out[3])};
 #else
   Registers r{0, 0, 0, 0};
-  __cpuid_count(leaf, 0, r.eax, r.ebx, r.ecx, r.edx);
+  __cpuid_count(leaf, subleaf, r.eax, r.ebx, r.ecx, r.edx);
   return r;
 #endif
 }
@@ -59,6 +59,8 @@ CpuFeatures detect() {
   const bool avx512_f_dq_bw_vl =
       bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) && bit(extended.ebx, 31);
   features.avx512 = features.avx2 && zmm && avx512_f_dq_bw_vl;
+  // The register eax of leaf 7 is the number of its last subleaf.
+  features.avx512_bf16 = features.avx512 && extended.eax >= 1 && bit(cpuid(7, 1).eax, 5);
   return features;
 }
 

@@ -6,6 +6,7 @@ namespace effnet {
 struct CpuFeatures {
   bool avx2 = false;    // with FMA
   bool avx512 = false;  // F, DQ, BW and VL
+  bool avx512_bf16 = false;
 };
 
 // What both the processor and the operating system support; found out once.

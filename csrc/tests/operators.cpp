@@ -1,6 +1,8 @@
 // Runs every operator and a small network with the kernels of every instruction set that this machine supports, on
 // memory that ends where the tensors end. It is built with sanitizers, which see accesses that a test from Python
 // cannot. Values are compared with loops over doubles.
+#include "operators/operators.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,7 +11,6 @@
 
 #include "engine/network.h"
 #include "kernels/dispatch.h"
-#include "operators/operators.h"
 
 namespace {
 
@@ -183,7 +184,7 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
 }
 
 // A stem, a depthwise layer with squeeze-and-excitation, a projection with a residual, and a pooling head.
-void network(const char* isa, std::int64_t channels, std::int64_t size) {
+void network(const char* isa, std::int64_t channels, std::int64_t size, effnet::Type type) {
   std::vector<effnet::Layer> layers;
   std::vector<Vector> kept;
   const auto keep_values = [&](std::int64_t count) {
@@ -202,29 +203,29 @@ void network(const char* isa, std::int64_t channels, std::int64_t size) {
     spec.act = Activation::silu;
     spec.residual = residual;
     spec.pool = pool;
-    spec.weight = keep_values(out * (kind == effnet::LayerKind::conv ? in : 1) * kernel * kernel);
+    spec.weight.data = keep_values(out * (kind == effnet::LayerKind::conv ? in : 1) * kernel * kernel);
     spec.bias = keep_values(out);
     if (squeeze > 0) {
       spec.excitation = {squeeze,
                          Activation::silu,
                          effnet::Gate::sigmoid,
-                         keep_values(squeeze * out),
+                         {keep_values(squeeze * out)},
                          keep_values(squeeze),
-                         keep_values(out * squeeze),
+                         {keep_values(out * squeeze)},
                          keep_values(out)};
     }
-    layers.push_back(effnet::pack(spec));
+    layers.push_back(effnet::pack(spec, type));
   };
   using effnet::LayerKind;
   add(LayerKind::conv, 3, channels, 3, 2, -1, false, 0);
   add(LayerKind::depthwise, channels, channels, 5, 1, -1, false, 4);
   add(LayerKind::conv, channels, channels, 1, 1, 1, false, 0);
   add(LayerKind::conv, channels, 2 * channels, 1, 1, -1, true, 0);
-  const effnet::Network made(std::move(layers), {4});
+  const effnet::Network made(std::move(layers), {4}, type);
   const Vector image = random(2 * 3 * size * size);
   Vector y = empty(2 * 2 * channels);
-  const effnet::View in{const_cast<float*>(image.data()), 3 * size * size, size * size, size, 1};
-  made.run(in, 2, size, size, {{y.data(), 2 * channels, 1, 1, 1}}, isa, 1, nullptr);
+  const effnet::View in{const_cast<float*>(image.data()), effnet::Type::f32, 3 * size * size, size * size, size, 1};
+  made.run(in, 2, size, size, {{y.data(), effnet::Type::f32, 2 * channels, 1, 1, 1}}, isa, 1, nullptr);
   expect_finite(isa, "network", y);
 }
 
@@ -240,7 +241,10 @@ int main() {
         for (const std::int64_t stride : {1, 2, 3}) depthwise({*kernels, 1}, c, kernel, stride);
       }
     }
-    for (const std::int64_t channels : {8, 17, 40}) network(kernels->isa, channels, 15);
+    for (const std::int64_t channels : {8, 17, 40}) {
+      network(kernels->isa, channels, 15, effnet::Type::f32);
+      if (kernels->bf16 != nullptr) network(kernels->isa, channels, 15, effnet::Type::bf16);
+    }
     std::printf("%s: done\n", kernels->isa);
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

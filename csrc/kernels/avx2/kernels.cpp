@@ -2,12 +2,14 @@
 
 namespace {
 
-void gemm_f32_6x2(const effnet::Gemm& gemm) {
-  if (gemm.columns > 8) {
-    gemm_columns<8, 2, 1, 2, 3, 4, 5, 6>(gemm, 0);
-  } else {
-    gemm_columns<8, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>(gemm, 0);
-  }
+void gemm_f32_6x2(const effnet::Gemm<float>& gemm) {
+  each_panel(gemm, [](const effnet::Gemm<float>& panel) {
+    if (panel.columns > 8) {
+      gemm_columns<8, 2, 1, 2, 3, 4, 5, 6>(panel, 0);
+    } else {
+      gemm_columns<8, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>(panel, 0);
+    }
+  });
 }
 
 // Half as many inputs leave room for twice the outputs.
@@ -22,4 +24,4 @@ void weight_gradient_f32_4x2(const effnet::WeightGradient& call) {
 }  // namespace
 
 const effnet::Kernels effnet::avx2_kernels =
-    kernels_of_lanes<8>("avx2", false, {gemm_f32_6x2, depthwise_row<8>, weight_gradient_f32_4x2});
+    kernels_of_lanes<8>("avx2", false, {gemm_f32_6x2, depthwise_row<8, float>, weight_gradient_f32_4x2});

@@ -4,23 +4,30 @@
 
 namespace {
 
-void gemm_f32_3x4(const effnet::Gemm& gemm) {
-  if (gemm.columns > 8) {
-    gemm_columns<4, 4, 1, 2, 3>(gemm, 0);
-  } else {
-    gemm_columns<4, 2, 1, 2, 3>(gemm, 0);
-  }
+void gemm_f32_3x4(const effnet::Gemm<float>& gemm) {
+  each_panel(gemm, [](const effnet::Gemm<float>& panel) {
+    if (panel.columns > 8) {
+      gemm_columns<4, 4, 1, 2, 3>(panel, 0);
+    } else {
+      gemm_columns<4, 2, 1, 2, 3>(panel, 0);
+    }
+  });
 }
 
-void gemm_f32_4x1(const effnet::Gemm& gemm) {
-  if (gemm.columns > 8) {
-    gemm_columns<16, 1, 1, 2, 3, 4>(gemm, 0);
-  } else {
-    gemm_columns<8, 1, 1, 2, 3, 4>(gemm, 0);
-  }
+template <class T, class Y>
+void gemm_3x2(const effnet::Gemm<T, Y>& gemm) {
+  if (gemm.columns > 24) return gemm_columns<16, 2, 1, 2, 3>(gemm, 0);
+  each_panel(gemm, [](const effnet::Gemm<T, Y>& panel) {
+    if (panel.columns > 8) {
+      gemm_columns<16, 1, 1, 2, 3, 4>(panel, 0);
+    } else {
+      gemm_columns<8, 1, 1, 2, 3, 4>(panel, 0);
+    }
+  });
 }
 
-void depthwise_row_f32_1x8(const effnet::DepthwiseRow& row) {
+template <class Y>
+void depthwise_row_1x8(const effnet::DepthwiseRow<Y>& row) {
   if (row.channels > 8) {
     depthwise_row<16>(row);
   } else {
@@ -28,10 +35,15 @@ void depthwise_row_f32_1x8(const effnet::DepthwiseRow& row) {
   }
 }
 
+constexpr effnet::MapKernels<Bf16> bf16_kernels = {
+    gemm_3x2<Bf16, Bf16>, gemm_3x2<Bf16, float>, depthwise_row_1x8<Bf16>, scale_rows<16, Bf16>,
+    scale_panel<16>,      multiply_add_bf16<16>, 2 * 16 * peak_chains,
+};
+
 }  // namespace
 
 const effnet::Kernels effnet::emulated4_kernels =
-    kernels_of_lanes<4>("emulated4", true, {gemm_f32_3x4, depthwise_row<4>, weight_gradient<4, 2, 4>});
+    kernels_of_lanes<4>("emulated4", true, {gemm_f32_3x4, depthwise_row<4, float>, weight_gradient<4, 2, 4>});
 
-const effnet::Kernels effnet::emulated16_kernels =
-    kernels_of_lanes<16>("emulated16", true, {gemm_f32_4x1, depthwise_row_f32_1x8, weight_gradient<16, 2, 1>});
+const effnet::Kernels effnet::emulated16_kernels = kernels_of_lanes<16>(
+    "emulated16", true, {gemm_3x2<float, float>, depthwise_row_1x8<float>, weight_gradient<16, 2, 1>}, &bf16_kernels);

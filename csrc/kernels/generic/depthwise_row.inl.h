@@ -5,11 +5,12 @@
 #pragma once
 
 #include "kernels/generic/activation.inl.h"
+#include "kernels/generic/bf16.inl.h"
 
 namespace {
 
-template <int L, int K, int S, int T>
-EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow& row, std::int64_t lane, std::int64_t column) {
+template <class Y, int L, int K, int S, int T>
+EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow<Y>& row, std::int64_t lane, std::int64_t column) {
   constexpr int pixel = effnet::panel_columns;
   const float* packed = row.packed + lane;
   F<L> sums[T];
@@ -34,7 +35,7 @@ EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow& row, std::int64_
     });
   }
   activate<L, T>(sums, row.act);
-  float* y = row.y + column * row.y_pixel + lane;
+  Y* y = row.y + column * row.y_pixel + lane;
   unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA { store<L>(y + t.value * row.y_pixel, sums[t.value]); });
   if (row.sums != nullptr) {
     F<L> total = load<L>(row.sums + lane);
@@ -43,31 +44,32 @@ EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow& row, std::int64_
   }
 }
 
-using DepthwiseTile = void (*)(const effnet::DepthwiseRow&, std::int64_t, std::int64_t);
+template <class Y>
+using DepthwiseTile = void (*)(const effnet::DepthwiseRow<Y>&, std::int64_t, std::int64_t);
 
-template <int L, int K, int S, int... T>
+template <class Y, int L, int K, int S, int... T>
 struct DepthwiseTiles {
-  static constexpr DepthwiseTile of[] = {depthwise_tile<L, K, S, T>...};
+  static constexpr DepthwiseTile<Y> of[] = {depthwise_tile<Y, L, K, S, T>...};
 };
 
 // Divides the row into tiles of nearly equal width: 14 columns are 7 + 7, not 8 + 6. Strides other than S are computed
 // with tiles of one column, which read the stride at run time.
-template <int L, int K, int S, int... T>
-void depthwise_columns(const effnet::DepthwiseRow& row) {
+template <int L, int K, int S, int... T, class Y>
+void depthwise_columns(const effnet::DepthwiseRow<Y>& row) {
   const std::int64_t most = row.stride == S ? sizeof...(T) : 1;
   const std::int64_t tiles = (row.width + most - 1) / most;
   for (std::int64_t lane = 0; lane < row.channels; lane += L) {
     std::int64_t column = 0;
     for (std::int64_t tile = tiles; tile > 0; --tile) {
       const std::int64_t width = (row.width - column) / tile;
-      DepthwiseTiles<L, K, S, T...>::of[width - 1](row, lane, column);
+      DepthwiseTiles<Y, L, K, S, T...>::of[width - 1](row, lane, column);
       column += width;
     }
   }
 }
 
-template <int L, int K, int... T>
-void depthwise_strides(const effnet::DepthwiseRow& row) {
+template <int L, int K, int... T, class Y>
+void depthwise_strides(const effnet::DepthwiseRow<Y>& row) {
   if (row.stride == 2) {
     depthwise_columns<L, K, 2, T...>(row);
   } else {
@@ -75,8 +77,8 @@ void depthwise_strides(const effnet::DepthwiseRow& row) {
   }
 }
 
-template <int L>
-void depthwise_row(const effnet::DepthwiseRow& row) {
+template <int L, class Y>
+void depthwise_row(const effnet::DepthwiseRow<Y>& row) {
   switch (row.kernel) {
     case 3:
       return depthwise_strides<L, 3, 1, 2, 3, 4, 5, 6, 7, 8>(row);

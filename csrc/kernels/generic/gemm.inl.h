@@ -1,24 +1,70 @@
-// Matrix product of pixels and a packed panel of 16 columns. A register tile is Rows rows by V vectors of L columns.
+// Matrix product of pixels and one or two packed panels of 16 columns. A register tile is Rows rows by V vectors of L
+// columns.
 //
-// Each step of the inner dimension loads V vectors of the panel once and broadcasts one number of each row, so that a
-// tile does Rows * V multiply-adds for Rows + V loads. The accumulators and a few vectors of the panel have to fit in
-// the registers: 6 x 2 in sixteen, 14 x 1 in thirty-two (where a broadcast is part of the multiply-add).
+// Each step of the inner dimension loads V vectors of the panels once and broadcasts one number of each row (or in
+// bfloat16 a pair), so that a tile does Rows * V multiply-adds for Rows + V loads. The accumulators and a few vectors
+// of the panels have to fit in the registers: 6 x 2 in sixteen; in thirty-two 12 x 2, or 14 x 1, where a broadcast is
+// part of the multiply-add but loads limit the speed.
 #pragma once
 
 #include "kernels/generic/activation.inl.h"
+#include "kernels/generic/bf16.inl.h"
 
 namespace {
 
 // Where a tile's operands and results are; each tile moves it on to the next.
+template <class T, class Y>
 struct GemmPlace {
-  const float* a;
+  const T* a;
   std::int64_t offset;  // of the first row, in y and the residual
   std::int64_t x;       // the first row's pixel within its line
-  const float* prefetch_dst;
+  const Y* prefetch_dst;
 };
 
-template <int L, int Rows, int V, int Chains = 1>
-EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, GemmPlace& place) {
+// What a step of the inner dimension reads of operands of type T: `count` numbers of each row and column.
+template <class T, int L>
+struct InnerStep;
+
+template <int L>
+struct InnerStep<float, L> {
+  static constexpr int count = 1;
+  using Vector = F<L>;
+  static EFFNET_INLINE Vector panel(const float* from) { return load<L>(from); }
+  static EFFNET_INLINE Vector row(const float* from, bool) { return broadcast<L>(*from); }
+  static EFFNET_INLINE F<L> add(F<L> to, Vector row, Vector panel) { return to + row * panel; }
+};
+
+template <int L>
+struct InnerStep<Bf16, L> {
+  static constexpr int count = 2;
+  using Vector = U<L>;
+  static EFFNET_INLINE Vector panel(const Bf16* from) { return load_pairs<L>(from); }
+  // What follows an incomplete pair is not read: it may be a NaN.
+  static EFFNET_INLINE Vector row(const Bf16* from, bool incomplete) {
+    std::uint32_t pair = 0;
+    memcpy(&pair, from, incomplete ? sizeof(Bf16) : sizeof pair);
+    return U<L>{} + pair;
+  }
+  static EFFNET_INLINE F<L> add(F<L> to, Vector row, Vector panel) { return dot<L>(to, row, panel); }
+};
+
+// Numbers of type T in a packed panel.
+template <class T>
+std::int64_t panel_size(std::int64_t segments, std::int64_t segment_length, std::int64_t k_tail_padding) {
+  constexpr int count = InnerStep<T, 1>::count;
+  const std::int64_t steps = segments * ((segment_length + count - 1) / count) - k_tail_padding;
+  return steps * count * effnet::panel_columns;
+}
+
+template <class T, class Y>
+std::int64_t panel_size(const effnet::Gemm<T, Y>& gemm) {
+  return panel_size<T>(gemm.segments, gemm.segment_length, gemm.k_tail_padding);
+}
+
+template <class T, class Y, int L, int Rows, int V, int Chains = 1>
+EFFNET_NOINLINE void gemm_tile(const effnet::Gemm<T, Y>& gemm, std::int64_t column, GemmPlace<T, Y>& place) {
+  using Inner = InnerStep<T, L>;
+  constexpr int columns = effnet::panel_columns, panels = (V * L + columns - 1) / columns;
   F<L> sums[Rows * V];
   unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
     const F<L> bias = load<L>(gemm.bias + column + v.value * L);
@@ -35,53 +81,71 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   // Three rows share a pointer: with the stride times 0, 1 and 2 that is all an address can express, and a pointer a
   // row would not fit in the general registers.
   constexpr int Pointers = (Rows + 2) / 3;
-  const std::int64_t stride = gemm.a_row;
-  const float* b = gemm.b + column;
-  // The next panel is prefetched line by line while this one is used, because weights are read once for a few rows and
+  const std::int64_t stride = gemm.a_row, size = panel_size(gemm);
+  const T* b = gemm.b + column * Inner::count;
+  // The next panels are prefetched line by line while these are used, because weights are read once for a few rows and
   // are often not in cache.
   const std::intptr_t next_panel =
       gemm.next_b != nullptr ? reinterpret_cast<std::intptr_t>(gemm.next_b) - reinterpret_cast<std::intptr_t>(gemm.b)
-                             : static_cast<std::intptr_t>(sizeof(float)) *
-                                   (gemm.segments * gemm.segment_length - gemm.k_tail_padding) * effnet::panel_columns;
+                             : static_cast<std::intptr_t>(sizeof(T)) * panels * size;
   // So are the next tile's rows, if they follow in memory.
-  const float* next_rows = place.a + Rows * stride;
+  const T* next_rows = place.a + Rows * stride;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
-    const float* a[Pointers];
+    const T* a[Pointers];
     unrolled<0, Pointers>(
         [&](auto p) EFFNET_INLINE_LAMBDA { a[p.value] = place.a + segment * gemm.a_segment + 3 * p.value * stride; });
-    const auto multiply = [&](F<L>(&to)[Rows* V]) EFFNET_INLINE_LAMBDA {
-      prefetch(reinterpret_cast<const float*>(reinterpret_cast<std::intptr_t>(b) + next_panel));
-      prefetch(next_rows);
-      next_rows += Rows;
-      F<L> panel[V];
-      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { panel[v.value] = load<L>(b + v.value * L); });
-      unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
-        const F<L> value = broadcast<L>(a[r.value / 3][r.value % 3 * stride]);
-        unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { to[r.value * V + v.value] += value * panel[v.value]; });
+    const auto multiply = [&](F<L>(&to)[Rows* V], bool incomplete) EFFNET_INLINE_LAMBDA {
+      unrolled<0, panels>([&](auto p) EFFNET_INLINE_LAMBDA {
+        const T* line = b + p.value * size;
+        prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(line) + next_panel));
       });
-      b += effnet::panel_columns;
-      unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA { ++a[p.value]; });
+      prefetch(next_rows);
+      next_rows += Inner::count * Rows;
+      typename Inner::Vector panel[V];
+      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+        constexpr int first = decltype(v)::value * L;
+        panel[v.value] = Inner::panel(b + first / columns * size + first % columns * Inner::count);
+      });
+      unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
+        const auto value = Inner::row(a[r.value / 3] + r.value % 3 * stride, incomplete);
+        unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+          F<L>& sum = to[r.value * V + v.value];
+          sum = Inner::add(sum, value, panel[v.value]);
+        });
+      });
+      b += columns * Inner::count;
+      unrolled<0, Pointers>([&](auto p) EFFNET_INLINE_LAMBDA { a[p.value] += Inner::count; });
     };
-    std::int64_t k = segment + 1 < gemm.segments ? gemm.segment_length : gemm.segment_length - gemm.k_tail_padding;
+    const std::int64_t length =
+        segment + 1 < gemm.segments ? gemm.segment_length : gemm.segment_length - gemm.k_tail_padding;
+    std::int64_t k = length / Inner::count;
     for (; k >= Chains; k -= Chains) {
-      multiply(sums);
-      unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA { multiply(more[chain.value]); });
+      multiply(sums, false);
+      unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA { multiply(more[chain.value], false); });
     }
     if constexpr (Chains > 1) {
-      for (; k > 0; --k) multiply(sums);
+      for (; k > 0; --k) multiply(sums, false);
+    }
+    if constexpr (Inner::count > 1) {
+      if (length % Inner::count != 0) multiply(sums, true);
     }
   }
   unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA {
     unrolled<0, Rows * V>([&](auto i) EFFNET_INLINE_LAMBDA { sums[i.value] += more[chain.value][i.value]; });
   });
   activate<L, Rows * V>(sums, gemm.act);
-  float* y = gemm.y + place.offset + column;
-  const float* residual = gemm.residual + place.offset + column;
+  Y* y = gemm.y + place.offset + column;
+  const Y* residual = gemm.residual + place.offset + column;
+  // Where a vector of columns is in a row of y.
+  const auto at = [&](auto v) EFFNET_INLINE_LAMBDA {
+    constexpr int first = decltype(v)::value * L;
+    return first < columns ? first : gemm.y_panel + first - columns;
+  };
   std::int64_t step = 0, x = place.x;
   if (gemm.residual == nullptr && gemm.y != nullptr && (gemm.gap == 0 || x + Rows <= gemm.width)) {
     // The common case: all rows are in one line, and there is no residual.
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
-      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + v.value * L, sums[r.value * V + v.value]); });
+      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + at(v), sums[r.value * V + v.value]); });
       y += gemm.y_row;
     });
     step = Rows * gemm.y_row;
@@ -94,8 +158,8 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
         F<L>& value = sums[r.value * V + v.value];
-        if (gemm.residual != nullptr) value += load<L>(residual + step + v.value * L);
-        if (gemm.y != nullptr) store<L>(y + step + v.value * L, value);
+        if (gemm.residual != nullptr) value += load<L>(residual + step + at(v));
+        if (gemm.y != nullptr) store<L>(y + step + at(v), value);
       });
       step += gemm.y_row;
       if (++x == gemm.width) {
@@ -117,30 +181,48 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm& gemm, std::int64_t column, Ge
   place.x = x;
 }
 
-using GemmTile = void (*)(const effnet::Gemm&, std::int64_t, GemmPlace&);
+template <class T, class Y>
+using GemmTile = void (*)(const effnet::Gemm<T, Y>&, std::int64_t, GemmPlace<T, Y>&);
 
-template <int L, int V, int... Rows>
+template <class T, class Y, int L, int V, int... Rows>
 struct GemmTiles {
-  static constexpr GemmTile of[] = {gemm_tile<L, Rows, V>...};
+  static constexpr GemmTile<T, Y> of[] = {gemm_tile<T, Y, L, Rows, V>...};
 };
 
-// Columns [column, column + V * L) of the panel. Rows are divided into tiles of nearly equal height: 49 rows are seven
+// Columns [column, column + V * L) of the panels. Rows are divided into tiles of nearly equal height: 49 rows are seven
 // tiles of 7, not six of 8 and one of 1.
-template <int L, int V, int... Rows>
-void gemm_columns(const effnet::Gemm& gemm, std::int64_t column) {
+template <int L, int V, int... Rows, class T, class Y>
+void gemm_columns(const effnet::Gemm<T, Y>& gemm, std::int64_t column) {
   constexpr std::int64_t Most = sizeof...(Rows);
-  GemmPlace place{gemm.a, 0, 0, gemm.prefetch_dst};
+  GemmPlace<T, Y> place{gemm.a, 0, 0, gemm.prefetch_dst};
   if (gemm.row_by_row) {
-    for (std::int64_t row = 0; row < gemm.rows; ++row) gemm_tile<L, 1, V, 8 / V>(gemm, column, place);
+    for (std::int64_t row = 0; row < gemm.rows; ++row) gemm_tile<T, Y, L, 1, V, 8 / V>(gemm, column, place);
     return;
   }
   const std::int64_t tiles = (gemm.rows + Most - 1) / Most;
   std::int64_t left = gemm.rows;
   for (std::int64_t tile = tiles; tile > 0; --tile) {
     const std::int64_t rows = left / tile;
-    GemmTiles<L, V, Rows...>::of[rows - 1](gemm, column, place);
+    GemmTiles<T, Y, L, V, Rows...>::of[rows - 1](gemm, column, place);
     left -= rows;
   }
+}
+
+// Calls multiply(gemm of one panel) for each panel.
+template <class T, class Y, class Function>
+EFFNET_INLINE void each_panel(effnet::Gemm<T, Y> gemm, const Function& multiply) {
+  constexpr std::int64_t width = effnet::panel_columns;
+  const std::int64_t columns = gemm.columns;
+  gemm.columns = columns < width ? columns : width;
+  multiply(gemm);
+  if (columns <= width) return;
+  gemm.b += panel_size(gemm);
+  gemm.bias += width;
+  if (gemm.y != nullptr) gemm.y += gemm.y_panel;
+  if (gemm.residual != nullptr) gemm.residual += gemm.y_panel;
+  if (gemm.sums != nullptr) gemm.sums += width;
+  gemm.columns = columns - width;
+  multiply(gemm);
 }
 
 }  // namespace

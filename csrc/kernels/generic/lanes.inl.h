@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/kernels.h"
+
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -28,6 +30,7 @@ template <int L>
 struct Lanes {
   typedef float F __attribute__((vector_size(4 * L)));
   typedef std::uint32_t U __attribute__((vector_size(4 * L)));
+  typedef std::uint16_t H __attribute__((vector_size(2 * L)));
 };
 #else
 template <int L>
@@ -38,10 +41,13 @@ template <>
 struct Lanes<1> {
   using F = float;
   using U = std::uint32_t;
+  using H = std::uint16_t;
 };
 
 template <int L>
 using F = typename Lanes<L>::F;
+template <int L>
+using U = typename Lanes<L>::U;
 
 template <int L>
 EFFNET_INLINE F<L> load(const float* from) {
@@ -67,7 +73,7 @@ EFFNET_INLINE F<L> load_once(const float* from) {
 }
 
 // Prefetches a cache line to the second-level cache. The address may be any, also one outside of all memory.
-EFFNET_INLINE void prefetch(const float* address) {
+EFFNET_INLINE void prefetch(const void* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 0, 2);
 #else
@@ -76,7 +82,7 @@ EFFNET_INLINE void prefetch(const float* address) {
 }
 
 // The same, for a line that will be written.
-EFFNET_INLINE void prefetch_to_write(const float* address) {
+EFFNET_INLINE void prefetch_to_write(const void* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 1, 2);
 #else

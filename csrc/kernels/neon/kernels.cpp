@@ -2,15 +2,17 @@
 
 namespace {
 
-void gemm_f32_5x4(const effnet::Gemm& gemm) {
-  if (gemm.columns > 8) {
-    gemm_columns<4, 4, 1, 2, 3, 4, 5>(gemm, 0);
-  } else {
-    gemm_columns<4, 2, 1, 2, 3, 4, 5, 6, 7, 8>(gemm, 0);
-  }
+void gemm_f32_5x4(const effnet::Gemm<float>& gemm) {
+  each_panel(gemm, [](const effnet::Gemm<float>& panel) {
+    if (panel.columns > 8) {
+      gemm_columns<4, 4, 1, 2, 3, 4, 5>(panel, 0);
+    } else {
+      gemm_columns<4, 2, 1, 2, 3, 4, 5, 6, 7, 8>(panel, 0);
+    }
+  });
 }
 
 }  // namespace
 
 const effnet::Kernels effnet::neon_kernels =
-    kernels_of_lanes<4>("neon", false, {gemm_f32_5x4, depthwise_row<4>, weight_gradient<4, 4, 4>});
+    kernels_of_lanes<4>("neon", false, {gemm_f32_5x4, depthwise_row<4, float>, weight_gradient<4, 4, 4>});

@@ -12,14 +12,16 @@ from effnet_kernels.backends.cpu.extension import (
     unavailable_reason,
     warn_if_unavailable,
 )
-from effnet_kernels.backends.cpu.memory import release_memory, use_isa
+from effnet_kernels.backends.cpu.memory import check_bf16, release_memory, runs_bf16, use_isa
 
 __all__ = [
     "NativeExtensionWarning",
+    "check_bf16",
     "describe",
     "fma_peak",
     "isa",
     "release_memory",
+    "runs_bf16",
     "supported_isas",
     "unavailable_reason",
     "use_isa",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # The number in csrc/bindings.cpp: an extension of another interface would misread arguments, or lack functions.
-INTERFACE = 3
+INTERFACE = 4
 FAILURE_FILE = Path(__file__).parents[2] / "_native_build_failure.txt"
 
 
@@ -82,9 +82,9 @@ def warn_if_unavailable() -> None:
         )
 
 
-def fma_peak() -> float:
+def fma_peak(bf16: bool = False) -> float:
     """Floating-point operations a second of multiply-adds in registers, on torch's number of threads; measured now."""
-    return float(extension().fma_peak(torch.get_num_threads()))
+    return float(extension().fma_peak(torch.get_num_threads(), bf16))
 
 
 def isa() -> str:
@@ -97,9 +97,20 @@ def supported_isas() -> list[str]:
     return extension().supported_isas()
 
 
+@functools.cache
+def has_bf16(isa: str) -> bool:
+    """Whether an instruction set has kernels for networks in bfloat16."""
+    return any(row["isa"] == isa and row["bf16"] for row in extension().kernels())
+
+
 def describe() -> dict[str, object]:
-    """For ``effnet info``: ``isa``, ``supported_isas`` and ``threads`` (the library whose threads are shared)."""
+    """For ``effnet info``: ``isa``, ``supported_isas``, ``bfloat16``, and ``threads``, whose library is shared."""
     reason = unavailable_reason()
     if reason is not None:
         return {"unavailable": reason}
-    return {"isa": isa(), "supported_isas": supported_isas(), "threads": extension().thread_runtime()}
+    return {
+        "isa": isa(),
+        "supported_isas": supported_isas(),
+        "bfloat16": "yes" if has_bf16(isa()) else "no: frozen networks compute in float32",
+        "threads": extension().thread_runtime(),
+    }

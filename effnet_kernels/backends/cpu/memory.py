@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends.batch_norm import scale_and_shift
-from effnet_kernels.backends.cpu.extension import extension
+from effnet_kernels.backends.cpu.extension import extension, has_bf16, isa, unavailable_reason
 from effnet_kernels.backends.scoped_value import ScopedValue
 from effnet_kernels.fusion.spec import ACTIVATIONS, OutputGradient, Prologue
 
@@ -38,6 +38,17 @@ def execution() -> tuple[int, str | None]:
     return torch.get_num_threads(), _isa.get()
 
 
+def runs_bf16() -> bool:
+    """Whether the extension is there, and the instruction set in use has kernels for networks in bfloat16."""
+    return unavailable_reason() is None and has_bf16(_isa.get() or isa())
+
+
+def check_bf16() -> None:
+    """Raises ValueError where the instruction set in use has no kernels for networks in bfloat16."""
+    if not runs_bf16():
+        raise ValueError(extension().without_bf16(_isa.get() or isa()))
+
+
 def empty(*shape: int) -> Tensor:
     """float32 on the CPU, contiguous, not initialised."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -60,21 +71,21 @@ def release_memory() -> None:
     extension().release_memory()
 
 
-def address(name: str, tensor: Tensor | None, *shape: int) -> int:
+def address(name: str, tensor: Tensor | None, *shape: int, dtype: torch.dtype = _FLOAT) -> int:
     """The address of an operand of this shape, contiguous, for the extension; 0 for None.
 
     The kernels read and write raw memory: every operand's address comes from here, from :func:`map_address` or from
     :func:`strided_address`, and the address of a result from :func:`written`.
 
-    Raises ValueError where the tensor is not float32 memory on the CPU, of this shape and in these strides. Maps alone
-    are checked for lazy negation: a caller of a primitive has brought parameters and vectors to memory.
+    Raises ValueError where the tensor is not memory on the CPU, of this dtype and shape and in these strides. Maps
+    alone are checked for lazy negation: a caller of a primitive has brought parameters and vectors to memory.
     """
     if tensor is None:
         return 0
     memory = tensor.data_ptr()
-    if tensor.shape == shape and tensor.dtype is _FLOAT and tensor.is_cpu and memory and tensor.is_contiguous():
+    if tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu and memory and tensor.is_contiguous():
         return memory
-    return _refused(name, tensor, shape, tensor.is_contiguous(), "contiguous")
+    return _refused(name, tensor, shape, tensor.is_contiguous(), "contiguous", dtype)
 
 
 def map_address(name: str, x: Tensor | None, samples: int, channels: int, height: int, width: int) -> int:
@@ -89,11 +100,11 @@ def map_address(name: str, x: Tensor | None, samples: int, channels: int, height
     return _refused(name, x, shape, dense, "in channels-last strides")
 
 
-def strided_address(name: str, tensor: Tensor, *shape: int) -> tuple[int, ...]:
+def strided_address(name: str, tensor: Tensor, *shape: int, dtype: torch.dtype = _FLOAT) -> tuple[int, ...]:
     """The address of an operand in any strides, and the strides, in elements; see :func:`address`."""
     memory = tensor.data_ptr()
-    if tensor.shape != shape or tensor.dtype is not _FLOAT or not tensor.is_cpu or not memory or tensor.is_neg():
-        _refused(name, tensor, shape, True, "in any strides")
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu or not memory or tensor.is_neg():
+        _refused(name, tensor, shape, True, "in any strides", dtype)
     return memory, *tensor.stride()
 
 
@@ -102,14 +113,17 @@ def written(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _refused(name: str, tensor: Tensor, shape: tuple[int, ...], is_dense: bool, layout: str) -> int:
+def _refused(
+    name: str, tensor: Tensor, shape: tuple[int, ...], is_dense: bool, layout: str, dtype: torch.dtype = _FLOAT
+) -> int:
     """Raises ValueError with what is wrong with an operand; the address of one without elements is 0."""
     if tensor.shape != shape or not is_dense:
         raise ValueError(
             f"{name}: expected shape {shape}, {layout}, got {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
-    if tensor.dtype is not _FLOAT or not tensor.is_cpu:
-        raise ValueError(f"{name}: expected a float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
+    if tensor.dtype is not dtype or not tensor.is_cpu:
+        expected = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a {expected} tensor on the CPU, got {tensor.dtype} on {tensor.device}")
     if tensor.numel() > 0:
         raise ValueError(f"{name}: expected a tensor whose values are in memory, got one that is lazy or was freed")
     return 0

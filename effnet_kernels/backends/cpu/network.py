@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends.cpu.extension import extension
-from effnet_kernels.backends.cpu.memory import ACTIVATION_INDEX, address, execution, strided_address
+from effnet_kernels.backends.cpu.memory import ACTIVATION_INDEX, address, check_bf16, execution, strided_address
 from effnet_kernels.backends.operands import as_contiguous, in_memory
 from effnet_kernels.fusion.spec import GATES, Chain, Layer
 
@@ -21,7 +21,9 @@ class StepProfile(NamedTuple):
 
 
 class Network:
-    """Chains that run in one native call. Weights are packed here.
+    """Chains that run in one native call, in the dtype of the weights: float32 or bfloat16. Weights are packed here.
+
+    In bfloat16 every map is rounded to it, what a layer computes between two maps is not.
 
     Any number of threads may call one network.
 
@@ -30,13 +32,20 @@ class Network:
             a 1x1 convolution of one pixel.
         outputs: the numbers of the chains whose outputs are returned, ascending.
 
-    Raises ValueError where the layers do not fit together.
+    Raises ValueError where the layers do not fit together, and for weights in bfloat16 where the instruction set in use
+    has no kernels for it.
     """
 
     def __init__(self, chains: Sequence[Chain], outputs: Sequence[int]) -> None:
-        self._channels = chains[0].layers[0].in_channels
+        first = chains[0].layers[0]
+        self._channels = first.in_channels
+        # The maps are of the type of the weights.
+        bf16 = first.weight.dtype == torch.bfloat16
+        if bf16:
+            check_bf16()
+        self._dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
         # The name holds the tensors until they are packed: the extension takes addresses alone.
-        held = [_canonical(chain) for chain in chains]
+        held = [_canonical(chain, self._dtypes[-1]) for chain in chains]
         described: list[dict[str, object]] = []
         ends: list[int] = []
         for chain in held:
@@ -45,10 +54,14 @@ class Network:
             described += [_describe(layer) for layer in chain.layers]
             described[-1] |= {"residual": begin if chain.residual else -1, "pool": chain.pool}
             ends.append(len(described))
-        self._native = extension().Network(described, [ends[index] for index in outputs])
+        self._native = extension().Network(described, [ends[index] for index in outputs], bf16)
 
     def run(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
-        """The outputs [N, K, H', W'] for images x [N, C, H, W], float32, on the CPU, in any strides."""
+        """The outputs [N, K, H', W'] for images x [N, C, H, W] on the CPU, in any strides, and in the image's dtype.
+
+        Raises ValueError for another dtype than float32 or the network's, and for a network in bfloat16 where the
+        instruction set in use has no kernels for it.
+        """
         outputs, _ = self._call(x, memory_format, False)
         return outputs
 
@@ -63,31 +76,36 @@ class Network:
         if x.dim() != 4 or x.shape[1] != self._channels:
             raise ValueError(f"expected images [N, {self._channels}, H, W], got shape {tuple(x.shape)}")
         batch, _, height, width = x.shape
+        if x.dtype not in self._dtypes:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
+            raise ValueError(f"x: expected a {expected} tensor on the CPU, got {x.dtype} on {x.device}")
         # Channels, rows and columns of every output.
         sizes = self._native.output_sizes(height, width)
         outputs = [
-            torch.empty((batch, *size), dtype=torch.float32, device="cpu", memory_format=memory_format)
-            for size in sizes
+            torch.empty((batch, *size), dtype=x.dtype, device="cpu", memory_format=memory_format) for size in sizes
         ]
         if batch == 0:
             return outputs, None
-        views = [strided_address("output", y, *y.shape) for y in outputs]
+        views = [strided_address("output", y, *y.shape, dtype=x.dtype) for y in outputs]
         x = in_memory(x)
-        image = strided_address("x", x, *x.shape)
+        image = strided_address("x", x, *x.shape, dtype=x.dtype)
         threads, isa = execution()
-        steps = self._native.run(image, batch, height, width, views, threads, profiled, isa)
+        steps = self._native.run(image, batch, height, width, views, x.dtype == torch.bfloat16, threads, profiled, isa)
         return outputs, steps
 
 
-def _canonical(chain: Chain) -> Chain:
-    """The chain with its parameters as the extension reads them."""
-    tensors = [None if t is None else as_contiguous(t.detach().to("cpu", torch.float32)) for t in chain.parameters()]
-    return chain.with_parameters(tensors)
+def _canonical(chain: Chain, dtype: torch.dtype) -> Chain:
+    """The chain with its parameters as the extension reads them: weights of the network's dtype, vectors in float32."""
+
+    def canonical(t: Tensor) -> Tensor:
+        return as_contiguous(t.detach().to("cpu", torch.float32 if t.dim() == 1 else dtype))
+
+    return chain.with_parameters([None if t is None else canonical(t) for t in chain.parameters()])
 
 
 def _describe(layer: Layer) -> dict[str, object]:
     """The layer as the extension takes it."""
-    outputs, kernel = layer.out_channels, layer.kernel_size
+    outputs, kernel, dtype = layer.out_channels, layer.kernel_size, layer.weight.dtype
     assert layer.bias is not None
     per_output = 1 if layer.kind == "depthwise" else layer.in_channels
     description: dict[str, object] = {
@@ -100,7 +118,7 @@ def _describe(layer: Layer) -> dict[str, object]:
         "act": ACTIVATION_INDEX[layer.act],
         "residual": -1,
         "pool": False,
-        "weight": address("weight", layer.weight, outputs, per_output, kernel, kernel),
+        "weight": address("weight", layer.weight, outputs, per_output, kernel, kernel, dtype=dtype),
         "bias": address("bias", layer.bias, outputs),
         "squeeze": 0,
     }
@@ -113,9 +131,9 @@ def _describe(layer: Layer) -> dict[str, object]:
             "squeeze": squeezed,
             "squeeze_act": ACTIVATION_INDEX[act],
             "gate": GATES.index(gate),
-            "w1": address("w1", w1, squeezed, outputs, 1, 1),
+            "w1": address("w1", w1, squeezed, outputs, 1, 1, dtype=dtype),
             "b1": address("b1", b1, squeezed),
-            "w2": address("w2", w2, outputs, squeezed, 1, 1),
+            "w2": address("w2", w2, outputs, squeezed, 1, 1, dtype=dtype),
             "b2": address("b2", b2, outputs),
         }
     return description

@@ -1,0 +1,102 @@
+// bfloat16: vectors of it in memory, and its dot product.
+#pragma once
+
+#include "kernels/generic/lanes.inl.h"
+
+namespace {
+
+using effnet::Bf16;
+
+template <int L>
+EFFNET_INLINE F<L> as_floats(U<L> bits) {
+  F<L> value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <int L>
+EFFNET_INLINE U<L> as_bits(F<L> value) {
+  U<L> bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Each lane of a vector in the type of another with as many lanes.
+template <class To, class From>
+EFFNET_INLINE To converted(From values) {
+  if constexpr (sizeof(From) <= sizeof(std::uint32_t) && sizeof(To) <= sizeof(std::uint32_t)) {
+    return static_cast<To>(values);
+  } else {
+#if defined(__GNUC__)
+    return __builtin_convertvector(values, To);
+#endif
+  }
+}
+
+template <int L>
+EFFNET_INLINE F<L> load(const Bf16* from) {
+  typename Lanes<L>::H halves;
+  memcpy(&halves, from, sizeof halves);
+  return as_floats<L>(converted<U<L>>(halves) << 16);
+}
+
+// Zeros of the same sign in place of denormal numbers, as the instructions for bfloat16 read and write them.
+template <int L>
+EFFNET_INLINE U<L> without_denormals(U<L> bits) {
+  return (bits & 0x7f800000u) != 0 ? bits : bits & 0x80000000u;
+}
+
+// The upper halves, rounded to nearest even. A NaN keeps its sign and the upper bits of its payload, and becomes quiet.
+template <int L>
+EFFNET_INLINE U<L> rounded_to_bf16(F<L> value) {
+  const U<L> bits = without_denormals<L>(as_bits<L>(value));
+  const U<L> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded;
+}
+
+template <int L>
+EFFNET_INLINE void store(Bf16* to, F<L> value) {
+#if defined(__AVX512BF16__)
+  if constexpr (L == 16) {
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+    memcpy(to, &halves, sizeof halves);
+    return;
+  }
+  if constexpr (L == 8) {
+    const __m128bh halves = _mm256_cvtneps_pbh((__m256)value);
+    memcpy(to, &halves, sizeof halves);
+    return;
+  }
+#endif
+  const auto halves = converted<typename Lanes<L>::H>(rounded_to_bf16<L>(value));
+  memcpy(to, &halves, sizeof halves);
+}
+
+// L pairs of numbers.
+template <int L>
+EFFNET_INLINE U<L> load_pairs(const Bf16* from) {
+  U<L> pairs;
+  memcpy(&pairs, from, sizeof pairs);
+  return pairs;
+}
+
+// sums + the products of the numbers in the upper halves, then + those of the lower halves. Products are not rounded;
+// denormal numbers count as zero before and after each addition. So does the instruction, whose bits these are, except
+// for the sign of a zero where a product is smaller than every float.
+template <int L>
+EFFNET_INLINE F<L> dot(F<L> sums, U<L> a, U<L> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (L == 16) return (F<L>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+  if constexpr (L == 8) return (F<L>)_mm256_dpbf16_ps((__m256)sums, (__m256bh)a, (__m256bh)b);
+#endif
+  const auto add = [&](U<L> x, U<L> y) EFFNET_INLINE_LAMBDA {
+    const F<L> factor = as_floats<L>(without_denormals<L>(x)), other = as_floats<L>(without_denormals<L>(y));
+    sums = as_floats<L>(without_denormals<L>(as_bits<L>(sums)));
+    sums = as_floats<L>(without_denormals<L>(as_bits<L>(sums + factor * other)));
+  };
+  add(a & 0xffff0000u, b & 0xffff0000u);
+  add(a << 16, b << 16);
+  return sums;
+}
+
+}  // namespace
