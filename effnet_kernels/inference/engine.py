@@ -23,7 +23,8 @@ class ProfileRow(NamedTuple):
         name: the layers that the step computes.
         milliseconds: of all images together, the median over the repetitions.
         gflops: 2e-9 times the multiply-adds a second.
-        of_peak: gflops over the rate at which as many threads multiply and add in registers, measured by the same call.
+        of_peak: gflops over the rate at which as many threads multiply and add numbers of the engine's dtype in
+            registers, measured by the same call.
         share: of the whole time.
     """
 
@@ -61,7 +62,8 @@ class FrozenEfficientNet(nn.Module):
         tail: the module that torch applies to the output, which is pooled where a chain pools; or None.
         features_only: whether the outputs are maps.
         image_first: whether the image is returned before the maps.
-        dtype: of weights, images and outputs.
+        dtype: of weights, images and outputs. An engine in bfloat16 on the CPU takes float32 images too; its outputs
+            are then float32 numbers, with the values of bfloat16.
         cuda_graph: whether a GPU's launches are replayed.
 
     Shapes: images [N, C, H, W] in any strides, to logits [N, num_classes], pooled features [N, num_features] or a list
@@ -99,15 +101,19 @@ class FrozenEfficientNet(nn.Module):
         if self.features_only:
             return [x, *outputs] if self.image_first else outputs
         y = outputs[0].flatten(1) if self.pools else outputs[0]
-        if self.tail is None or select.autocast_dtype(y) is None:
-            return y if self.tail is None else self.tail(y)
+        if self.tail is None:
+            return y
+        # The user's own modules have weights of the engine's dtype.
+        y = y.to(self.folded.weight.dtype)
+        if select.autocast_dtype(y) is None:
+            return _in_dtype(self.tail(y), x.dtype)
         with torch.autocast("cuda" if y.is_meta else y.device.type, enabled=False):
-            return self.tail(y)
+            return _in_dtype(self.tail(y), x.dtype)
 
     def _outputs(self, x: Tensor) -> list[Tensor]:
         strides = memory_format(x) if self.features_only else torch.contiguous_format
         traced = torch.compiler.is_compiling() or select.interception(x) is not None
-        if self._is_native() and not traced and select.forced() in (None, "cpu"):
+        if not traced and self._is_native() and select.forced() in (None, "cpu"):
             if profiling.enabled():
                 self.folded.record_convolutions(x)
             with profiling.profiled("network"):
@@ -122,16 +128,20 @@ class FrozenEfficientNet(nn.Module):
 
     def _is_native(self) -> bool:
         weight = self.folded.weight
-        return weight.device.type == "cpu" and weight.dtype == torch.float32
+        if weight.device.type != "cpu":
+            return False
+        return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu.runs_bf16())
 
     def native(self) -> Network:
         """The engine of the CPU, packed at the first call.
 
-        Raises ValueError where the weights are not float32 on the CPU, BackendError without the native extension.
+        Raises ValueError where the weights are not float32 on the CPU, or bfloat16 where the instruction set in use has
+        kernels for it; BackendError without the native extension.
         """
         if not self._is_native():
             weight = self.folded.weight
-            raise ValueError(f"expected an engine in float32 on the CPU, got {weight.dtype} on {weight.device}")
+            dtypes = "float32 or bfloat16" if cpu.runs_bf16() else "float32"
+            raise ValueError(f"expected an engine in {dtypes} on the CPU, got {weight.dtype} on {weight.device}")
         native = self._native
         if native is None or self._packed != self.folded.generation:
             if (reason := cpu.unavailable_reason()) is not None:
@@ -177,12 +187,18 @@ class FrozenEfficientNet(nn.Module):
         calls = [self.native().profile(x) for _ in range(repeat)]
         steps = [_median(list(step)) for step in zip(*calls, strict=True)]
         total = sum(step.seconds for step in steps)
-        peak = cpu.fma_peak()
+        peak = cpu.fma_peak(self.folded.weight.dtype == torch.bfloat16)
         rows = Profile()
         for name, multiply_adds, seconds in steps:
             rate = 2 * multiply_adds / seconds
             rows.append(ProfileRow(name, 1e3 * seconds, 1e-9 * rate, rate / peak, seconds / total))
         return rows
+
+
+def _in_dtype(output: Any, dtype: torch.dtype) -> Any:
+    """The output of a user's module, in the dtype of the images where it is a tensor of another floating-point one."""
+    is_other = isinstance(output, Tensor) and output.is_floating_point() and output.dtype != dtype
+    return output.to(dtype) if is_other else output
 
 
 def _median(steps: Sequence[StepProfile]) -> StepProfile:

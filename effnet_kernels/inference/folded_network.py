@@ -25,6 +25,7 @@ class FoldedNetwork(nn.Module):
         dtype: of the weights; vectors stay float32.
 
     Shapes: images [N, C, H, W] to a list of maps in channels-last strides, or of [N, K] where a chain pools.
+    In bfloat16 on the CPU images may be float32 as well, and so are the outputs then.
     Raises ValueError for images of another dtype, device or number of channels.
     """
 
@@ -87,8 +88,12 @@ class FoldedNetwork(nn.Module):
         weight = self.weight
         if x.dim() != 4 or x.shape[1] != weight.shape[1]:
             raise ValueError(f"expected images [N, {weight.shape[1]}, H, W], got shape {tuple(x.shape)}")
-        if x.dtype != weight.dtype or x.device != weight.device:
-            raise ValueError(f"expected {weight.dtype} images on {weight.device}, got {x.dtype} on {x.device}")
+        dtypes = [weight.dtype]
+        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+            dtypes.append(torch.float32)
+        if x.dtype not in dtypes or x.device != weight.device:
+            expected = " or ".join(map(str, dtypes))
+            raise ValueError(f"expected {expected} images on {weight.device}, got {x.dtype} on {x.device}")
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.check(x)
@@ -99,7 +104,7 @@ class FoldedNetwork(nn.Module):
             return self._run(x)
 
     def _run(self, x: Tensor) -> list[Tensor]:
-        return [y for y, is_output in self.each(x) if is_output]
+        return [y.to(x.dtype) for y, is_output in self.each(x.to(self.weight.dtype)) if is_output]
 
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """The output of every group of layers, and whether it is one of the network's."""

@@ -45,8 +45,11 @@ def freeze(
             or inside of ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``.
         features_only: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
             finest first, without the head. Models that return maps themselves keep to their own choice.
-        dtype: of weights, images and outputs; the model's own if None. float32 on the CPU; float32, float16 or bfloat16
-            on a GPU.
+        dtype: of weights, images and outputs; the model's own if None. float32, float16 or bfloat16 on a GPU; float32
+            or bfloat16 on the CPU, which needs the instruction set AVX512-BF16 for it. In bfloat16 on the CPU, maps
+            and weights are rounded; products are summed in float32, and activations, depthwise convolutions and
+            squeeze-and-excitation are computed in it. Images may be bfloat16 or float32, and logits, features and maps
+            are of the image's dtype, with the values of bfloat16 in either.
         cuda_graph: whether a GPU's launches are captured once for each shape of images, and replayed. The eight shapes
             used last keep their graphs.
         verify: whether a copy of the model and the engine have to agree on a small random batch, or the images
@@ -197,7 +200,7 @@ def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_g
     first = read[0]
     dtype = first.dtype if dtype is None else dtype
     on_gpu = first.device.type == "cuda"
-    expected = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
+    expected = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32, torch.bfloat16)
     wanted, place = " or ".join(str(t) for t in expected), "a GPU" if on_gpu else "the CPU"
     for tensor in read:
         if tensor.device != first.device or first.device.type not in ("cpu", "cuda") or tensor.dtype not in expected:
@@ -209,6 +212,11 @@ def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_g
         raise ValueError(f"cuda_graph: expected a model on a GPU, got one on {first.device}")
     if not on_gpu and (reason := cpu.unavailable_reason()) is not None:
         raise BackendError(f"a frozen network on the CPU needs the native extension: {reason}")
+    if not on_gpu and dtype is torch.bfloat16:
+        try:
+            cpu.check_bf16()
+        except ValueError as error:
+            raise ValueError(f"dtype: {error}; torch.float32 runs on all of them") from None
     return dtype
 
 
