@@ -35,7 +35,7 @@ CASES = {
 def engines(case: str) -> tuple[str, ...]:
     name, *_, choice = CASES[case]
     if choice == "serve":
-        return bench.OURS, "onnxruntime", "openvino"
+        return bench.OURS, bench.OURS_BF16, *bench.FROM_ONNX
     known = bench.engines_of(name, trains(case))
     return known if choice == "all" else tuple(engine for engine in known if engine not in bench.BASELINES)
 
@@ -58,4 +58,4 @@ def test_network(benchmark, case: str, engine: str) -> None:
         pytest.skip(f"{engine}: {row.missing}")
     benchmark.group = case
     play_back(benchmark, [row.milliseconds])
-    benchmark.extra_info.update(ratio=row.ratio, error=row.error, MiB=row.memory)
+    benchmark.extra_info.update(ratio=row.ratio, error=row.error, MiB=row.memory, dtype=row.dtype)

@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from effnet_kernels.backends import cpu
 from effnet_kernels.tools import bench_engines
 from effnet_kernels.tools.bench_engines import (
     ACCELERATED,
     BASELINES,
     EAGER,
+    FLOAT32,
     FROM_ONNX,
     OURS,
+    OURS_BF16,
     STEPS,
     eager_network,
     is_own,
@@ -32,7 +35,8 @@ from effnet_kernels.tools.bench_engines import (
     training_step,
 )
 
-TOLERANCE = 1e-4
+# Of outputs, by what an engine computes in.
+TOLERANCES = {FLOAT32: 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
 
 class Disagreement(ValueError):
@@ -48,6 +52,7 @@ class Row(NamedTuple):
         error: root mean square of the difference from the eager network's outputs, over theirs.
         memory: MiB that building the engine and running it added to its process at most; None where it is unknown.
         missing: why the engine did not run.
+        dtype: what the engine computes in.
     """
 
     engine: str
@@ -56,6 +61,7 @@ class Row(NamedTuple):
     error: float | None = None
     memory: float | None = None
     missing: str | None = None
+    dtype: str | None = None
 
 
 class Comparison(NamedTuple):
@@ -71,8 +77,8 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         task = ", training step" if self.training else ""
         lines = [
-            f"{self.model} at {self.resolution}, batch {self.batch}, {self.threads} threads, float32{task}",
-            f"{'engine':26}{'ms':>10}{'images/s':>10}{'time/ours':>11}{'error':>10}{'MiB':>8}",
+            f"{self.model} at {self.resolution}, batch {self.batch}, {self.threads} threads{task}",
+            f"{'engine':26}{'dtype':9}{'ms':>10}{'images/s':>10}{'time/ours':>11}{'error':>10}{'MiB':>8}",
         ]
         for row in self.rows:
             if row.milliseconds is None:
@@ -81,14 +87,16 @@ class Comparison(NamedTuple):
             ratio = f"{row.ratio:.2f}" if row.ratio else ""
             memory = f"{row.memory:.0f}" if row.memory is not None else ""
             rate = 1e3 * self.batch / row.milliseconds
-            lines.append(f"{row.engine:26}{row.milliseconds:10.2f}{rate:10.1f}{ratio:>11}{row.error:10.0e}{memory:>8}")
+            lines.append(
+                f"{row.engine:26}{row.dtype:9}{row.milliseconds:10.2f}{rate:10.1f}{ratio:>11}{row.error:10.0e}{memory:>8}"
+            )
         return "\n".join(lines)
 
 
 def engines_of(name: str, training: bool = False) -> tuple[str, ...]:
     """The engines that a network can be compared under, ours first."""
-    eager = (OURS, *(package_of(name) + state for state in (ACCELERATED, *EAGER)))
-    return (*eager, "torch.compile") if training else (*eager, *BASELINES)
+    eager = tuple(package_of(name) + state for state in (ACCELERATED, *EAGER))
+    return (OURS, *eager, "torch.compile") if training else (OURS, OURS_BF16, *eager, *BASELINES)
 
 
 def compare(
@@ -99,8 +107,11 @@ def compare(
     engines: Sequence[str] | None = None,
     rounds: int = 8,
     training: bool = False,
+    dtype: str = FLOAT32,
 ) -> Comparison:
-    """Times a network's inference, or a training step, under several engines on this CPU, in float32.
+    """Times a network's inference, or a training step, under several engines on this CPU.
+
+    They compute in float32, but for our engine in bfloat16 and for OpenVINO in the precision that it takes by itself.
 
     Args:
         name: a name of :data:`effnet_kernels.VARIANTS`; the baseline is torchvision's network of that name, or timm's.
@@ -111,10 +122,12 @@ def compare(
         rounds: in each, every engine runs for about a tenth of a second.
         training: whether a call is a step of SGD (forward, loss, backward, update), without dropout and stochastic
             depth, whose draws differ between engines.
+        dtype: of the engine of ours that ratios are of: float32, or for inference bfloat16.
 
     Raises:
-        ValueError: for an unknown engine or name.
-        Disagreement: where an engine's outputs, or losses, differ by more than 1e-4; nothing is timed then.
+        ValueError: for an unknown engine or name, and for bfloat16 where this machine has no instructions for it.
+        Disagreement: where an engine's outputs, or losses, differ by more than 1e-4, or 0.1 of a 16-bit engine;
+            nothing is timed then.
         ModuleNotFoundError: without torchvision and timm.
     """
     import numpy as np
@@ -125,6 +138,12 @@ def compare(
     resolution = find_variant(name).resolution if resolution is None else resolution
     threads = torch.get_num_threads() if threads is None else threads
     known = engines_of(name, training)
+    ours = {FLOAT32: OURS, "bfloat16": OURS_BF16}.get(dtype, "")
+    if ours not in known:
+        expected = " or ".join([FLOAT32] if training else [FLOAT32, "bfloat16"])
+        raise ValueError(f"dtype: expected {expected}, got {dtype!r}")
+    if ours == OURS_BF16:
+        cpu.check_bf16()
     for engine in engines or ():
         if engine not in known:
             raise ValueError(f"engines: expected some of {', '.join(known)}, got {engine!r}")
@@ -137,6 +156,8 @@ def compare(
             absent = [module for module in modules_of(engine) if importlib.util.find_spec(module) is None]
             if absent:
                 missing[engine] = f"skipped: {absent[0]} is not installed"
+            if engine == OURS_BF16 and not cpu.runs_bf16():
+                missing[engine] = "skipped: the instruction set in use does not multiply in bfloat16"
         onnx = any(engine in FROM_ONNX and engine not in missing for engine in chosen)
         expected = _prepare(folder, name, batch, resolution, onnx, training)
         try:
@@ -146,16 +167,17 @@ def compare(
                 try:
                     workers[engine] = worker = _Worker(engine, name, folder, threads, training)
                 except _WorkerEnded as error:
-                    if engine == OURS:
+                    if engine == ours:
                         raise
                     missing[engine] = f"skipped: {error}"
                     continue
                 outputs = np.load(folder / worker.outputs)
                 worker.error = float(np.linalg.norm(outputs - expected) / np.linalg.norm(expected))
-                # Not <=, so that a NaN is caught.
-                if not worker.error <= TOLERANCE:
+                tolerance = TOLERANCES[worker.dtype]
+                # Not >, so that a NaN is caught.
+                if not worker.error <= tolerance:
                     raise Disagreement(
-                        f"{engine}: expected outputs within {TOLERANCE:.0e} of {package_of(name)}'s, got "
+                        f"{engine}: expected outputs within {tolerance:.0e} of {package_of(name)}'s, got "
                         f"{worker.error:.1e}; no speed is printed"
                     )
             for _ in range(rounds):
@@ -172,9 +194,10 @@ def compare(
         else Row(
             engine,
             medians[engine],
-            medians[engine] / medians[OURS] if OURS in medians else None,
+            medians[engine] / medians[ours] if ours in medians else None,
             workers[engine].error,
             workers[engine].memory,
+            dtype=workers[engine].dtype,
         )
         for engine in chosen
     ]
@@ -221,7 +244,9 @@ def _prepare(folder: Path, name: str, batch: int, resolution: int, onnx: bool, t
     model.eval()
     torch.save(model.state_dict(), folder / "model.pt")
     if not training:
-        torch.save(freeze(model), folder / "engine.pt")
+        torch.save(freeze(model), folder / f"{OURS}.pt")
+        if cpu.runs_bf16():
+            torch.save(freeze(model, dtype=torch.bfloat16, verify=False), folder / f"{OURS_BF16}.pt")
     x = torch.randn(batch, 3, resolution, resolution, generator=generator)
     np.save(folder / "x.npy", x.numpy())
     if onnx:
@@ -277,7 +302,9 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.memory: float | None = self._answer()
+        self.dtype: str
+        self.memory: float | None
+        self.dtype, self.memory = self._answer()
         # The calls of a tenth of a second.
         self._ask(1)
         self._calls = max(1, int(0.1 / self._answer()[0]))

@@ -12,19 +12,28 @@ from pathlib import Path
 from typing import Any
 
 OURS = "effnet_kernels"
+OURS_BF16 = "effnet_kernels bfloat16"
+# In the precision that it chooses by itself, not the one that it is told.
+OPENVINO_DEFAULT = "openvino default"
 # Engines and the module that each needs; those of the network's own package are added.
-BASELINES = {"torch.compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+BASELINES = {
+    "torch.compile": "torch",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    OPENVINO_DEFAULT: "openvino",
+}
 # Those that read an exported network.
-FROM_ONNX = ("onnxruntime", "openvino")
+FROM_ONNX = ("onnxruntime", "openvino", OPENVINO_DEFAULT)
 EAGER = (" channels-last", " contiguous")
 # The eager network after `accelerate`, as it was built.
 ACCELERATED = " accelerated"
+FLOAT32 = "float32"
 # Steps whose losses have to agree before training is timed.
 STEPS = 4
 
 
 def is_own(engine: str) -> bool:
-    return engine.endswith((OURS, ACCELERATED))
+    return engine in (OURS, OURS_BF16) or engine.endswith(ACCELERATED)
 
 
 def modules_of(engine: str) -> list[str]:
@@ -72,7 +81,7 @@ def training_step(model: Any, compiled: Any, images: Any) -> Callable[[], float]
 
 
 def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, task: str) -> None:
-    """The worker's side: the memory once, then for each line of input the seconds of that many calls."""
+    """The worker's side: dtype and memory once, then for each line of input the seconds of that many calls."""
     import numpy as np
 
     answers = sys.stdout
@@ -82,12 +91,12 @@ def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, tas
     build = _loader(engine, task)(engine, name, folder, x, threads)
     gc.collect()
     before = _resident("VmRSS", reset=True)
-    call = build()
+    dtype, call = build()
     calls = [call() for _ in range(STEPS)]
     after = _resident("VmHWM")
     np.save(folder / outputs, np.asarray(calls if task == "train" else calls[-1]))
     memory = None if before is None or after is None else (after - before) / 1024
-    print(json.dumps(memory), file=answers, flush=True)
+    print(json.dumps([dtype, memory]), file=answers, flush=True)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -97,15 +106,19 @@ def _serve(engine: str, name: str, folder: Path, outputs: str, threads: int, tas
         print(json.dumps(seconds), file=answers, flush=True)
 
 
-Build = Callable[[], Callable[[], Any]]
+# Makes an engine: what it computes in, and its call.
+Build = Callable[[], tuple[str, Callable[[], Any]]]
 
 
 def _loader(engine: str, task: str) -> Callable[[str, str, Path, Any, int], Build]:
     """The function that imports an engine and returns another, which builds its call."""
     if task == "train":
         return _load_training
-    loaders = {OURS: _load_ours, "onnxruntime": _load_onnxruntime, "openvino": _load_openvino}
-    return loaders.get(engine, _load_torch)
+    if engine in (OURS, OURS_BF16):
+        return _load_ours
+    if engine in FROM_ONNX:
+        return _load_onnxruntime if engine == "onnxruntime" else _load_openvino
+    return _load_torch
 
 
 def _load_ours(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
@@ -116,9 +129,10 @@ def _load_ours(engine: str, name: str, folder: Path, x: Any, threads: int) -> Bu
     torch.set_num_threads(threads)
     image = torch.from_numpy(x)
 
-    def build() -> Callable[[], Any]:
-        engine = torch.load(folder / "engine.pt", weights_only=False)
-        return lambda: _without_gradients(engine, image)
+    def build() -> tuple[str, Callable[[], Any]]:
+        frozen = torch.load(folder / f"{engine}.pt", weights_only=False)
+        dtype = str(frozen.folded.weight.dtype).removeprefix("torch.")
+        return dtype, lambda: _without_gradients(frozen, image)
 
     return build
 
@@ -132,7 +146,7 @@ def _load_torch(engine: str, name: str, folder: Path, x: Any, threads: int) -> B
     if engine.endswith(EAGER[0]):
         image = image.contiguous(memory_format=torch.channels_last)
 
-    def build() -> Callable[[], Any]:
+    def build() -> tuple[str, Callable[[], Any]]:
         model = eager_network(name).eval()
         model.load_state_dict(torch.load(folder / "model.pt"))
         if engine.endswith(EAGER[0]):
@@ -146,7 +160,7 @@ def _load_torch(engine: str, name: str, folder: Path, x: Any, threads: int) -> B
 
             config.freezing = True
             model = torch.compile(model)
-        return lambda: _without_gradients(model, image)
+        return FLOAT32, lambda: _without_gradients(model, image)
 
     return build
 
@@ -158,7 +172,7 @@ def _load_training(engine: str, name: str, folder: Path, x: Any, threads: int) -
 
     torch.set_num_threads(threads)
 
-    def build() -> Callable[[], Any]:
+    def build() -> tuple[str, Callable[[], Any]]:
         model, images = eager_network(name), torch.from_numpy(x)
         model.load_state_dict(torch.load(folder / "model.pt"))
         if engine == OURS:
@@ -168,7 +182,8 @@ def _load_training(engine: str, name: str, folder: Path, x: Any, threads: int) -
         if engine.endswith(EAGER[0]) or engine == "torch.compile":
             model = model.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)
-        return training_step(model, torch.compile(model) if engine == "torch.compile" else model, images)
+        compiled = torch.compile(model) if engine == "torch.compile" else model
+        return FLOAT32, training_step(model, compiled, images)
 
     return build
 
@@ -184,11 +199,11 @@ def _without_gradients(model: Any, image: Any) -> Any:
 def _load_onnxruntime(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
     import onnxruntime
 
-    def build() -> Callable[[], Any]:
+    def build() -> tuple[str, Callable[[], Any]]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        return lambda: session.run(None, {"x": x})[0]
+        return FLOAT32, lambda: session.run(None, {"x": x})[0]
 
     return build
 
@@ -196,16 +211,16 @@ def _load_onnxruntime(engine: str, name: str, folder: Path, x: Any, threads: int
 def _load_openvino(engine: str, name: str, folder: Path, x: Any, threads: int) -> Build:
     import openvino
 
-    def build() -> Callable[[], Any]:
+    def build() -> tuple[str, Callable[[], Any]]:
         core = openvino.Core()
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if engine != OPENVINO_DEFAULT:
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = core.compile_model(core.read_model(str(folder / "model.onnx")), "CPU", settings)
         request = compiled.create_infer_request()
-        return lambda: request.infer({0: x})[compiled.output(0)]
+        chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        dtype = {"f32": FLOAT32, "bf16": "bfloat16", "f16": "float16"}.get(chosen, chosen)
+        return dtype, lambda: request.infer({0: x})[compiled.output(0)]
 
     return build
 

@@ -248,6 +248,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
             arguments.engines,
             arguments.rounds,
             arguments.training,
+            arguments.dtype,
         )
     except bench.Disagreement as error:
         say(f"effnet: {error}", sys.stderr)
@@ -273,6 +274,9 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--engines", type=lambda text: text.split(","), help="some of them, by commas (all installed)")
     command.add_argument("--rounds", type=_positive, default=8, help="turns of each engine, of a tenth of a second (8)")
     command.add_argument("--training", action="store_true", help="a training step instead of inference")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of our engine that ratios are of (float32)"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw images a second (needs matplotlib)")
     command.set_defaults(run=run_bench)
