@@ -62,3 +62,9 @@ def guarded(numel: int, at_end: bool) -> Tensor:
         assert libc.mprotect(forbidden, page, 0) == 0
     address = base + page + (size - numel * 4 if at_end else 0)
     return torch.frombuffer((ctypes.c_float * numel).from_address(address), dtype=torch.float32)
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether bfloat16 numbers are the same, zeros by their sign too, and NaN wherever the others are."""
+    nan = x.isnan()
+    return torch.equal(nan, y.isnan()) and torch.equal(x.view(torch.int16)[~nan], y.view(torch.int16)[~nan])

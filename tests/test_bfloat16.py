@@ -1,4 +1,4 @@
-"""Engines in bfloat16 on the CPU: products bit for bit, accuracy of networks, and what users do with such an engine."""
+"""Engines in bfloat16 on the CPU: how accurate they are, and what users do with them."""
 
 import pickle
 from collections.abc import Iterator
@@ -8,113 +8,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomize, relative_rms, run_python
-from native_cases import kernel_isas, needs_linux, needs_native, running
+from native_cases import kernel_isas, needs_linux, needs_native, running, same_bits
 from PIL import Image
 from test_features import small
 from torch import Tensor, nn
 
 import effnet_kernels as ek
 from effnet_kernels.backends import cpu
-from effnet_kernels.backends.cpu.network import Network
-from effnet_kernels.fusion.spec import Chain, Layer
 from effnet_kernels.models.weights.pretrained import resolve_weights
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
 BF16 = torch.bfloat16
 ISAS = kernel_isas(BF16)
-
-
-def without_denormals(x: Tensor) -> Tensor:
-    """Zeros of the same sign for float32's denormal numbers."""
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, x * 0, x)
-
-
-def product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """What the instruction vdpbf16ps makes of bfloat16 matrices a [M, K] and b [K, N], in float32.
-
-    For each pair of k it adds the product of the second numbers to the sum, then that of the first, rounds each time
-    to float32, and takes denormal numbers for zeros before and after. The second numbers of half a pair are zeros.
-    """
-    half = a.shape[1] % 2
-    a, b = torch.cat([a, a.new_zeros(len(a), half)], 1), torch.cat([b, b.new_zeros(half, b.shape[1])])
-    a, b = (without_denormals(x.float()).double() for x in (a, b))
-    sums = without_denormals(bias.float()).repeat(len(a), 1)
-    for k in range(0, a.shape[1], 2):
-        for i in (k + 1, k):
-            sums = without_denormals((sums.double() + a[:, i, None] * b[i]).float())
-    return sums
-
-
-def multiply(isa: str, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """The same by the kernels: a 1x1 convolution whose pixels are the rows of ``a``."""
-    weight = b.T[:, :, None, None]
-    with running(isa, 1):
-        network = Network([Chain((Layer("pointwise", weight, bias),))], [0])
-        y = network.run(a.T[None, :, None, :])[0]
-    return y[0, :, 0, :].T
-
-
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    nan = x.isnan()
-    return torch.equal(nan, y.isnan()) and torch.equal(x.view(torch.int16)[~nan], y.view(torch.int16)[~nan])
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("inner", [1, 2, 3, 8, 31, 64])
-def test_products_are_the_instructions(isa, inner):
-    # Output channels below, at and above each boundary of a register tile, and each height of a tile.
-    for outputs in (1, 7, 8, 9, 16, 17, 24, 25, 32, 33, 57, 64):
-        a, b, bias = torch.randn(29, inner).to(BF16), torch.randn(inner, outputs).to(BF16), torch.randn(outputs)
-        assert same_bits(multiply(isa, a, b, bias), product(a, b, bias).to(BF16))
-    for rows in (*range(1, 30), 49, 64):
-        a, b, bias = torch.randn(rows, inner).to(BF16), torch.randn(inner, 41).to(BF16), torch.randn(41)
-        assert same_bits(multiply(isa, a, b, bias), product(a, b, bias).to(BF16))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_special_numbers(isa):
-    """Every pair of infinities, NaN, zeros of both signs, the largest, smallest and denormal numbers."""
-    tiny = torch.finfo(torch.float32).tiny
-    positive = [0.0, 1.0, 3.0, tiny, tiny / 4, 3e38, 1e-20, torch.inf]
-    numbers = torch.tensor([*positive, *(-x for x in positive), torch.nan]).to(BF16)
-    for bias in (0.0, -0.0, tiny / 2, -tiny, 1.5):
-        a, b = numbers[:, None], numbers[None]
-        vector = torch.full((len(numbers),), bias)
-        # Behind a complete pair of zeros, and as the first and the second number of a pair.
-        zeros = torch.zeros_like(a)
-        for columns in ([a], [a, zeros], [zeros, a], [zeros, zeros, a]):
-            left, right = torch.cat(columns, 1), torch.cat([b if c is a else torch.zeros_like(b) for c in columns])
-            y, exact = multiply(isa, left, right, vector), product(left, right, vector).to(BF16)
-            # Not their bits: the emulation loses the sign of a product that is too small for a float.
-            torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_stored_maps_are_rounded_to_nearest_even(isa):
-    # Numbers halfway between neighbours, just beside halfway, and above the largest.
-    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0xBF808000, 0x7F7F8000, 0x7F7F7FFF])
-    bias = bits.to(torch.int32).view(torch.float32)
-    zero = torch.zeros(1, 1, dtype=BF16)
-    assert same_bits(multiply(isa, zero, zero.expand(1, len(bias)), bias), bias.to(BF16)[None])
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_nothing_beside_a_pixel_is_read(isa, value):
-    """An odd number of channels ends in half a pair: what lies behind it must not count, be it a NaN."""
-    for channels in (3, 7, 9, 15, 17):
-        first = Layer("pointwise", torch.randn(channels, 3, 1, 1).to(BF16), torch.randn(channels))
-        second = Layer("pointwise", torch.randn(5, channels, 1, 1).to(BF16), torch.randn(5))
-        x = torch.randn(1, 3, 1, 40)
-        with running(isa, 1):
-            network = Network([Chain((first,)), Chain((second,))], [1])
-            right = network.run(x)[0]
-            # Memory that an earlier call has left.
-            network.run(torch.full_like(x, value))
-            y = network.run(x)[0]
-        assert torch.equal(y, right)
-        assert y.isfinite().all()
 
 
 def engine_of(model: nn.Module, **options: Any) -> Any:

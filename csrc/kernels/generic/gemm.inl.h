@@ -48,17 +48,12 @@ struct InnerStep<Bf16, L> {
   static EFFNET_INLINE F<L> add(F<L> to, Vector row, Vector panel) { return dot<L>(to, row, panel); }
 };
 
-// Numbers of type T in a packed panel.
-template <class T>
-std::int64_t panel_size(std::int64_t segments, std::int64_t segment_length, std::int64_t k_tail_padding) {
-  constexpr int count = InnerStep<T, 1>::count;
-  const std::int64_t steps = segments * ((segment_length + count - 1) / count) - k_tail_padding;
-  return steps * count * effnet::panel_columns;
-}
-
+// Numbers in a packed panel of the product's matrix.
 template <class T, class Y>
 std::int64_t panel_size(const effnet::Gemm<T, Y>& gemm) {
-  return panel_size<T>(gemm.segments, gemm.segment_length, gemm.k_tail_padding);
+  constexpr int count = InnerStep<T, 1>::count;
+  const std::int64_t steps = gemm.segments * ((gemm.segment_length + count - 1) / count) - gemm.k_tail_padding;
+  return steps * count * effnet::panel_columns;
 }
 
 template <class T, class Y, int L, int Rows, int V, int Chains = 1>
