@@ -71,8 +71,6 @@ def test_who_else_looks_at_the_calls_is_a_reason(x):
     seen = []
     torch.func.vmap(lambda t: (seen.append(select.interception(t)), t)[1])(x)
     assert "torch.func" in seen[0] or "plain tensor" in seen[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert select.operator_backend(x) == "reference"
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

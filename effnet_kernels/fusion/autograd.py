@@ -1,12 +1,14 @@
 """A chain for autograd: one Function over a backend's primitives, or its inference where nothing is recorded."""
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_kernels.backends import profiling, select
-from effnet_kernels.backends.base import Primitives, PrimitivesBackend
+from effnet_kernels.backends.base import PrimitivesBackend
+from effnet_kernels.backends.cpu.memory import cast_map
 from effnet_kernels.backends.operands import as_map, in_memory
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion import custom_ops
@@ -19,13 +21,17 @@ from effnet_kernels.fusion.spec import Chain, Prologue
 def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """The chain of x [N, C, H, W] on a backend's primitives, called or traced, with autograd where it is recording.
 
-    The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here; the
-    kernels cast weights as they load them. Maps of lower precision go with float32 weights, as under autocast.
+    The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here, and
+    the output has autocast's dtype; kernels cast weights as they load them. Maps of lower precision go with float32
+    weights, as under autocast.
 
     Raises ValueError where the channels, the device or the dtype are not those of the weights, which a kernel would not
     notice, and where BatchNorm would normalise a single value a channel by itself.
     """
     _check_input(chain, x)
+    if backend == "cpu" and drop_path_scale is not None:
+        # Drawn in the input's dtype, which need not be float32 under autocast.
+        drop_path_scale = drop_path_scale.float()
     if torch.compiler.is_compiling():
         return custom_ops.run(backend, chain, x, drop_path_scale)
     return _run(backend, chain, x, drop_path_scale)
@@ -33,62 +39,75 @@ def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Te
 
 def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """:func:`run` without its checks, called and not traced."""
-    autocast = select.autocast_dtype(x)
-    if autocast is not None and backend == "reference":
-        # The reference is made of torch's own functions, which autocast would cast again.
-        with torch.autocast(x.device.type, enabled=False):
-            return _run(backend, chain, x.to(autocast), drop_path_scale)
-    x = as_map(x.to(autocast or x.dtype))
+    dtypes = select.chain_dtypes(backend, x)
+    x = as_map(x)
     if profiling.enabled() and backend != "reference":
         # A dense convolution is torch's own, or its primitive records it.
         profiling.record_convolutions(chain, x.shape, dense=False)
-    primitives = primitives_of(backend)
-    if torch.is_grad_enabled():
-        parameters = chain.parameters()
-        if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
-            return ChainFunction.apply(primitives, chain, x, drop_path_scale, *parameters)
-    with profiling.profiled(f"chain of {len(chain.layers)}"):
-        if drop_path_scale is None and not chain.batch_statistics:
-            return infer(primitives, chain, x)
-        return forward(primitives, chain, x, drop_path_scale)[0]
+    # Autocast would cast what backends leave to torch's functions once more; Triton's launches are spared the question.
+    with contextlib.nullcontext() if backend == "triton" else select.without_autocast(x):
+        if torch.is_grad_enabled():
+            parameters = chain.parameters()
+            if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
+                return ChainFunction.apply(backend, chain, dtypes, x, drop_path_scale, *parameters)
+        computed, returned = dtypes
+        primitives, x = primitives_of(backend), _cast(backend, x, computed)
+        with profiling.profiled(f"chain of {len(chain.layers)}"):
+            if drop_path_scale is None and not chain.batch_statistics:
+                out = infer(primitives, chain, x)
+            else:
+                out, _ = forward(primitives, chain, x, drop_path_scale)
+        return _cast(backend, out, returned)
 
 
 class ChainFunction(torch.autograd.Function):
-    """:func:`forward` and :func:`backward`, for autograd."""
+    """:func:`forward` and :func:`backward` for autograd, between casts from and to :func:`.select.chain_dtypes`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        primitives: Primitives,
+        backend: PrimitivesBackend,
         chain: Chain,
+        dtypes: tuple[torch.dtype, torch.dtype],
         x: Tensor,
         drop_path_scale: Tensor | None,
         *parameters: Tensor | None,
     ) -> Tensor:
-        out, saved = forward(primitives, chain, x, drop_path_scale)
-        ctx.chain, ctx.primitives = chain, primitives
+        computed, returned = dtypes
+        ctx.chain, ctx.backend, ctx.input_dtype = chain, backend, x.dtype
+        x = _cast(backend, x, computed)
+        out, saved = forward(primitives_of(backend), chain, x, drop_path_scale)
         kept: list[Tensor | None] = list(flatten(saved))
         if _recomputes(chain, x):
             kept[0] = None
         ctx.save_for_backward(x, drop_path_scale, *parameters, *kept)
-        return out
+        return _cast(backend, out, returned)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, drop_path_scale, *rest = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        _, _, _, needs_input, _, *needs = ctx.needs_input_grad
         # Hooks on saved tensors may give back any tensor of the same values; backward() brings the others in order.
         chain = ctx.chain.with_parameters(
             [t if t is None or not t.is_neg() else in_memory(t) for t in rest[: len(needs)]]
         )
         kept = rest[len(needs) :]
-        if kept[0] is None:
-            kept[0], _ = convolve(ctx.primitives, chain.layers[0], as_map(x), Prologue(), "none")
-        grad_x, gradients = backward(
-            ctx.primitives, chain, grad, x, drop_path_scale, unflatten(chain, kept), ctx.needs_input_grad[2], needs
-        )
-        return None, None, grad_x, None, *gradients
+        primitives, grad = primitives_of(ctx.backend), _cast(ctx.backend, grad, x.dtype)
+        # A backward pass may be started under autocast too.
+        with select.without_autocast(x):
+            if kept[0] is None:
+                kept[0], _ = convolve(primitives, chain.layers[0], as_map(x), Prologue(), "none")
+            grad_x, gradients = backward(
+                primitives, chain, grad, x, drop_path_scale, unflatten(chain, kept), needs_input, needs
+            )
+        grad_x = None if grad_x is None else _cast(ctx.backend, grad_x, ctx.input_dtype)
+        return None, None, None, grad_x, None, *gradients
+
+
+def _cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map, or a pooled one, in another dtype, without autograd."""
+    return cast_map(x, dtype) if backend == "cpu" and x.dim() == 4 and x.dtype is not dtype else x.to(dtype)
 
 
 def _check_input(chain: Chain, x: Tensor) -> None:

@@ -34,17 +34,18 @@ _library.define(
 
 def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """:func:`effnet_kernels.fusion.autograd.run` as registered operators."""
-    x = x.to(select.autocast_dtype(x) or x.dtype)
+    computed, returned = select.chain_dtypes(backend, x)
+    x = x.to(computed)
     text, parameters, running = encode(backend, chain)
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in parameters))
     if not recorded and drop_path_scale is None and not chain.batch_statistics:
-        return torch.ops.effnet_kernels.chain_inference(x, parameters, running, text)
+        return torch.ops.effnet_kernels.chain_inference(x, parameters, running, text).to(returned)
     out, *saved = torch.ops.effnet_kernels.chain_forward(x, drop_path_scale, parameters, running, text)
     for layer, kept in zip(chain.layers, unflatten(chain, [t.detach() for t in saved]), strict=True):
         if layer.norm is not None and layer.norm.batch_statistics and layer.norm.tracks:
             _, _, mean, rstd = kept.norm.unbind()
             _update_running_statistics(layer.norm, mean, rstd, kept.y.numel() // kept.y.shape[1])
-    return out
+    return out.to(returned)
 
 
 def _update_running_statistics(norm: BatchNorm, mean: Tensor, rstd: Tensor, count: int) -> None:
@@ -228,11 +229,22 @@ def _autograd(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     return needed[0], None, needed[1:], [None] * ctx.running, None
 
 
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Casts are the caller's: a graph may be run under the autocast that it was traced under."""
+
+    @functools.wraps(implementation)
+    def run_outside(first: Tensor, *arguments: Any) -> Any:
+        with select.without_autocast(first):
+            return implementation(first, *arguments)
+
+    return run_outside
+
+
 for _name, _implementation, _fake in (
     ("chain_inference", _inference, _fake_inference),
     ("chain_forward", _forward, _fake_forward),
     ("chain_backward", _backward, _fake_backward),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _outside_autocast(_implementation), "CompositeExplicitAutograd")
     library.register_fake(f"effnet_kernels::{_name}", _fake, lib=_library)
 library.register_autograd("effnet_kernels::chain_forward", _autograd, setup_context=_setup_context, lib=_library)

@@ -77,6 +77,9 @@ class FusedModule(nn.Module):
             return Decision("torch", spec)
         backend = select.backend_for(call, force)
         reason = select.fallback_reason(backend, call)
+        if reason is None and backend == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Without autocast parameters of another dtype than the input's are an error of the caller's.
+            reason = _parameters_of_other_dtypes(spec.chain)
         if reason is not None and force == backend:
             raise BackendError(f"backend {force!r} was forced but cannot run {type(self).__name__}: {reason}")
         reason = reason or _missing_kernel(backend, spec.chain)
@@ -104,6 +107,18 @@ def _missing_kernel(backend: PrimitivesBackend, chain: Chain) -> str | None:
     for layer in chain.layers:
         if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
             return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
+    return None
+
+
+def _parameters_of_other_dtypes(chain: Chain) -> str | None:
+    """Why the native kernels cannot compute a chain whose input is cast for them, or None: they cast no parameters."""
+    tensors = list(chain.parameters())
+    for layer in chain.layers:
+        if layer.norm is not None:
+            tensors += [layer.norm.running_mean, layer.norm.running_var]
+    for t in tensors:
+        if t is not None and t.dtype != torch.float32:
+            return f"the native kernels compute with parameters in float32, not {str(t.dtype).removeprefix('torch.')}"
     return None
 
 

@@ -88,7 +88,9 @@ def depthwise_conv_bn_silu(
             skip_nonfinite=skip_nonfinite_statistics,
         )
         layer = Layer("depthwise", as_contiguous(weight), None, stride, pads, norm, act)
-        return autograd.run(backend, Chain((layer,)), x, None)
+        # Unlike a block's, an operator's output has the dtype of x under autocast.
+        with select.without_autocast(x):
+            return autograd.run(backend, Chain((layer,)), x, None)
     if not training:
         scale, shift = finalize_batch_norm(None, norm_weight, norm_bias, running_mean, running_var, eps=eps)
         return depthwise_conv(x, weight, stride, pads, epilogue=Epilogue(scale, shift, act))[0]

@@ -54,16 +54,25 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def empty_map(samples: int, channels: int, height: int, width: int) -> Tensor:
-    """[N, C, H, W] in channels-last strides, float32 on the CPU, not initialised."""
+def empty_map(samples: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[N, C, H, W] in channels-last strides, on the CPU, not initialised; the kernels' maps are float32."""
     shape = samples, channels, height, width
     strides = channels * height * width, 1, width * channels, channels
-    bytes_needed = 4 * samples * channels * height * width
+    bytes_needed = dtype.itemsize * samples * channels * height * width
     if bytes_needed < _POOLED_BYTES:
-        return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
-    pooled = torch.frombuffer(extension().PooledBytes(bytes_needed), dtype=torch.float32)
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+    pooled = torch.frombuffer(extension().PooledBytes(bytes_needed), dtype=dtype)
     # A tensor of its own: autograd forbids in-place operations on a view that a custom Function returns.
-    return torch.empty(0, dtype=torch.float32, device="cpu").set_(pooled.untyped_storage(), 0, shape, strides)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(pooled.untyped_storage(), 0, shape, strides)
+
+
+def cast_map(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map [N, C, H, W], on the CPU, in another dtype and in channels-last strides; without autograd.
+
+    Its memory comes from the pool: the system would clear that of a fresh tensor, which takes longer than the cast.
+    """
+    samples, channels, height, width = x.shape
+    return empty_map(samples, channels, height, width, dtype).copy_(x)
 
 
 def release_memory() -> None:
