@@ -1,4 +1,4 @@
-"""Autocast on the CPU: the native kernels compute in float32 and answer in its dtype."""
+"""Autocast and bfloat16 on the CPU: the native kernels in float32 under autocast, torch in channels-last without it."""
 
 import copy
 from collections.abc import Callable
@@ -294,6 +294,43 @@ def test_operators_cast_no_maps() -> None:
             assert torch.equal(plain, cast), name
         with torch.autocast("cpu", torch.bfloat16):
             assert call(x.detach().bfloat16()).dtype == torch.bfloat16, name
+
+
+# Models in bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("features_only", [True, False])
+def test_models_in_bfloat16_run_in_channels_last(
+    memory_format: torch.memory_format, features_only: bool, training: bool
+) -> None:
+    model = network(features_only=features_only).bfloat16().train(training)
+    x = torch.randn(2, 3, 65, 47).bfloat16().contiguous(memory_format=memory_format)
+    eager, exact, seen = copy.deepcopy(model), copy.deepcopy(model).double(), []
+    model.features[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        actual = model(x)
+        with ek.use_backend("torch"):
+            expected, right = eager(x), exact(x.double())
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert {row.backend for row in ek.explain(model, x)} == {"torch"}
+    maps = zip(actual, expected, right, strict=True) if features_only else [(actual, expected, right)]
+    for y, z, w in maps:
+        assert y.dtype == torch.bfloat16
+        assert not features_only or y.is_contiguous(memory_format=memory_format)
+        assert relative_rms(y, w) <= 2 * relative_rms(z, w)
+
+
+def test_a_forced_backend_leaves_models_in_bfloat16_as_they_were() -> None:
+    model, x = network().bfloat16().eval(), torch.randn(2, 3, 65, 47).bfloat16()
+    seen = []
+    model.features[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    with ek.use_backend("torch"):
+        model(x)
+    assert seen == [True]
+    with ek.use_backend("cpu"), pytest.raises(BackendError, match="compute in float32, not bfloat16"):
+        model(x)
 
 
 @pools_memory

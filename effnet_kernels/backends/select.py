@@ -168,13 +168,24 @@ def _traces_eager_path() -> bool:
     return version < (2, 11) or (version < (2, 14) and not torch._dynamo.config.assume_static_by_default)
 
 
+def is_left_to_torch(x: Tensor) -> bool:
+    """Whether ``x`` is in bfloat16 on the CPU without autocast, which torch computes, fastest in channels-last strides.
+
+    A module asks this first: to find out why takes several times as long, which a small network in bfloat16 notices.
+    """
+    bfloat16 = x.dtype is torch.bfloat16 and x.is_cpu
+    return bfloat16 and not torch.is_autocast_enabled("cpu") and forced() is None
+
+
 def prefers_channels_last(x: Tensor) -> bool:
-    """Whether modules should get ``x`` in channels-last strides: some of them may run on operators."""
+    """Whether modules should get ``x`` in channels-last strides: operators may run, or torch is faster in them too."""
     if interception(x) is not None or x.dim() != 4:
         return False
     force = forced()
     if force is not None:
         return force != "torch"
+    if is_left_to_torch(x):
+        return True
     call = Call.of(x)
     return fallback_reason(backend_for(call, None), call) is None
 

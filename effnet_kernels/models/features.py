@@ -25,7 +25,7 @@ def check_images(x: object) -> None:
 
 
 class Features(nn.Sequential):
-    """A sequence of layers, walked in channels-last strides where operators run.
+    """A sequence of layers, walked in channels-last strides where operators run, and in bfloat16 on the CPU.
 
     The strides are converted once, on the way in, and outputs come in the input's memory format. A slice is a
     ``Features`` too.

@@ -48,6 +48,8 @@ class FusedModule(nn.Module):
 
         With ``pool`` the output's mean over all pixels, [N, K]. Further arguments go to stochastic depth.
         """
+        if select.is_left_to_torch(input):
+            return None
         decision = self.choose(input)
         if decision.spec is None or decision.backend == "torch":
             return None
