@@ -160,6 +160,16 @@ def test_autocast_with_inductor() -> None:
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
+@old_tracer
+def test_models_in_bfloat16() -> None:
+    """Traced as torch's own functions, in channels-last strides as when called."""
+    model, x, graphs = network().bfloat16().eval(), torch.randn(2, 3, 40, 64).bfloat16(), Graphs()
+    with torch.no_grad():
+        y = torch.compile(model, backend=graphs, fullgraph=True)(x)
+        torch.testing.assert_close(y, model(x))
+    assert graphs.operators == []
+
+
 def test_checkpoint() -> None:
     from torch.utils.checkpoint import checkpoint
 
