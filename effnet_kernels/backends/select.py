@@ -223,8 +223,8 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def operator_backend(x: Tensor) -> PrimitivesBackend:
     """The backend that computes a public operator on the map or vector ``x``: the reference where no kernels may.
 
-    Traced, none may: the chains alone are registered. An operator casts no maps, under autocast neither, so that the
-    native kernels are for those in float32.
+    Traced, none may: the chains alone are registered. An operator casts no maps, not even under autocast, so
+    that the native kernels are for those in float32.
     """
     backend = None if torch.compiler.is_compiling() else chain_backend(x)
     if backend is None or (backend == "cpu" and x.dtype is not torch.float32):

@@ -44,7 +44,8 @@ def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: T
     if profiling.enabled() and backend != "reference":
         # A dense convolution is torch's own, or its primitive records it.
         profiling.record_convolutions(chain, x.shape, dense=False)
-    # Autocast would cast what backends leave to torch's functions once more; Triton's launches are spared the question.
+    # Autocast would cast the operands of the torch functions that these backends call. Triton's launchers cast those of
+    # the one that they call, so that they need not wait for the switch.
     with contextlib.nullcontext() if backend == "triton" else select.without_autocast(x):
         if torch.is_grad_enabled():
             parameters = chain.parameters()
