@@ -137,7 +137,7 @@ void copy_row(const From* from, std::int64_t pitch, const MapSize& size, const V
 // The steps of all layers, whose maps are of type T.
 template <class T>
 std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, const Layout& layout,
-                                              std::int64_t images) {
+                                              std::int64_t images, int threads) {
   std::vector<std::unique_ptr<Step>> steps;
   std::int64_t gate = absent;
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -151,7 +151,7 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
     const std::int64_t residual =
         layer.spec.residual < 0 ? absent : layout.places[static_cast<std::size_t>(layer.spec.residual)].offset;
     if (layer.spec.kind == LayerKind::depthwise) {
-      steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i]));
+      steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i], images, threads));
       gate = absent;
       if (layer.spec.excitation.squeeze > 0) {
         const bool gates_map = layout.gates_map(static_cast<std::int64_t>(i));
@@ -196,7 +196,8 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
            std::int64_t height, std::int64_t width, const Kernels& kernels, int threads)
     : type_(type), images_(images), height_(height), width_(width), kernels_(kernels), threads_(threads) {
   const Layout layout(layers, outputs, images, height, width, type);
-  steps_ = type == Type::bf16 ? make_steps<Bf16>(layers, layout, images) : make_steps<float>(layers, layout, images);
+  steps_ = type == Type::bf16 ? make_steps<Bf16>(layers, layout, images, threads)
+                              : make_steps<float>(layers, layout, images, threads);
   for (const std::int64_t tensor : outputs) {
     const Place& place = layout.places[static_cast<std::size_t>(tensor)];
     outputs_.push_back({place.offset, {place.channels, place.height, place.width}});

@@ -88,10 +88,10 @@ std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place
 
 // A depthwise convolution of x; or, with a producer, of that layer's output of x, of which only a few rows at a time
 // are stored. If sums is not absent, the output's sums for the squeeze are [images, sum_shards, round_up(channels, 16)]
-// there.
+// there. The numbers of images and threads decide how the step is divided into work items, not what it computes.
 template <class T>
 std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, const Place& x, const Place& y,
-                                     std::int64_t sums);
+                                     std::int64_t sums, std::int64_t images, int threads);
 
 // The squeeze and the first layer of squeeze-and-excitation: from sums to hidden, [images, round_up(squeeze, 16)].
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
