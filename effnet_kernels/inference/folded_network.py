@@ -159,7 +159,8 @@ def _run_eagerly(chain: Chain, x: Tensor) -> Tensor:
         weight, bias = layer.weight, layer.bias
         assert bias is not None
         size = (x.shape[2], x.shape[3])
-        left, right, top, bottom = resolve_padding(layer.padding, size, layer.kernel_size, layer.stride)
+        # Not layer.kernel_size: the tracer of torch 2.9 does not know a NamedTuple's properties.
+        left, right, top, bottom = resolve_padding(layer.padding, size, weight.shape[2], layer.stride)
         symmetric = layer.padding != "same" and left == right == top == bottom
         if not symmetric:
             x = F.pad(x, [left, right, top, bottom])
