@@ -169,6 +169,14 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a finite number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan", "inf", "soon"])
+def test_minutes_of_the_tuner(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", f"--minutes={minutes}"])
+    assert stopped.value.code == 2
+    assert f"expected a number of minutes above 0, got '{minutes}'" in capsys.readouterr().err
+
+
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -303,7 +304,7 @@ def _add_tune(commands: Any) -> None:
     command.add_argument("--resolution", type=_positive, default=224, help="the images' size (224)")
     command.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the maps (fp16)")
     command.add_argument("--output", type=Path, metavar="FILE", help="written there, and not where they are looked for")
-    command.add_argument("--minutes", type=float, help="stop after so many (not before all is timed)")
+    command.add_argument("--minutes", type=_minutes, help="stop after so many (not before all is timed)")
     command.add_argument("--fields", type=_positive, default=2, help="of a configuration that change at once (2)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the time of every configuration there, too")
     command.set_defaults(run=run_tune)
@@ -321,6 +322,17 @@ def _positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return number
+
+
+def _minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    # Not <=, so that a NaN is refused.
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
     return number
 
 
