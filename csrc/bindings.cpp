@@ -251,6 +251,7 @@ effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
   spec.pool = given["pool"].cast<bool>();
   spec.weight = weights("weight");
   spec.bias = address("bias");
+  spec.winograd = given["winograd"].cast<bool>();
   spec.excitation.squeeze = number("squeeze");
   if (spec.excitation.squeeze > 0) {
     spec.excitation.act = static_cast<effnet::Activation>(number("squeeze_act"));

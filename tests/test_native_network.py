@@ -156,6 +156,33 @@ def test_dense_with_residual(target):
     check(layers, torch.randn(2, 3, 8, 8), target, outputs=[3, 4])
 
 
+@pytest.mark.parametrize("isa", kernel_isas())
+@pytest.mark.parametrize("channels", [16, 17, 24, 33])
+def test_winograd(isa, channels):
+    """3x3 convolutions of stride 1 and enough channels, on maps that end inside, at and behind a tile."""
+    target = Target(isa, torch.float32)
+    for outputs, size in itertools.product((16, 24, 41), ((1, 1), (4, 4), (5, 7), (8, 3), (13, 18))):
+        for padding in ((1, 1, 1, 1), "same", (1, 2, 2, 0)):
+            x = torch.randn(2, channels, *size)
+            check([dense(channels, outputs, 3, padding=padding, act="silu")], x, target)
+        # Behind another layer and before a depthwise one, with a residual, on several threads.
+        layers = [dense(3, channels), dense(channels, channels, 3, act="relu", residual=1), depthwise(channels)]
+        check(layers, torch.randn(3, 3, *size), target, threads=3, outputs=[2, 3])
+    names = [name for name, *_ in network_of([dense(16, 16, 3)], [1]).profile(torch.randn(1, 16, 8, 8))]
+    assert names == ["winograd 3x3 16 to 16 at 8x8"]
+
+
+def test_winograd_switched_off(monkeypatch):
+    layers, x = [dense(16, 16, 3)], torch.randn(1, 16, 8, 8)
+    transformed = network_of(layers, [1]).run(x)[0]
+    monkeypatch.setenv("EFFNET_KERNELS_WINOGRAD", "0")
+    network = network_of(layers, [1])
+    assert [name for name, *_ in network.profile(x)] == ["dense 3x3 16 to 16 at 8x8"]
+    y = network.run(x)[0]
+    assert not torch.equal(y, transformed)
+    assert_close(transformed, y)
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -44,6 +44,44 @@ PackedMatrix pack_matrix(const Weights& weight, const float* bias, std::int64_t 
   return matrix;
 }
 
+// G g G^T of each pair of channels (see kernels/generic/winograd.inl.h), in double precision.
+Buffer pack_winograd(const Weights& weight, std::int64_t out, std::int64_t channels) {
+  constexpr double g[6][3] = {{1.0 / 4, 0, 0},
+                              {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                              {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                              {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                              {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                              {0, 0, 1}};
+  constexpr std::int64_t products = 36;
+  const std::int64_t panels = ceil_div(out, panel_columns), panel_size = channels * panel_columns;
+  Buffer packed = allocate_zeros(panels * products * panel_size);
+  for (std::int64_t row = 0; row < out; ++row) {
+    const std::int64_t panel = row / panel_columns, first = panel / panels_together * panels_together;
+    const std::int64_t together = std::min(panels_together, panels - first);
+    for (std::int64_t channel = 0; channel < channels; ++channel) {
+      for (std::int64_t i = 0; i < 6; ++i) {
+        for (std::int64_t j = 0; j < 6; ++j) {
+          double value = 0;
+          for (std::int64_t tap = 0; tap < 9; ++tap) {
+            value +=
+                g[i][tap / 3] * g[j][tap % 3] * static_cast<double>(weight.at((row * channels + channel) * 9 + tap));
+          }
+          const std::int64_t at = first * products + (i * 6 + j) * together + panel - first;
+          packed[static_cast<std::size_t>(at * panel_size + channel * panel_columns + row % panel_columns)] =
+              static_cast<float>(value);
+        }
+      }
+    }
+  }
+  return packed;
+}
+
+// Whether the transforms take less time than the products that they save.
+bool gains_by_winograd(const LayerSpec& spec, Type type) {
+  return spec.winograd && type == Type::f32 && spec.kernel == 3 && spec.stride == 1 && spec.in_channels >= 16 &&
+         spec.out_channels >= 16;
+}
+
 // [channels, kernel, kernel] and [channels] to [panels, 1 + kernel * kernel, 16].
 Buffer pack_taps(const Weights& weight, const float* bias, std::int64_t channels, std::int64_t kernel) {
   const std::int64_t taps = kernel * kernel;
@@ -89,6 +127,10 @@ Layer pack(const LayerSpec& spec, Type type) {
   Layer layer(without_weights(spec));
   if (spec.kind == LayerKind::conv) {
     layer.matrix = pack_matrix(spec.weight, spec.bias, spec.out_channels, spec.in_channels, spec.kernel, type);
+    if (gains_by_winograd(spec, type)) {
+      layer.matrix.panels.reset();
+      layer.winograd = pack_winograd(spec.weight, spec.out_channels, spec.in_channels);
+    }
   } else {
     layer.taps = pack_taps(spec.weight, spec.bias, spec.out_channels, spec.kernel);
   }

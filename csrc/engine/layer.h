@@ -19,6 +19,9 @@ struct Padding {
   bool any() const { return left != 0 || right != 0 || top != 0 || bottom != 0; }
 };
 
+// Panels that a matrix product reads together.
+constexpr std::int64_t panels_together = 2;
+
 // Numbers in the caller's memory, one after another.
 struct Weights {
   const void* data = nullptr;
@@ -55,6 +58,7 @@ struct LayerSpec {
   Weights weight;               // [out, in, kernel, kernel], a depthwise one [out, kernel, kernel]
   const float* bias = nullptr;  // [out]
   Excitation excitation;        // of a depthwise layer
+  bool winograd = false;        // whether a 3 x 3 convolution may be computed by Winograd's transforms
 
   // Whether each pixel of the output depends on the pixel of the input at the same place alone.
   bool pointwise() const { return kind == LayerKind::conv && kernel == 1 && stride == 1 && !padding.any(); }
@@ -86,6 +90,9 @@ struct Layer {
   PackedMatrix matrix;          // of a conv, in the network's type
   Buffer taps;                  // of a depthwise layer: [panels, 1 + kernel * kernel, 16], the bias first
   PackedMatrix reduce, expand;  // of its excitation
+  // The transformed weights, [pairs of panels, 36, panels of a pair, in_channels, 16], of a convolution that is
+  // computed by Winograd's transforms; its matrix has no weights then. Null for another.
+  Buffer winograd;
 
   explicit Layer(const LayerSpec& spec) : spec(spec) {}
 

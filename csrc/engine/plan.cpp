@@ -56,9 +56,9 @@ class Layout {
   // output: that is the largest tensor of the block, and a few of its rows at a time stay in cache.
   bool fused_into_next(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
-    return at + 1 < layers_.size() && layers_[at].spec.kind == LayerKind::conv && !layers_[at].spec.pool &&
-           layers_[at].spec.residual < 0 && layers_[at + 1].spec.kind == LayerKind::depthwise &&
-           last_use(i + 1) == i + 1;
+    return at + 1 < layers_.size() && layers_[at].spec.kind == LayerKind::conv && layers_[at].winograd == nullptr &&
+           !layers_[at].spec.pool && layers_[at].spec.residual < 0 &&
+           layers_[at + 1].spec.kind == LayerKind::depthwise && last_use(i + 1) == i + 1;
   }
 
   // Whether the gate scales the map, rather than the weights of the 1 x 1 convolution after it. Scaling the weights
@@ -164,6 +164,8 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
     }
     if (spec.pointwise() && !x.is_image) {
       steps.push_back(pointwise_step<T>(layer, x, y, residual, gate));
+    } else if (layer.winograd != nullptr) {
+      steps.push_back(winograd_step(layer, x, y, residual, images, threads));
     } else {
       steps.push_back(dense_step<T>(layer, x, y, residual));
     }

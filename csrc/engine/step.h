@@ -69,9 +69,6 @@ class Step {
 // In place of an offset in the arena: there is no such tensor.
 constexpr std::int64_t absent = -1;
 
-// Panels that a matrix product reads together.
-constexpr std::int64_t panels_together = 2;
-
 // Shards of a map's rows, each of which has partial sums of its own in a depthwise step.
 constexpr std::int64_t sum_shards = 4;
 
@@ -85,6 +82,10 @@ std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const P
 // strides may be any.
 template <class T>
 std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual);
+
+// The same for float32 by Winograd's transforms, of a layer that was packed for them.
+std::unique_ptr<Step> winograd_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
+                                    std::int64_t images, int threads);
 
 // A depthwise convolution of x; or, with a producer, of that layer's output of x, of which only a few rows at a time
 // are stored. If sums is not absent, the output's sums for the squeeze are [images, sum_shards, round_up(channels, 16)]

@@ -71,6 +71,28 @@ struct DepthwiseRow {
   Activation act;
 };
 
+// Tiles in a row of a map, each 6 x 6 pixels and 4 from the next, to their 36 products' operands.
+struct WinogradInput {
+  const float* x;                // rows of [*, channels]
+  std::int64_t x_row;            // floats from a row to the next
+  std::int64_t tiles, channels;  // tiles of this row
+  float* to;                     // [36, *, channels]
+  std::int64_t to_product;       // floats from a product to the next
+};
+
+// y = act(outputs + bias) + residual for the 4 x 4 outputs of each tile in a row, one panel of channels wide.
+struct WinogradOutput {
+  const float* m;                  // [36, tiles, *], the products
+  std::int64_t m_product, m_tile;  // floats from one to the next
+  const float* bias;               // [16]
+  const float* residual;           // as y; may be null
+  float* y;
+  std::int64_t y_row, y_pixel;      // floats from one to the next
+  std::int64_t tiles, rows, width;  // rows of outputs that are inside the map, 1 to 4, and pixels of a row
+  std::int64_t channels;            // of this panel, 1 to 16; 8 are written where 8 are enough, else 16
+  Activation act;
+};
+
 // Rows of a map, or rows in panels: channel c of row r is at data[r * row + c / 16 * panel + c % 16]. For a map `panel`
 // is 16; rows in panels are padded to a multiple of 16 channels.
 struct Rows {
@@ -181,6 +203,8 @@ struct Kernels {
   bool emulated;  // for tests alone: runs the logic of an instruction set on machines without it
   MapKernels<float> f32;
   const MapKernels<Bf16>* bf16;  // null where the instruction set does not multiply in bfloat16
+  void (*winograd_input_f32)(const WinogradInput&);
+  void (*winograd_output_f32)(const WinogradOutput&);
   // values[i] = gate(values[i])
   void (*gate_f32)(float* values, std::int64_t count, Gate gate);
   void (*activate_rows_f32)(const ActivateRows&);

@@ -60,6 +60,10 @@ def freeze(
     gradients, is pickled with its weights, may be called by several threads and exported. Autocast does not change the
     dtype that it computes in.
 
+    On the CPU in float32, 3x3 convolutions of stride 1 over 16 channels and more (V2's) are computed by Winograd's
+    transforms (Lavin and Gray, 2016, section 4): sums are taken in another order, and an infinity or a NaN spreads to
+    the other pixels of its 6x6 tile. ``EFFNET_KERNELS_WINOGRAD=0``, set before the first call, turns that off.
+
     Raises:
         TypeError: for another model.
         ValueError: for a part that the engine does not know, a hook or a replaced method by its name; for a dtype or

@@ -23,5 +23,5 @@ void weight_gradient_f32_4x2(const effnet::WeightGradient& call) {
 
 }  // namespace
 
-const effnet::Kernels effnet::avx2_kernels =
-    kernels_of_lanes<8>("avx2", false, {gemm_f32_6x2, depthwise_row<8, float>, weight_gradient_f32_4x2});
+const effnet::Kernels effnet::avx2_kernels = kernels_of_lanes<8>(
+    "avx2", false, {gemm_f32_6x2, depthwise_row<8, float>, weight_gradient_f32_4x2, winograd_output<8>});

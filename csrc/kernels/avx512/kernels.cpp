@@ -15,7 +15,15 @@ void weight_gradient_f32_8x1(const effnet::WeightGradient& call) {
   }
 }
 
+void winograd_output_f32(const effnet::WinogradOutput& call) {
+  if (call.channels > 8) {
+    winograd_output<16>(call);
+  } else {
+    winograd_output<8>(call);
+  }
+}
+
 }  // namespace
 
-const effnet::Kernels effnet::avx512_kernels =
-    kernels_of_lanes<16>("avx512", false, {gemm_f32_12x2, depthwise_row_f32_1x8, weight_gradient_f32_8x1});
+const effnet::Kernels effnet::avx512_kernels = kernels_of_lanes<16>(
+    "avx512", false, {gemm_f32_12x2, depthwise_row_f32_1x8, weight_gradient_f32_8x1, winograd_output_f32});

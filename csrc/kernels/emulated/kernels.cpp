@@ -35,6 +35,14 @@ void depthwise_row_1x8(const effnet::DepthwiseRow<Y>& row) {
   }
 }
 
+void winograd_output_16(const effnet::WinogradOutput& call) {
+  if (call.channels > 8) {
+    winograd_output<16>(call);
+  } else {
+    winograd_output<8>(call);
+  }
+}
+
 constexpr effnet::MapKernels<Bf16> bf16_kernels = {
     gemm_3x2<Bf16, Bf16>, gemm_3x2<Bf16, float>, depthwise_row_1x8<Bf16>, scale_rows<16, Bf16>,
     scale_panel<16>,      multiply_add_bf16<16>, 2 * 16 * peak_chains,
@@ -42,8 +50,9 @@ constexpr effnet::MapKernels<Bf16> bf16_kernels = {
 
 }  // namespace
 
-const effnet::Kernels effnet::emulated4_kernels =
-    kernels_of_lanes<4>("emulated4", true, {gemm_f32_3x4, depthwise_row<4, float>, weight_gradient<4, 2, 4>});
+const effnet::Kernels effnet::emulated4_kernels = kernels_of_lanes<4>(
+    "emulated4", true, {gemm_f32_3x4, depthwise_row<4, float>, weight_gradient<4, 2, 4>, winograd_output<4>});
 
 const effnet::Kernels effnet::emulated16_kernels = kernels_of_lanes<16>(
-    "emulated16", true, {gemm_3x2<float, float>, depthwise_row_1x8<float>, weight_gradient<16, 2, 1>}, &bf16_kernels);
+    "emulated16", true,
+    {gemm_3x2<float, float>, depthwise_row_1x8<float>, weight_gradient<16, 2, 1>, winograd_output_16}, &bf16_kernels);

@@ -8,6 +8,7 @@
 #include "kernels/generic/peak.inl.h"
 #include "kernels/generic/prologue.inl.h"
 #include "kernels/generic/weight_gradient.inl.h"
+#include "kernels/generic/winograd.inl.h"
 
 namespace {
 
@@ -15,6 +16,7 @@ struct Tiles {
   void (*gemm)(const effnet::Gemm<float>&);
   void (*depthwise_row)(const effnet::DepthwiseRow<float>&);
   void (*weight_gradient)(const effnet::WeightGradient&);
+  void (*winograd_output)(const effnet::WinogradOutput&);
 };
 
 template <int L>
@@ -27,6 +29,8 @@ constexpr effnet::Kernels kernels_of_lanes(const char* isa, bool emulated, const
       {tiles.gemm, tiles.gemm, tiles.depthwise_row, scale_rows<L, float>, scale_panel<L>, multiply_add<L>,
        peak_chains * L},
       bf16,
+      winograd_input<L>,
+      tiles.winograd_output,
       gate<L>,
       activate_rows<L>,
       gradient_rows<L>,

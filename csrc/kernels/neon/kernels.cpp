@@ -14,5 +14,5 @@ void gemm_f32_5x4(const effnet::Gemm<float>& gemm) {
 
 }  // namespace
 
-const effnet::Kernels effnet::neon_kernels =
-    kernels_of_lanes<4>("neon", false, {gemm_f32_5x4, depthwise_row<4, float>, weight_gradient<4, 4, 4>});
+const effnet::Kernels effnet::neon_kernels = kernels_of_lanes<4>(
+    "neon", false, {gemm_f32_5x4, depthwise_row<4, float>, weight_gradient<4, 4, 4>, winograd_output<4>});

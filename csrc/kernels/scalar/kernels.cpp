@@ -10,5 +10,5 @@ void gemm_f32_2x4(const effnet::Gemm<float>& gemm) {
 
 }  // namespace
 
-const effnet::Kernels effnet::scalar_kernels =
-    kernels_of_lanes<1>("scalar", false, {gemm_f32_2x4, depthwise_row<1, float>, weight_gradient<1, 2, 4>});
+const effnet::Kernels effnet::scalar_kernels = kernels_of_lanes<1>(
+    "scalar", false, {gemm_f32_2x4, depthwise_row<1, float>, weight_gradient<1, 2, 4>, winograd_output<1>});

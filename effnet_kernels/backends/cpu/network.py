@@ -1,5 +1,6 @@
 """A frozen network on the CPU: its layers as data, and one native call that runs them all."""
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -118,6 +119,7 @@ def _describe(layer: Layer) -> dict[str, object]:
         "act": ACTIVATION_INDEX[layer.act],
         "residual": -1,
         "pool": False,
+        "winograd": os.environ.get("EFFNET_KERNELS_WINOGRAD") != "0",
         "weight": address("weight", layer.weight, outputs, per_output, kernel, kernel, dtype=dtype),
         "bias": address("bias", layer.bias, outputs),
         "squeeze": 0,
