@@ -112,6 +112,16 @@ def test_the_users_own_classifier_computes_in_bfloat16():
         assert relative_rms(y.float(), ek.freeze(model)(x)) < 2e-2
 
 
+def test_a_classifier_that_answers_in_float32_is_let():
+    class Widened(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    model = small()
+    model.classifier = Widened(model.classifier[-1].in_features, 3)
+    assert engine_of(model)(torch.randn(2, 3, 33, 47).to(BF16)).dtype == torch.float32
+
+
 def test_torch_computes_the_same_where_the_engine_is_traced_or_switched_off():
     engine, x = engine_of(small()), torch.randn(2, 3, 33, 47)
     y = engine(x)

@@ -103,12 +103,12 @@ class FrozenEfficientNet(nn.Module):
         y = outputs[0].flatten(1) if self.pools else outputs[0]
         if self.tail is None:
             return y
-        # The user's own modules have weights of the engine's dtype.
-        y = y.to(self.folded.weight.dtype)
-        if select.autocast_dtype(y) is None:
-            return _in_dtype(self.tail(y), x.dtype)
-        with torch.autocast("cuda" if y.is_meta else y.device.type, enabled=False):
-            return _in_dtype(self.tail(y), x.dtype)
+        # The user's own modules have weights of the engine's dtype, which the image need not have.
+        dtype = self.folded.weight.dtype
+        with select.without_autocast(y):
+            output = self.tail(y.to(dtype))
+        is_cast = x.dtype != dtype and isinstance(output, Tensor) and output.is_floating_point()
+        return output.to(x.dtype) if is_cast else output
 
     def _outputs(self, x: Tensor) -> list[Tensor]:
         strides = memory_format(x) if self.features_only else torch.contiguous_format
@@ -193,12 +193,6 @@ class FrozenEfficientNet(nn.Module):
             rate = 2 * multiply_adds / seconds
             rows.append(ProfileRow(name, 1e3 * seconds, 1e-9 * rate, rate / peak, seconds / total))
         return rows
-
-
-def _in_dtype(output: Any, dtype: torch.dtype) -> Any:
-    """The output of a user's module, in the dtype of the images where it is a tensor of another floating-point one."""
-    is_other = isinstance(output, Tensor) and output.is_floating_point() and output.dtype != dtype
-    return output.to(dtype) if is_other else output
 
 
 def _median(steps: Sequence[StepProfile]) -> StepProfile:
