@@ -97,14 +97,9 @@ class FoldedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.check(x)
-        if select.autocast_dtype(x) is None:
-            return self._run(x)
         # The user has chosen the dtype of the weights.
-        with torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False):
-            return self._run(x)
-
-    def _run(self, x: Tensor) -> list[Tensor]:
-        return [y.to(x.dtype) for y, is_output in self.each(x.to(self.weight.dtype)) if is_output]
+        with select.without_autocast(x):
+            return [y.to(x.dtype) for y, is_output in self.each(x.to(self.weight.dtype)) if is_output]
 
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """The output of every group of layers, and whether it is one of the network's."""

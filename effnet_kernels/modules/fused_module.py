@@ -114,12 +114,8 @@ def _missing_kernel(backend: PrimitivesBackend, chain: Chain) -> str | None:
 
 def _parameters_of_other_dtypes(chain: Chain) -> str | None:
     """Why the native kernels cannot compute a chain whose input is cast for them, or None: they cast no parameters."""
-    tensors = list(chain.parameters())
-    for layer in chain.layers:
-        if layer.norm is not None:
-            tensors += [layer.norm.running_mean, layer.norm.running_var]
-    for t in tensors:
-        if t is not None and t.dtype != torch.float32:
+    for t in chain.tensors():
+        if t.dtype != torch.float32:
             return f"the native kernels compute with parameters in float32, not {str(t.dtype).removeprefix('torch.')}"
     return None
 
