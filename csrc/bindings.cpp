@@ -231,6 +231,8 @@ struct PooledBytes {
   std::size_t bytes;
 };
 
+effnet::Type type_of(bool bf16) { return bf16 ? effnet::Type::bf16 : effnet::Type::f32; }
+
 effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
   const auto number = [&](const char* key) { return given[key].cast<std::int64_t>(); };
   const auto address = [&](const char* key) { return pointer<const float>(given[key].cast<std::uintptr_t>()); };
@@ -265,7 +267,7 @@ effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
 }
 
 std::unique_ptr<effnet::Network> make_network(const py::list& given, std::vector<std::int64_t> outputs, bool bf16) {
-  const effnet::Type type = bf16 ? effnet::Type::bf16 : effnet::Type::f32;
+  const effnet::Type type = type_of(bf16);
   std::vector<effnet::Layer> layers;
   for (const auto& layer : given) layers.push_back(effnet::pack(layer_spec(layer.cast<py::dict>(), type), type));
   return std::make_unique<effnet::Network>(std::move(layers), std::move(outputs), type);
@@ -276,7 +278,7 @@ using Tensor = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64
 
 effnet::View view_of(const Tensor& tensor, bool bf16) {
   const auto [address, image, channel, row, pixel] = tensor;
-  return {pointer<void>(address), bf16 ? effnet::Type::bf16 : effnet::Type::f32, image, channel, row, pixel};
+  return {pointer<void>(address), type_of(bf16), image, channel, row, pixel};
 }
 
 py::object run_network(const effnet::Network& network, const Tensor& image, std::int64_t batch, std::int64_t height,

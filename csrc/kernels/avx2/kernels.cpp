@@ -5,9 +5,9 @@ namespace {
 void gemm_f32_6x2(const effnet::Gemm<float>& gemm) {
   each_panel(gemm, [](const effnet::Gemm<float>& panel) {
     if (panel.columns > 8) {
-      gemm_columns<8, 2, 1, 2, 3, 4, 5, 6>(panel, 0);
+      gemm_columns<8, 2, 6>(panel, 0);
     } else {
-      gemm_columns<8, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>(panel, 0);
+      gemm_columns<8, 1, 12>(panel, 0);
     }
   });
 }

@@ -1,11 +1,7 @@
-#include "kernels/avx512/tiles.inl.h"
+#include "kernels/generic/sixteen_lanes.inl.h"
 #include "kernels/generic/table.inl.h"
 
 namespace {
-
-void gemm_f32_12x2(const effnet::Gemm<float>& gemm) { gemm_avx512(gemm); }
-
-void depthwise_row_f32_1x8(const effnet::DepthwiseRow<float>& row) { depthwise_row_avx512(row); }
 
 void weight_gradient_f32_8x1(const effnet::WeightGradient& call) {
   if (call.inputs > 8) {
@@ -15,15 +11,7 @@ void weight_gradient_f32_8x1(const effnet::WeightGradient& call) {
   }
 }
 
-void winograd_output_f32(const effnet::WinogradOutput& call) {
-  if (call.channels > 8) {
-    winograd_output<16>(call);
-  } else {
-    winograd_output<8>(call);
-  }
-}
-
 }  // namespace
 
 const effnet::Kernels effnet::avx512_kernels = kernels_of_lanes<16>(
-    "avx512", false, {gemm_f32_12x2, depthwise_row_f32_1x8, weight_gradient_f32_8x1, winograd_output_f32});
+    "avx512", false, {gemm_12x2<float, float>, depthwise_row_16<float>, weight_gradient_f32_8x1, winograd_output_16});

@@ -31,11 +31,7 @@ EFFNET_INLINE F<L> one_plus_exp_minus(F<L> x) {
   const F<L> shifted = magic - z * log2e;
   const F<L> n = shifted - magic;
   const F<L> f = -(z * log2e) - n;
-  typename Lanes<L>::U bits;
-  memcpy(&bits, &shifted, sizeof bits);
-  bits = bits << 23;
-  F<L> power;
-  memcpy(&power, &bits, sizeof power);
+  const F<L> power = as_floats<L>(as_bits<L>(shifted) << 23);
   return 2.0f * exp2_fraction<L>(f) * power + 1.0f;
 }
 

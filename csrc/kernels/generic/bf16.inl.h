@@ -7,20 +7,6 @@ namespace {
 
 using effnet::Bf16;
 
-template <int L>
-EFFNET_INLINE F<L> as_floats(U<L> bits) {
-  F<L> value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-template <int L>
-EFFNET_INLINE U<L> as_bits(F<L> value) {
-  U<L> bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // Each lane of a vector in the type of another with as many lanes.
 template <class To, class From>
 EFFNET_INLINE To converted(From values) {

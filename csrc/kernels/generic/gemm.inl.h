@@ -179,16 +179,17 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm<T, Y>& gemm, std::int64_t colu
 template <class T, class Y>
 using GemmTile = void (*)(const effnet::Gemm<T, Y>&, std::int64_t, GemmPlace<T, Y>&);
 
+template <class T, class Y, int L, int V, class Heights>
+struct GemmTiles;
 template <class T, class Y, int L, int V, int... Rows>
-struct GemmTiles {
+struct GemmTiles<T, Y, L, V, Integers<Rows...>> {
   static constexpr GemmTile<T, Y> of[] = {gemm_tile<T, Y, L, Rows, V>...};
 };
 
-// Columns [column, column + V * L) of the panels. Rows are divided into tiles of nearly equal height: 49 rows are seven
-// tiles of 7, not six of 8 and one of 1.
-template <int L, int V, int... Rows, class T, class Y>
+// Columns [column, column + V * L) of the panels, by tiles of at most so many rows. Rows are divided into tiles of
+// nearly equal height: 49 rows are seven tiles of 7, not six of 8 and one of 1.
+template <int L, int V, int Most, class T, class Y>
 void gemm_columns(const effnet::Gemm<T, Y>& gemm, std::int64_t column) {
-  constexpr std::int64_t Most = sizeof...(Rows);
   GemmPlace<T, Y> place{gemm.a, 0, 0, gemm.prefetch_dst};
   if (gemm.row_by_row) {
     for (std::int64_t row = 0; row < gemm.rows; ++row) gemm_tile<T, Y, L, 1, V, 8 / V>(gemm, column, place);
@@ -198,7 +199,7 @@ void gemm_columns(const effnet::Gemm<T, Y>& gemm, std::int64_t column) {
   std::int64_t left = gemm.rows;
   for (std::int64_t tile = tiles; tile > 0; --tile) {
     const std::int64_t rows = left / tile;
-    GemmTiles<T, Y, L, V, Rows...>::of[rows - 1](gemm, column, place);
+    GemmTiles<T, Y, L, V, typename UpTo<Most>::Type>::of[rows - 1](gemm, column, place);
     left -= rows;
   }
 }

@@ -50,6 +50,20 @@ template <int L>
 using U = typename Lanes<L>::U;
 
 template <int L>
+EFFNET_INLINE F<L> as_floats(U<L> bits) {
+  F<L> value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <int L>
+EFFNET_INLINE U<L> as_bits(F<L> value) {
+  U<L> bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <int L>
 EFFNET_INLINE F<L> load(const float* from) {
   F<L> value;
   memcpy(&value, from, sizeof value);
@@ -122,6 +136,17 @@ EFFNET_INLINE F<L> at_most(F<L> value, float bound) {
 #endif
   return value > bounds ? bounds : value;
 }
+
+template <int... Values>
+struct Integers {};
+
+// UpTo<3>::Type is Integers<1, 2, 3>.
+template <int N, int... Values>
+struct UpTo : UpTo<N - 1, N, Values...> {};
+template <int... Values>
+struct UpTo<0, Values...> {
+  using Type = Integers<Values...>;
+};
 
 template <int I>
 struct Index {

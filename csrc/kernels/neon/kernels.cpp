@@ -5,9 +5,9 @@ namespace {
 void gemm_f32_5x4(const effnet::Gemm<float>& gemm) {
   each_panel(gemm, [](const effnet::Gemm<float>& panel) {
     if (panel.columns > 8) {
-      gemm_columns<4, 4, 1, 2, 3, 4, 5>(panel, 0);
+      gemm_columns<4, 4, 5>(panel, 0);
     } else {
-      gemm_columns<4, 2, 1, 2, 3, 4, 5, 6, 7, 8>(panel, 0);
+      gemm_columns<4, 2, 8>(panel, 0);
     }
   });
 }

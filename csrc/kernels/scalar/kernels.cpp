@@ -4,7 +4,7 @@ namespace {
 
 void gemm_f32_2x4(const effnet::Gemm<float>& gemm) {
   each_panel(gemm, [](const effnet::Gemm<float>& panel) {
-    for (std::int64_t column = 0; column < panel.columns; column += 4) gemm_columns<1, 4, 1, 2>(panel, column);
+    for (std::int64_t column = 0; column < panel.columns; column += 4) gemm_columns<1, 4, 2>(panel, column);
   });
 }
 
