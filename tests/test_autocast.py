@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from block_cases import BLOCKS, THIRD_PARTY_BLOCKS, mbconv
 from conftest import TOLERANCES, assert_buffers_close, assert_close, randomize, relative_rms
 from native_cases import needs_native, pools_memory
+from test_compile import network, torchvision_network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,6 @@ from effnet_kernels import ops
 from effnet_kernels.backends.cpu.memory import cast_map
 from effnet_kernels.backends.select import BackendError
 from effnet_kernels.fusion.spec import Prologue
-from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 HALVES = [torch.bfloat16, torch.float16]
@@ -156,24 +156,6 @@ def test_batched_gradients() -> None:
 
 
 # Networks
-
-
-def network(**options: object) -> nn.Module:
-    settings = [
-        FusedMBConvConfig(2, 3, 2, 8, 8, 1),
-        MBConvConfig(2, 3, 1, 8, 8, 2),
-        MBConvConfig(2, 5, 2, 8, 16, 2, padding="same"),
-        MBConvConfig(1, 3, 1, 16, 16, 1, squeeze_ratio=None),
-    ]
-    torch.manual_seed(0)
-    return randomize(ek.EfficientNet(settings, 0.0, stochastic_depth_prob=0.0, num_classes=5, **options))
-
-
-def torchvision_network() -> nn.Module:
-    third_party = pytest.importorskip("torchvision.models.efficientnet")
-    settings = [third_party.MBConvConfig(1, 3, 1, 8, 8, 1), third_party.MBConvConfig(4, 5, 2, 8, 16, 2)]
-    model = third_party.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5)
-    return ek.accelerate(randomize(model))
 
 
 def timm_network() -> nn.Module:

@@ -29,7 +29,7 @@ def _fresh() -> None:
     torch.compiler.reset()
 
 
-def network() -> nn.Module:
+def network(**options: object) -> nn.Module:
     settings = [
         FusedMBConvConfig(2, 3, 2, 8, 8, 1),
         MBConvConfig(2, 3, 1, 8, 8, 1),
@@ -37,7 +37,7 @@ def network() -> nn.Module:
         MBConvConfig(1, 3, 2, 16, 16, 1, squeeze_ratio=None),
     ]
     torch.manual_seed(0)
-    return randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.0, num_classes=5))
+    return randomize(EfficientNet(settings, 0.0, stochastic_depth_prob=0.0, num_classes=5, **options))
 
 
 def torchvision_network() -> nn.Module:
