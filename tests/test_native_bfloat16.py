@@ -74,13 +74,24 @@ def test_special_numbers(isa):
             torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
 
 
+def between_neighbours() -> Tensor:
+    """float32 numbers halfway between those of bfloat16, just beside halfway, and above the largest."""
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0xBF808000, 0x7F7F8000, 0x7F7F7FFF])
+    return bits.to(torch.int32).view(torch.float32)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_stored_maps_are_rounded_to_nearest_even(isa):
-    # Numbers halfway between neighbours, just beside halfway, and above the largest.
-    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0xBF808000, 0x7F7F8000, 0x7F7F7FFF])
-    bias = bits.to(torch.int32).view(torch.float32)
-    zero = torch.zeros(1, 1, dtype=BF16)
+    bias, zero = between_neighbours(), torch.zeros(1, 1, dtype=BF16)
     assert same_bits(multiply(isa, zero, zero.expand(1, len(bias)), bias), bias.to(BF16)[None])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_images_are_rounded_to_nearest_even(isa):
+    x = torch.cat([between_neighbours(), torch.tensor([torch.inf, -torch.inf, torch.nan])])
+    y = multiply(isa, x[:, None], torch.ones(1, 1, dtype=BF16), torch.zeros(1))
+    assert y.dtype == torch.float32
+    assert same_bits(y[:, 0].to(BF16), x.to(BF16))
 
 
 @pytest.mark.parametrize("isa", ISAS)
