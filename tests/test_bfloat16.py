@@ -112,7 +112,7 @@ def test_the_users_own_classifier_computes_in_bfloat16():
         assert relative_rms(y.float(), ek.freeze(model)(x)) < 2e-2
 
 
-def test_a_classifier_that_answers_in_float32_is_let():
+def test_a_classifier_that_answers_in_float32_keeps_it():
     class Widened(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).float()

@@ -71,7 +71,7 @@ struct DepthwiseRow {
   Activation act;
 };
 
-// Tiles in a row of a map, each 6 x 6 pixels and 4 from the next, to their 36 products' operands.
+// The input transform of a row of tiles, each 6 x 6 pixels and 4 pixels from the next: to the operands of 36 products.
 struct WinogradInput {
   const float* x;                // rows of [*, channels]
   std::int64_t x_row;            // floats from a row to the next
@@ -80,7 +80,8 @@ struct WinogradInput {
   std::int64_t to_product;       // floats from a product to the next
 };
 
-// y = act(outputs + bias) + residual for the 4 x 4 outputs of each tile in a row, one panel of channels wide.
+// The output transform of a row of tiles, from the 36 products: y = act(outputs + bias) + residual for the 4 x 4 outputs
+// of each tile, one panel of channels wide.
 struct WinogradOutput {
   const float* m;                  // [36, tiles, *], the products
   std::int64_t m_product, m_tile;  // floats from one to the next
