@@ -14,8 +14,8 @@ from effnet_kernels.backends import select, triton
 from effnet_kernels.models.factory import build
 from effnet_kernels.models.variants import VARIANTS
 from effnet_kernels.models.weights.convert import convert_state_dict
+from effnet_kernels.models.weights.photos import PHOTO_FORMATS
 from effnet_kernels.tools.cli import main
-from effnet_kernels.tools.predict import PHOTO_FORMATS
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels.models.weights.photos import load_photo
 from effnet_kernels.models.weights.preprocess import ImagePreprocess
-from effnet_kernels.tools.predict import Photo, load_photo, predict
+from effnet_kernels.tools.predict import Photo, predict
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 

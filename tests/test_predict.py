@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels.models.weights.photos import load_photo
 from effnet_kernels.models.weights.preprocess import ImagePreprocess
-from effnet_kernels.tools.predict import Photo, demo_photos, find_photos, load_photo, predict, progress_bar
+from effnet_kernels.tools.predict import Photo, demo_photos, find_photos, predict, progress_bar
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 ExifOrientation = 0x0112

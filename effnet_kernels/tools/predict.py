@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels.models.weights.photos import PHOTO_SUFFIXES, load_photo, pillow, reason_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# Pillow would try others too, of which some start programs, such as Ghostscript for an EPS with the suffix .jpg.
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -87,49 +85,7 @@ def demo_photos() -> list[Photo]:
 def _demo_photo(name: str) -> "Image":
     import skimage.data
 
-    return _pillow().fromarray(getattr(skimage.data, name)())
-
-
-def load_photo(path: str | os.PathLike[str]) -> "Image":
-    """The photograph as it should be seen, as an RGB image of PIL: turned as its EXIF says, 8 bits a channel.
-
-    Transparent parts become white. The first frame of several is taken. Formats are those of ``PHOTO_FORMATS``.
-
-    Raises OSError or ValueError, naming the path, for a file that cannot be read; ModuleNotFoundError without Pillow.
-    """
-    image_module = _pillow()
-    from PIL import ImageOps
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such file")
-    image_module.init()
-    formats = [form for form in PHOTO_FORMATS if form in image_module.OPEN]
-    try:
-        with image_module.open(path, formats=formats) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    # Pillow's decoders raise errors of many types for damaged files.
-    except Exception as error:
-        if image_module.UnidentifiedImageError is type(error):
-            raise ValueError(f"{path}: not an image of one of the formats {', '.join(formats)}") from error
-        raise ValueError(f"{path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or ("there is not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
-
-
-def to_rgb(image: "Image") -> "Image":
-    """An image of any mode as RGB: 16-bit grey is scaled to 8 bits, transparent parts become white."""
-    image_module = _pillow()
-    if image.mode.startswith("I"):
-        # convert() would clip 16-bit values to 255 instead of scaling them.
-        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = image_module.new("RGBA", image.size, "white")
-        return image_module.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return pillow().fromarray(getattr(skimage.data, name)())
 
 
 def predict(
@@ -184,7 +140,7 @@ def _read(photo: Photo, preprocess: Callable[[Any], Tensor]) -> Tensor | str:
         raise
     # Decoders and allocators raise errors of many types.
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         return reason if photo.name in reason else f"{photo.name}: {reason}"
 
 
@@ -219,13 +175,3 @@ def progress_bar(predictions: Iterable[Prediction], total: int) -> Iterable[Pred
     from tqdm import tqdm
 
     return tqdm(predictions, total=total, unit="photo", file=sys.stderr)
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'reading photographs needs Pillow: pip install "effnet-kernels[images]"', name="PIL"
-        ) from error
-    return Image
