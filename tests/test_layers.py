@@ -31,6 +31,8 @@ LAYERS = [
     ["interop"],
     ["inference"],
     ["tools.warmup"],
+    ["tools.console"],
+    ["train"],
     [""],
     ["tools"],
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from effnet_kernels.models.variants import VARIANTS
+from effnet_kernels.models.variants import find_variant
 from effnet_kernels.models.weights.download import download, read_checkpoint
 from effnet_kernels.models.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Interpolation
 
@@ -269,12 +269,12 @@ def resolve_weights(variant: str, weights: Any) -> Weights:
     if isinstance(weights, Weights):
         return weights
     if isinstance(weights, Path):
-        return Weights(_usual_preprocess(variant), path=str(weights.expanduser()))
+        return Weights(usual_preprocess(variant), path=str(weights.expanduser()))
     if weights == "":
         raise ValueError("weights: expected a name, a URL or a path, got ''")
     if isinstance(weights, str):
         if urlparse(weights).scheme in ("http", "https"):
-            return Weights(_usual_preprocess(variant), url=weights)
+            return Weights(usual_preprocess(variant), url=weights)
         if re.fullmatch(r"(\w+\.)?[A-Z][A-Z0-9_]*", weights) and not Path(weights).is_file():
             return _by_name(variant, weights)
         return resolve_weights(variant, Path(weights))
@@ -298,7 +298,7 @@ def _by_member(variant: str, member: Any) -> Weights:
     # torchvision's members are recognised by their URL, so that torchvision need not be installed.
     found = next((ours for enum in _ENUMS for ours in enum if ours is member or ours.url == member.url != ""), None)
     if found is None:
-        return Weights(_usual_preprocess(variant), url=member.url, meta=dict(member.meta))
+        return Weights(usual_preprocess(variant), url=member.url, meta=dict(member.meta))
     enum = weights_of(variant)
     if type(found) is not enum:
         expected = "none" if enum is None else enum.__name__
@@ -306,12 +306,15 @@ def _by_member(variant: str, member: Any) -> Weights:
     return found.value
 
 
-def _usual_preprocess(variant: str) -> ImagePreprocess:
-    """The preprocessing of the released weights, or else the usual one at the variant's resolution."""
+def usual_preprocess(variant: str) -> ImagePreprocess:
+    """The preprocessing of the released weights, or else the usual one at the variant's resolution.
+
+    Raises ValueError for the name of no variant.
+    """
     enum = weights_of(variant.removeprefix("tf_"))
     if enum is not None:
         return enum["DEFAULT"].value.preprocess
-    size = VARIANTS[variant].resolution
+    size = find_variant(variant).resolution
     return ImagePreprocess(size, size, "bicubic")
 
 
