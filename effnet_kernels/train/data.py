@@ -1,0 +1,248 @@
+"""From labelled images to batches: random changes, workers, broken images, shards."""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from effnet_kernels.models.weights.photos import PHOTO_SUFFIXES, read_photo, reason_of
+from effnet_kernels.models.weights.preprocess import ImagePreprocess
+from effnet_kernels.tools.console import printable, say
+from effnet_kernels.train.config import Config, Data
+from effnet_kernels.train.images import Images, load_images
+
+
+class Sample(NamedTuple):
+    """An image [3, H, W], its class and its name; or no image, and why."""
+
+    image: Tensor | None
+    label: int
+    name: str
+
+
+class Batch(NamedTuple):
+    """Images [N, 3, H, W], labels [N], their names, and what is said of those that could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+    broken: list[str]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """The samples' images as one tensor, in channels-last strides."""
+    read = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in samples if sample.image is not None]
+    stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
+    return Batch(
+        stacked.contiguous(memory_format=torch.channels_last),
+        torch.tensor([sample.label for sample in read], dtype=torch.int64),
+        [sample.name for sample in read],
+        [sample.name for sample in samples if sample.image is None],
+    )
+
+
+class SampleSet(Dataset[Sample]):
+    """Images as samples, by epoch and number.
+
+    What is drawn for a sample depends on the seed, the epoch and the number alone: not on the workers, and not on where
+    in the epoch training began.
+    """
+
+    def __init__(self, images: Images, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, number = key
+        name = self.images.names[number]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed_of(self.seed, epoch, number))
+            return make_sample(partial(self.images.load, number), self.transform, self.images.labels[number], name)
+
+
+def make_sample(load: Callable[[], Any], transform: Callable[[Any], Tensor], label: int, name: str) -> Sample:
+    """The sample of an image, or why there is none."""
+    try:
+        return Sample(transform(load()), label, name)
+    # Decoders and allocators raise errors of many types.
+    except Exception as error:
+        reason = reason_of(error)
+        return Sample(None, label, reason if name in reason else f"{name}: {reason}")
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """All numbers, with their epoch: in order, or in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch; Lightning calls it before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, self.epoch))
+        numbers = torch.randperm(self.length, generator=generator).tolist() if self.shuffle else range(self.length)
+        return ((self.epoch, number) for number in numbers)
+
+
+def _seed_of(*numbers: int) -> int:
+    # The hash of a tuple of integers is the same in every process.
+    return hash(numbers) % 2**63
+
+
+def training_transform(config: Config) -> Callable[[Any], Tensor]:
+    """From a PIL image to the network's input, with the random changes of training."""
+    data, augmentation = config.data, config.augmentation
+    size = data.image_size or 0
+    interpolation = v2.InterpolationMode(data.interpolation)
+    steps: list[Any] = [v2.ToImage()]
+    if augmentation.crop == "resized":
+        steps += [v2.RandomResizedCrop(size, (augmentation.min_scale, 1.0), interpolation=interpolation)]
+    else:
+        steps += [v2.Resize(size, interpolation), v2.CenterCrop(size), v2.RandomCrop(size, padding=max(1, size // 8))]
+    if augmentation.flip:
+        steps += [v2.RandomHorizontalFlip()]
+    if augmentation.policy == "randaugment":
+        steps += [v2.RandAugment(magnitude=augmentation.magnitude)]
+    elif augmentation.policy == "trivial":
+        steps += [v2.TrivialAugmentWide()]
+    elif augmentation.policy is not None:
+        policies = {"imagenet": v2.AutoAugmentPolicy.IMAGENET, "cifar": v2.AutoAugmentPolicy.CIFAR10}
+        steps += [v2.AutoAugment(policies[augmentation.policy])]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(data.mean or ()), list(data.std or ()))]
+    if augmentation.erase > 0:
+        steps += [v2.RandomErasing(augmentation.erase)]
+    return v2.Compose([*steps, v2.ToPureTensor()])
+
+
+def preprocess_of(data: Data) -> ImagePreprocess:
+    """From a photograph to the network's input, as it is validated and used."""
+    fields = (data.image_size, data.resize, data.interpolation, data.mean, data.std)
+    assert None not in fields, "expected a resolved configuration"
+    return ImagePreprocess(*fields)  # type: ignore[arg-type]
+
+
+class ImageData(pl.LightningDataModule):
+    """The batches of a configuration.
+
+    Raises OSError and ValueError for images that are not there or do not fit, and, while training, ValueError where
+    more images than ``data.max_broken`` could not be read. Each is named on stderr once, and left out of its batch.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.broken: set[str] = set()
+        self.images: tuple[Images, Images] | None = None
+        if not is_shards(config.data.name):
+            self.images = load_images(config.data)
+            self.classes = list(self.images[0].classes)
+            found = len(self.images[0].labels)
+        else:
+            self.classes, found = _check_shards(config.data)
+        if found < config.data.batch_size:
+            raise ValueError(f"data.batch_size: expected at most the {found} images of {config.data.name}")
+        self.batches = found // config.data.batch_size
+
+    def train_dataloader(self) -> Any:
+        """Whole batches of changed images, in another order in each epoch."""
+        config = self.config.at_epoch(self.trainer.current_epoch if self.trainer else 0)
+        transform = training_transform(config)
+        if self.images is None:
+            return self._loader(_shards(config.data.name, transform, self.classes, config.training.seed))
+        samples = SampleSet(self.images[0], transform, config.training.seed)
+        sampler = EpochSampler(len(self.images[0].labels), config.training.seed, shuffle=True)
+        return self._loader(samples, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> Any:
+        """All images to validate with, in order and as the network will be used."""
+        transform = preprocess_of(self.config.data)
+        if self.images is None:
+            return self._loader(_shards(self.config.data.validation or "", transform, self.classes, None))
+        samples = SampleSet(self.images[1], transform, 0)
+        return self._loader(samples, sampler=EpochSampler(len(self.images[1].labels), 0, shuffle=False))
+
+    def _loader(self, samples: Any, **options: Any) -> Any:
+        data = self.config.data
+        # The named data sets are in memory, and need less time to be read than a network on the CPU.
+        default = 0 if self.images is not None and not os.path.isdir(data.name) else min(os.cpu_count() or 1, 8)
+        workers = default if data.workers is None else data.workers
+        return DataLoader(
+            samples,
+            data.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            # Workers' seeds are not drawn from those of dropout and stochastic depth.
+            generator=torch.Generator(),
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Names the images that could not be read."""
+        limit = self.config.data.max_broken
+        for message in batch.broken:
+            if message not in self.broken:
+                self.broken.add(message)
+                say(f"effnet: skipped {printable(message)}", sys.stderr)
+        if len(self.broken) > limit:
+            raise ValueError(
+                f"data.max_broken: expected at most {limit} images that cannot be read, got {len(self.broken)}; "
+                f"--max-broken N allows N"
+            )
+        return batch
+
+
+def is_shards(name: str) -> bool:
+    """Whether the name of a data set is a pattern of WebDataset's shards."""
+    return name.endswith(".tar") or "://" in name
+
+
+def _check_shards(data: Data) -> tuple[list[str], int]:
+    """The classes, and the number of images, which shards do not tell."""
+    missing = [name for name in ("validation", "train_images", "classes") if getattr(data, name) is None]
+    if missing:
+        raise ValueError(f"data.name: shards need {', '.join(f'data.{name}' for name in missing)} beside them")
+    return list(data.classes or ()), data.train_images or 0
+
+
+def _shards(pattern: str, transform: Callable[[Any], Tensor], classes: list[str], seed: int | None) -> Any:
+    """Samples of shards: without end and at random with a seed, each once and in order without."""
+    import webdataset
+
+    if seed is None:
+        stream = webdataset.WebDataset(
+            pattern, shardshuffle=False, empty_check=False, nodesplitter=webdataset.split_by_node
+        )
+    else:
+        stream = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, seed=seed).shuffle(1000, seed=seed)
+    return stream.map(partial(_sample_of_shard, transform, len(classes)))
+
+
+def _sample_of_shard(transform: Callable[[Any], Tensor], classes: int, entry: dict[str, Any]) -> Sample:
+    name = f"{entry['__url__']}: {entry['__key__']}"
+    found = [key for key in entry if f".{key.rpartition('.')[2].lower()}" in PHOTO_SUFFIXES]
+    label = int(entry["cls"]) if entry.get("cls", b"").strip().isdigit() else -1
+    if not found or not 0 <= label < classes:
+        return Sample(
+            None, 0, f"{name}: expected an image and a class from 0 to {classes - 1} in cls, got {sorted(entry)}"
+        )
+    return make_sample(partial(read_photo, io.BytesIO(entry[found[0]]), name), transform, label, name)
