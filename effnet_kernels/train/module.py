@@ -1,0 +1,166 @@
+"""The network, its loss, its optimizer and its schedule, as Lightning has them."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+from effnet_kernels.models.efficientnet import EfficientNet
+from effnet_kernels.models.factory import create_model
+from effnet_kernels.train.config import Config
+from effnet_kernels.train.data import Batch
+
+
+class ImageClassifier(pl.LightningModule):
+    """An EfficientNet that is trained as a configuration says.
+
+    Args:
+        config: the configuration.
+        num_classes: outputs of the classifier.
+        batches: of an epoch, in each process.
+    """
+
+    def __init__(self, config: Config, num_classes: int, batches: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.batches = batches
+        self.network = build_network(config, num_classes)
+        if config.training.checkpoint:
+            for layer in list(self.network.features)[1:-1]:
+                recompute(layer)
+        if config.training.compile:
+            self.network.compile()
+        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.mix: Any = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def on_train_epoch_start(self) -> None:
+        """Sets what changes from epoch to epoch: dropout, mixup, and whether the backbone is trained."""
+        config = self.config.at_epoch(self.current_epoch)
+        if config.network.dropout is not None:
+            self.network.classifier[0].p = config.network.dropout  # type: ignore[assignment]
+        mixers: list[Any] = []
+        if config.augmentation.mixup > 0:
+            mixers.append(v2.MixUp(alpha=config.augmentation.mixup, num_classes=self.num_classes))
+        if config.augmentation.cutmix > 0:
+            mixers.append(v2.CutMix(alpha=config.augmentation.cutmix, num_classes=self.num_classes))
+        self.mix = v2.RandomChoice(mixers) if mixers else None
+        frozen = self.current_epoch < config.network.freeze_epochs
+        self.network.features.requires_grad_(not frozen)
+        # The running statistics of frozen layers stay, too.
+        self.network.features.train(not frozen)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        images, labels = batch.images, batch.labels
+        # BatchNorm needs two values of a channel.
+        if len(images) < 2:
+            return None
+        targets = labels
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)
+        logits = self.network(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.config.augmentation.label_smoothing)
+        with torch.no_grad():
+            accuracy = (logits.argmax(1) == labels).float().mean()
+        self.log("train/loss", loss, prog_bar=True, on_epoch=True, batch_size=len(images))
+        self.log("train/accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self.network(batch.images).float()
+        self.top1.update(logits, batch.labels)
+        self.top5.update(logits, batch.labels)
+        loss = F.cross_entropy(logits, batch.labels)
+        self.log("val/loss", loss, on_epoch=True, batch_size=len(batch.images), sync_dist=True)
+        self.log("val/accuracy", self.top1, prog_bar=True, on_epoch=True, batch_size=len(batch.images))
+        self.log("val/top5", self.top5, on_epoch=True, batch_size=len(batch.images))
+
+    def configure_optimizers(self) -> Any:
+        """timm's optimizer over four groups, and a factor of the rate for each step."""
+        settings, schedule = self.config.optimizer, self.config.schedule
+        images = self.config.data.batch_size * self.config.training.accumulate * self.trainer.world_size
+        rate = settings.lr * (images / settings.lr_batch if settings.lr_batch is not None else 1.0)
+        groups = []
+        for part, ratio in ((self.network.features, settings.backbone_lr_ratio), (self.network.classifier, 1.0)):
+            for group in param_groups_weight_decay(part, settings.weight_decay):
+                groups.append({**group, "lr": rate * ratio})
+        options: dict[str, Any] = {**settings.options}
+        if settings.momentum is not None:
+            options["momentum"] = settings.momentum
+        optimizer = create_optimizer_v2(groups, settings.name, lr=rate, **options)
+        steps = self.batches / self.config.training.accumulate
+        scheduler = LambdaLR(optimizer, lambda step: schedule.factor((step + 0.5) / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def build_network(config: Config, num_classes: int) -> EfficientNet:
+    """The network of a configuration, with its initial or its trained weights."""
+    network = config.network
+    dropout: dict[str, Any] = {} if network.dropout is None else {"dropout": network.dropout}
+    with warnings.catch_warnings():
+        # That the classifier is new is what training is for.
+        warnings.filterwarnings("ignore", ".*classifier is untrained.*")
+        return create_model(
+            network.name,
+            weights=network.weights,
+            num_classes=num_classes,
+            low_resolution=network.low_resolution,
+            stochastic_depth_prob=network.stochastic_depth_prob,
+            **dropout,
+        )
+
+
+def warmed_average(decay: float) -> Any:
+    """A moving average for :class:`torch.optim.swa_utils.AveragedModel`, whose decay rises to ``decay``.
+
+    In step n it is at most (1 + n) / (10 + n), as TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``.
+    """
+
+    def average(averaged: Any, current: Any, count: Any) -> None:
+        number = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averaged, current, count)
+
+    return average
+
+
+def recompute(layer: nn.Module) -> None:
+    """Makes a module keep its input alone, and compute the rest again in backward.
+
+    The second time, BatchNorms leave their running statistics as they are.
+    """
+    inner = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not (layer.training and torch.is_grad_enabled()):
+            return inner(x)
+        contexts = (contextlib.nullcontext(), _kept_statistics(layer))
+        return checkpoint(inner, x, use_reentrant=False, context_fn=lambda: contexts)
+
+    layer.forward = forward
+
+
+@contextlib.contextmanager
+def _kept_statistics(layer: nn.Module) -> Iterator[None]:
+    norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
