@@ -2,24 +2,18 @@
 
 import argparse
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from effnet_kernels.tools import training_commands
+from effnet_kernels.tools.arguments import EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, UsageError, minutes, positive
+from effnet_kernels.tools.arguments import device as device_of
 from effnet_kernels.tools.console import printable, say, to_json
 
 # Imports of torch and of the package's parts are inside the functions: ``effnet --help`` has nothing to wait for.
-
-EXIT_OK = 0
-EXIT_SOME_FAILED = 1
-EXIT_USAGE = 2
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,14 +69,14 @@ def run_predict(arguments: argparse.Namespace) -> int:
             raise UsageError(f"found no photograph in {', '.join(map(printable, arguments.paths))}")
     else:
         photos = p.demo_photos()
-    device = _device(arguments.device)
+    device = device_of(arguments.device)
     model, preprocess, class_names = _model(arguments.model, arguments.weights)
     predictions = p.predict(
         model,
         photos,
         preprocess,
         class_names,
-        topk=arguments.topk,
+        topk=arguments.topk or min(5, model.num_classes),
         batch_size=arguments.batch_size,
         device=device,
     )
@@ -149,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_predict(commands)
+    training_commands.add_to(commands)
     _add_scale(commands)
     _add_info(commands)
     _add_selftest(commands)
@@ -174,10 +169,14 @@ def _add_predict(commands: Any) -> None:
     )
     command.add_argument("--model", help="such as efficientnet_b0, efficientnet_v2_s or tf_efficientnet_lite0")
     command.add_argument(
-        "--weights", help="a name such as IMAGENET1K_V1, an http(s) URL, or a path to .pth or .safetensors; DEFAULT"
+        "--weights",
+        help="a name such as IMAGENET1K_V1, an http(s) URL, a path to .pth or .safetensors, or the folder of a run of "
+        "effnet train, which knows its model; DEFAULT",
     )
-    command.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes per photograph; 5")
-    command.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="photographs at a time; 16")
+    command.add_argument(
+        "--topk", type=positive, metavar="K", help="classes per photograph; 5, or all if there are fewer"
+    )
+    command.add_argument("--batch-size", type=positive, default=16, metavar="N", help="photographs at a time; 16")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; cpu")
     command.add_argument(
         "--json",
@@ -205,8 +204,8 @@ def _add_info(commands: Any) -> None:
     command = commands.add_parser("info", help="print versions, devices and what each backend can do here")
     command.add_argument("--kernels", action="store_true", help="list the GPU kernels that a network needs instead")
     command.add_argument("--model", default="efficientnet_b0", help="the network, for --kernels")
-    command.add_argument("--batch", type=_positive, default=64, help="its batch, for --kernels")
-    command.add_argument("--resolution", type=_positive, default=224, help="its images' size, for --kernels")
+    command.add_argument("--batch", type=positive, default=64, help="its batch, for --kernels")
+    command.add_argument("--resolution", type=positive, default=224, help="its images' size, for --kernels")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=run_info)
 
@@ -226,9 +225,9 @@ def run_selftest(arguments: argparse.Namespace) -> int:
 def _add_selftest(commands: Any) -> None:
     command = commands.add_parser("selftest", help="compare the GPU kernels with eager PyTorch on this machine")
     command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
-    command.add_argument("--batch", type=_positive, default=64, help="images of a timed step (64)")
-    command.add_argument("--resolution", type=_positive, default=224, help="the images' size (224)")
-    command.add_argument("--rounds", type=_positive, default=10, help="timed steps of each contender (10)")
+    command.add_argument("--batch", type=positive, default=64, help="images of a timed step (64)")
+    command.add_argument("--resolution", type=positive, default=224, help="the images' size (224)")
+    command.add_argument("--rounds", type=positive, default=10, help="timed steps of each contender (10)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     command.set_defaults(run=run_selftest)
 
@@ -269,11 +268,11 @@ def _add_bench(commands: Any) -> None:
         "bench", help="compare the CPU with torchvision, torch.compile, ONNX Runtime, OpenVINO"
     )
     command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
-    command.add_argument("--batch", type=_positive, default=1, help="images of a call (1)")
-    command.add_argument("--resolution", type=_positive, help="the images' size (the network's own)")
-    command.add_argument("--threads", type=_positive, help="of each engine (as many as torch takes)")
+    command.add_argument("--batch", type=positive, default=1, help="images of a call (1)")
+    command.add_argument("--resolution", type=positive, help="the images' size (the network's own)")
+    command.add_argument("--threads", type=positive, help="of each engine (as many as torch takes)")
     command.add_argument("--engines", type=lambda text: text.split(","), help="some of them, by commas (all installed)")
-    command.add_argument("--rounds", type=_positive, default=8, help="turns of each engine, of a tenth of a second (8)")
+    command.add_argument("--rounds", type=positive, default=8, help="turns of each engine, of a tenth of a second (8)")
     command.add_argument("--training", action="store_true", help="a training step instead of inference")
     command.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of our engine that ratios are of (float32)"
@@ -300,12 +299,12 @@ def run_tune(arguments: argparse.Namespace) -> int:
 def _add_tune(commands: Any) -> None:
     command = commands.add_parser("tune", help="measure launch configurations on this machine's GPU, and keep the best")
     command.add_argument("--model", default="efficientnet_b0", help="the network (efficientnet_b0)")
-    command.add_argument("--batch", type=_positive, default=64, help="images of a step (64)")
-    command.add_argument("--resolution", type=_positive, default=224, help="the images' size (224)")
+    command.add_argument("--batch", type=positive, default=64, help="images of a step (64)")
+    command.add_argument("--resolution", type=positive, default=224, help="the images' size (224)")
     command.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the maps (fp16)")
     command.add_argument("--output", type=Path, metavar="FILE", help="written there, and not where they are looked for")
-    command.add_argument("--minutes", type=_minutes, help="stop after so many (not before all is timed)")
-    command.add_argument("--fields", type=_positive, default=2, help="of a configuration that change at once (2)")
+    command.add_argument("--minutes", type=minutes, help="stop after so many (not before all is timed)")
+    command.add_argument("--fields", type=positive, default=2, help="of a configuration that change at once (2)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the time of every configuration there, too")
     command.set_defaults(run=run_tune)
 
@@ -318,38 +317,6 @@ class _Version(argparse.Action):
         raise SystemExit(EXIT_OK)
 
 
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return number
-
-
-def _minutes(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    # Not <=, so that a NaN is refused.
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
-    return number
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        # Read back, which the meta device cannot.
-        torch.zeros(1, device=device).item()
-    # Each device type has its own error for not being there.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason, *_ = str(error).splitlines() or [type(error).__name__]
-        raise UsageError(f"--device {name}: {reason}") from error
-    return device
-
-
 def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] | None]:
     """The trained model, its preprocessing and its class names."""
     from effnet_kernels import create_model
@@ -358,6 +325,11 @@ def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] |
     for option, value in (("--model", name), ("--weights", weights)):
         if value == "":
             raise UsageError(f"{option}: expected a name, got ''")
+    if weights is not None and os.path.isdir(weights):
+        run = training_commands.open_run(weights)
+        if name not in (None, run.config.network.name):
+            raise UsageError(f"--model: expected {run.config.network.name}, the network of {weights}, got {name}")
+        return run.network, run.preprocess, run.classes
     if name is None and weights is not None:
         raise UsageError("--weights: expected --model beside it, to say which network they are for")
     variant = name or "efficientnet_lite0"
