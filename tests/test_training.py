@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from training_cases import last_checkpoint, save_colours, tiny, weights_of
 
 from effnet_kernels import efficientnet_b0
 from effnet_kernels.tools.cli import main
-from effnet_kernels.train.config import Config, read_config
+from effnet_kernels.train.config import read_config
 from effnet_kernels.train.curves import plot_runs, read_metrics
 from effnet_kernels.train.data import Batch, ImageData
 from effnet_kernels.train.evaluation import Evaluation, evaluate
@@ -28,31 +29,7 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve photographs of three classes of plain colours."""
-    root = tmp_path_factory.mktemp("colours")
-    colours = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (210, 50, 40)}
-    for number, (name, colour) in enumerate(colours.items()):
-        (root / name).mkdir()
-        for index in range(4):
-            noise = np.random.default_rng(4 * number + index).integers(-30, 31, (16, 16, 3))
-            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{index}.png")
-    return root
-
-
-def tiny(folder: Path, **sections: dict[str, Any]) -> Config:
-    """Two steps an epoch of the smallest network, on images of 16 pixels."""
-    values: dict[str, dict[str, Any]] = {
-        "network": {"name": "efficientnet_lite0"},
-        "data": {"name": str(folder), "image_size": 16, "batch_size": 4, "workers": 0, "held_out": 0.25},
-        "schedule": {"epochs": 2, "warmup_epochs": 0},
-    }
-    for section, entries in sections.items():
-        values[section] = {**values.get(section, {}), **entries}
-    return resolve(values, "cifar")
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return save_colours(tmp_path_factory.mktemp("colours"))
 
 
 def test_digits_are_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +38,7 @@ def test_digits_are_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["--epochs", "6", "--set", "schedule.warmup_epochs=1", "--set", "training.ema=0.98"]
     assert main(["train", *arguments, "--output", str(run)]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("validation accuracy 9")
+    assert shown.out.startswith("best validation accuracy 9")
     lines = [line for line in shown.err.splitlines() if line.startswith("epoch ")]
     assert [line.split("  ")[0] for line in lines] == [f"epoch {epoch}/6" for epoch in range(1, 7)]
     assert all(word in lines[-1] for word in ("loss ", "accuracy ", "val accuracy ", "images/s ", "left 0:00:00"))
@@ -144,15 +121,14 @@ def test_every_way_to_train(sections: dict[str, Any], folder: Path, tmp_path: Pa
 
 
 def test_the_trained_network_is_what_the_run_validated(folder: Path, tmp_path: Path) -> None:
-    accuracy = train(tiny(folder, schedule={"epochs": 3}), tmp_path / "run")
+    best = train(tiny(folder, schedule={"epochs": 3}), tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert (run.classes, run.network.training) == (["blue", "green", "red"], False)
     evaluation = evaluate(run)
     logged = [value for _, value in read_metrics(tmp_path / "run")["val/accuracy"]]
-    assert evaluation.top1 == pytest.approx(max(logged))
-    assert logged[-1] == pytest.approx(accuracy)
+    assert evaluation.top1 == pytest.approx(max(logged)) == best
     # The averaged weights are those that were validated, and not those of the last step.
-    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = last_checkpoint(tmp_path / "run")
     name = "network.classifier.1.weight"
     assert not torch.equal(checkpoint["state_dict"][name], checkpoint["current_model_state"][name])
     # The same without Lightning.
@@ -184,7 +160,7 @@ def test_finetuning_begins_with_trained_weights_and_the_classifier(folder: Path,
     assert run.config.network.name == "tf_efficientnet_lite0"
     train(resolve({**values, "schedule": {"epochs": 2}}, "finetune"), tmp_path / "tuned")
     tuned = load_run(tmp_path / "tuned").network.state_dict()
-    last = torch.load(tmp_path / "tuned" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    last = weights_of(tmp_path / "tuned")
     assert not torch.equal(last["network.features.0.0.weight"], begun.features[0][0].weight)
     assert tuned.keys() == state.keys()
 
@@ -259,7 +235,10 @@ def test_an_evaluation_in_numbers() -> None:
 
 
 def test_curves_of_a_file(tmp_path: Path) -> None:
-    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+    paths = [tmp_path / "logs" / f"version_{number}" / "metrics.csv" for number in (2, 10)]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+    with paths[0].open("w", newline="") as file:
         csv.writer(file).writerows(
             [
                 ["epoch", "step", "val/loss", "lr-SGD/pg1", "lr-SGD/pg2"],
@@ -267,11 +246,13 @@ def test_curves_of_a_file(tmp_path: Path) -> None:
                 ["", "4", "", "1", "2"],
             ]
         )
+    # Training went on from before step 4.
+    paths[1].write_text("step,lr-SGD/pg1\n5,1.5\n4,2.5\n")
     metrics = read_metrics(tmp_path)
     assert metrics["val/loss"] == [(3, 0.5)]
-    assert metrics["lr"] == [(4, 2.0)]
+    assert metrics["lr"] == [(4, 2.5), (5, 1.5)]
     plot_runs([tmp_path], tmp_path / "a.png")
-    (tmp_path / "metrics.csv").write_text("step,val/loss\n1,high\n")
+    paths[1].write_text("step,val/loss\n1,high\n")
     with pytest.raises(ValueError, match=r"metrics.csv: expected numbers, got .*high"):
         read_metrics(tmp_path)
     with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
@@ -316,7 +297,7 @@ def test_a_damaged_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     best = run / "checkpoints" / "best.ckpt"
     best.write_bytes(best.read_bytes()[:5000])
     assert main(arguments) == 2
-    assert f"{best}: expected a checkpoint" in capsys.readouterr().err
+    assert f"{best}: expected a SHA-256 that begins with" in capsys.readouterr().err
     best.unlink()
     assert main(arguments) == 2
     assert f"{best}: there is no such file" in capsys.readouterr().err

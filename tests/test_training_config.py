@@ -30,7 +30,7 @@ def test_a_resolved_configuration_repeats_itself(recipe: str, data: str, tmp_pat
     settings = parse_settings(["network.weights=none", "training.clip=none", "optimizer.momentum=none"])
     config = resolve({"data": {"name": data}, **settings}, recipe)
     assert config.network.weights is config.training.clip is config.optimizer.momentum is None
-    config.save(tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text(config.to_toml())
     values = read_config(tmp_path / "config.toml")
     assert values.pop("recipe") == recipe
     assert resolve(values, recipe) == config

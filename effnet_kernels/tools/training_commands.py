@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,15 +33,22 @@ def add_to(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Trains a network. Status 0; 2 where something is missing or does not fit."""
+    """Trains a network. Status 0, also after SIGTERM; 130 after SIGINT; 2 where something does not fit."""
     _check_extra()
+    from effnet_kernels.train.checkpoints import EXIT_INTERRUPTED, Interrupted
     from effnet_kernels.train.config import parse_settings, read_config
     from effnet_kernels.train.recipes import resolve
-    from effnet_kernels.train.run import train
+    from effnet_kernels.train.run import CONFIG, is_run, train
 
     values: dict[str, Any] = {}
+    folder: Path | None = arguments.output
+    if arguments.resume is not None:
+        if folder is None:
+            raise UsageError("--resume: expected --output beside it, the folder of the run")
+        if is_run(folder):
+            values = read_config(folder / CONFIG)
     if arguments.config is not None:
-        values = read_config(arguments.config)
+        values = {**values, **read_config(arguments.config)}
     recipe = arguments.recipe or values.pop("recipe", None)
     values.pop("recipe", None)
     options = {
@@ -59,12 +67,18 @@ def run_train(arguments: argparse.Namespace) -> int:
         for section, entries in overrides.items():
             values[section] = {**values.get(section, {}), **entries}
     config = resolve(values, recipe)
-    folder = arguments.output
     if folder is None:
         name = f"{Path(config.data.name).stem}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path("runs", name)
-    accuracy = train(config, folder)
-    print(f"validation accuracy {accuracy:.2%}; weights, settings and logs are in {printable(str(folder))}")
+    try:
+        accuracy = train(config, folder, arguments.resume)
+    except Interrupted as stop:
+        say(
+            f"effnet: stopped and saved; effnet train --output {printable(str(folder))} --resume auto goes on",
+            sys.stderr,
+        )
+        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else EXIT_OK
+    print(f"best validation accuracy {accuracy:.2%}; weights, settings and logs are in {printable(str(folder))}")
     return EXIT_OK
 
 
@@ -83,7 +97,8 @@ def _add_train(commands: Any) -> None:
         description="Trains a network. Without options, one that reads handwritten digits, in a minute or two and "
         "without a download. The folder that it writes is what --weights of predict, and evaluate and plot, take.",
         epilog="Every value can be set: --set optimizer.lr=0.1 --set training.clip=5. A run's config.toml "
-        "has all of them. Exit status: 0; 2 where something is missing or does not fit.",
+        "has all of them. Exit status: 0, also after SIGTERM, which saves; 130 after Ctrl-C, which saves; 2 where "
+        "something is missing or does not fit.",
     )
     command.add_argument(
         "--data",
@@ -103,6 +118,12 @@ def _add_train(commands: Any) -> None:
     command.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="any other value")
     command.add_argument("--config", type=Path, metavar="FILE", help="values, such as a run's config.toml")
     command.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder for the run; one in runs/")
+    command.add_argument(
+        "--resume",
+        metavar="auto",
+        help="go on with the run in --output from its newest good checkpoint, in the middle of an epoch too, or begin "
+        "it; or the path of a checkpoint",
+    )
     command.set_defaults(run=run_train)
 
 

@@ -182,6 +182,8 @@ class Training(Section):
         checkpoint: whether a stage's activations are computed again in backward instead of kept.
         compile: whether ``torch.compile`` compiles the network.
         deterministic: whether torch refuses operators whose results change from run to run.
+        save_minutes: so often, and after each epoch, everything is saved that training goes on from.
+        save_steps: the same in steps; None for minutes alone.
     """
 
     seed: int = Field(0, ge=0)
@@ -193,6 +195,8 @@ class Training(Section):
     checkpoint: bool = False
     compile: bool = False
     deterministic: bool = False
+    save_minutes: float = Field(10.0, gt=0)
+    save_steps: int | None = Field(None, ge=1)
 
 
 class Config(Section):
@@ -246,15 +250,24 @@ class Config(Section):
             }
         )
 
-    def save(self, path: Path) -> None:
-        """Writes this as TOML."""
+    def to_toml(self) -> str:
+        """This as TOML, of which :func:`read_config` and :meth:`override` make the same."""
         import tomli_w
 
         sections = self.model_dump()
         for name, section in sections.items():
             if isinstance(section, dict):
                 sections[name] = {key: "none" if value is None else value for key, value in section.items()}
-        path.write_text(tomli_w.dumps(sections), encoding="utf-8")
+        return tomli_w.dumps(sections)
+
+    def differences(self, other: "Config") -> list[str]:
+        """The names of the values that are not the same."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        names = ["recipe"] if self.recipe != other.recipe else []
+        for section, values in ours.items():
+            if isinstance(values, dict):
+                names += [f"{section}.{name}" for name, value in values.items() if theirs[section][name] != value]
+        return names
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -15,24 +15,28 @@ _PANELS = (
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The values of each metric that a run has logged, with their steps; ``lr`` is the highest of the learning rates.
 
-    Raises FileNotFoundError where there is no ``metrics.csv``, ValueError where it holds anything but numbers.
+    Each time that training went on has a file of its own; of a step that two have, the later counts.
+
+    Raises FileNotFoundError where there is no ``metrics.csv``, ValueError where one holds anything but numbers.
     """
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; expected the folder of a run")
-    metrics: dict[str, list[tuple[int, float]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                values = {name: float(value) for name, value in row.items() if name and value}
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: expected numbers, got {row}") from error
-            rates = [value for name, value in values.items() if name.startswith("lr-")]
-            if rates:
-                values["lr"] = max(rates)
-            for name, value in values.items():
-                metrics.setdefault(name, []).append((int(values["step"]), value))
-    return metrics
+    paths = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: expected the folder of a run, with logs/version_0/metrics.csv")
+    metrics: dict[str, dict[int, float]] = {}
+    for path in paths:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    values = {name: float(value) for name, value in row.items() if name and value}
+                    step = int(values["step"])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{path}: expected numbers, got {row}") from error
+                rates = [value for name, value in values.items() if name.startswith("lr-")]
+                if rates:
+                    values["lr"] = max(rates)
+                for name, value in values.items():
+                    metrics.setdefault(name, {})[step] = value
+    return {name: sorted(points.items()) for name, points in metrics.items()}
 
 
 def plot_runs(folders: Sequence[Path], path: Path) -> None:

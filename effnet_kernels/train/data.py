@@ -88,10 +88,16 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch; Lightning calls it before each."""
-        self.epoch = epoch
+        """Chooses the epoch; Lightning calls it before each. Another epoch than before begins at its beginning."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def skip_to(self, epoch: int, start: int) -> None:
+        """Begins in the middle of an epoch, after so many numbers."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.length
@@ -99,7 +105,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(_seed_of(self.seed, self.epoch))
         numbers = torch.randperm(self.length, generator=generator).tolist() if self.shuffle else range(self.length)
-        return ((self.epoch, number) for number in numbers)
+        return ((self.epoch, number) for number in numbers[self.start :])
 
 
 def _seed_of(*numbers: int) -> int:
@@ -163,12 +169,14 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Whole batches of changed images, in another order in each epoch."""
-        config = self.config.at_epoch(self.trainer.current_epoch if self.trainer else 0)
+        epoch, batches = _position(self.trainer)
+        config = self.config.at_epoch(epoch)
         transform = training_transform(config)
         if self.images is None:
             return self._loader(_shards(config.data.name, transform, self.classes, config.training.seed))
         samples = SampleSet(self.images[0], transform, config.training.seed)
         sampler = EpochSampler(len(self.images[0].labels), config.training.seed, shuffle=True)
+        sampler.skip_to(epoch, batches * config.data.batch_size)
         return self._loader(samples, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> Any:
@@ -209,6 +217,15 @@ class ImageData(pl.LightningDataModule):
                 f"--max-broken N allows N"
             )
         return batch
+
+
+def _position(trainer: pl.Trainer | None) -> tuple[int, int]:
+    """The epoch that training begins or goes on with, and the batches of it that are done."""
+    if trainer is None:
+        return 0, 0
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return epoch.processed, batches if epoch.started > epoch.processed else 0
 
 
 def is_shards(name: str) -> bool:

@@ -45,11 +45,29 @@ class ImageClassifier(pl.LightningModule):
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.mix: Any = None
+        self.random: dict[str, Any] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
+    def on_train_start(self) -> None:
+        """Goes on in the middle of an epoch, with the random numbers that would have come."""
+        self._begin_epoch()
+        if self.random is not None:
+            set_random_state(self.random)
+
     def on_train_epoch_start(self) -> None:
+        self._begin_epoch()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the configuration and the state of torch's random generators."""
+        checkpoint["config"] = self.config.model_dump()
+        checkpoint["random"] = random_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.random = checkpoint["random"]
+
+    def _begin_epoch(self) -> None:
         """Sets what changes from epoch to epoch: dropout, mixup, and whether the backbone is trained."""
         config = self.config.at_epoch(self.current_epoch)
         if config.network.dropout is not None:
@@ -75,6 +93,12 @@ class ImageClassifier(pl.LightningModule):
             images, targets = self.mix(images, labels)
         logits = self.network(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.augmentation.label_smoothing)
+        if not loss.isfinite():
+            rate = self.trainer.optimizers[0].param_groups[-1]["lr"]
+            raise ValueError(
+                f"expected a finite loss, got {float(loss)} in step {self.global_step} of epoch "
+                f"{self.current_epoch + 1}, at the learning rate {rate:.3g}, for {', '.join(batch.names)}"
+            )
         with torch.no_grad():
             accuracy = (logits.argmax(1) == labels).float().mean()
         self.log("train/loss", loss, prog_bar=True, on_epoch=True, batch_size=len(images))
@@ -106,6 +130,18 @@ class ImageClassifier(pl.LightningModule):
         steps = self.batches / self.config.training.accumulate
         scheduler = LambdaLR(optimizer, lambda step: schedule.factor((step + 0.5) / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's generators, which draw dropout, stochastic depth and mixup."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Sets the states of :func:`random_state`; those of GPUs that are not here are left out."""
+    torch.set_rng_state(state["cpu"])
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(value, device)
 
 
 def build_network(config: Config, num_classes: int) -> EfficientNet:

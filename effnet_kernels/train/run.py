@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.models.weights.preprocess import ImagePreprocess
+from effnet_kernels.train.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, replacing
 from effnet_kernels.train.config import Config, read_config
 from effnet_kernels.train.data import ImageData, preprocess_of
 from effnet_kernels.train.module import ImageClassifier, build_network, warmed_average
@@ -27,34 +27,40 @@ CLASSES = "classes.txt"
 CHECKPOINTS = "checkpoints"
 
 
-def train(config: Config, folder: Path) -> float:
-    """Trains a network and returns the validation accuracy of the last epoch.
+# What may change when training goes on: on another machine, or in another place.
+_CHANGEABLE = {"data.dir", "data.workers", "training.device", "training.save_minutes", "training.save_steps"}
+
+
+def train(config: Config, folder: Path, resume: str | None = None) -> float:
+    """Trains a network and returns the best validation accuracy.
 
     Args:
         config: the configuration, of :func:`effnet_kernels.train.recipes.resolve`.
-        folder: a new one, for the configuration, the names of the classes, checkpoints, ``metrics.csv`` and the events
-            of TensorBoard.
+        folder: a new one, for the configuration, the names of the classes, checkpoints, ``logs`` and the events of
+            TensorBoard; or that of a run to go on with.
+        resume: None for a new run; ``auto`` to go on from the newest good checkpoint in ``folder``, or to begin where
+            there is none; or the path of a checkpoint.
 
     Raises:
         FileExistsError: the folder holds another run.
-        OSError, ValueError: the images are not there, or do not fit.
+        OSError, ValueError: the images are not there or do not fit, a checkpoint is damaged or belongs to another
+            configuration, or could not be written; or the loss is not finite.
+        Interrupted: SIGTERM or SIGINT came; what was done is saved.
     """
-    if (folder / CONFIG).exists():
-        raise FileExistsError(f"{folder}: expected a folder without a run, got one with {CONFIG}")
+    path = _check_folder(config, folder, resume)
     training = config.training
     pl.seed_everything(training.seed, workers=True, verbose=False)
     data = ImageData(config)
     module = ImageClassifier(config, len(data.classes), data.batches)
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    callbacks: list[Callback] = [
-        ModelCheckpoint(folder / CHECKPOINTS, "best", monitor="val/accuracy", mode="max"),
-        ModelCheckpoint(folder / CHECKPOINTS, "last"),
-        LearningRateMonitor("epoch"),
-        ProgressBar(leave=True) if terminal else ProgressLines(),
-    ]
+    checkpoints = folder / CHECKPOINTS
+    best = ModelCheckpoint(checkpoints, "best", monitor="val/accuracy", mode="max", enable_version_counter=False)
+    saving = Checkpoints(checkpoints, training.save_minutes, training.save_steps)
+    callbacks: list[Callback] = [LearningRateMonitor("epoch"), ProgressBar(leave=True) if terminal else ProgressLines()]
     if training.ema > 0:
         callbacks.append(WeightAveraging(multi_avg_fn=warmed_average(training.ema)))
-    with quiet():
+    steps_of_log = min(50, data.batches)
+    with quiet(), saving.handling_signals():
         trainer = make_trainer(
             training.device,
             precision=training.precision,
@@ -65,16 +71,44 @@ def train(config: Config, folder: Path) -> float:
             deterministic=training.deterministic,
             reload_dataloaders_every_n_epochs=1 if config.progressive.stages > 1 else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=min(50, data.batches),
+            log_every_n_steps=steps_of_log,
             enable_progress_bar=terminal,
-            logger=[CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "")],
-            callbacks=callbacks,
+            logger=[
+                CSVLogger(folder, "logs", flush_logs_every_n_steps=steps_of_log),
+                TensorBoardLogger(folder, "", ""),
+            ],
+            # Saving comes last, when averages and the best weights are up to date.
+            callbacks=[*callbacks, best, saving],
+            plugins=[SafeCheckpointIO()],
         )
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / CONFIG)
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in data.classes), encoding="utf-8")
-        trainer.fit(module, datamodule=data)
-    return float(trainer.callback_metrics["val/accuracy"])
+        for name, text in ((CLASSES, "".join(f"{name}\n" for name in data.classes)), (CONFIG, config.to_toml())):
+            with replacing(folder / name) as file:
+                file.write(text.encode())
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    return float(best.best_model_score or 0.0)
+
+
+def _check_folder(config: Config, folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None to begin."""
+    if resume is None:
+        if (folder / CONFIG).exists():
+            raise FileExistsError(
+                f"{folder}: expected a folder without a run, got one with {CONFIG}; --resume auto goes on with it"
+            )
+        return None
+    if (folder / CONFIG).exists():
+        saved = Config().override(read_config(folder / CONFIG))
+        different = [name for name in config.differences(saved) if name not in _CHANGEABLE]
+        if different:
+            raise ValueError(
+                f"{folder}: expected the settings of its run to go on, got others for {', '.join(different)}"
+            )
+    if resume == "auto":
+        return newest_checkpoint(folder / CHECKPOINTS)
+    if not Path(resume).is_file():
+        raise FileNotFoundError(f"{resume}: there is no such checkpoint")
+    return Path(resume)
 
 
 def make_trainer(device: str, **options: Any) -> pl.Trainer:
@@ -111,10 +145,9 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; has the run finished an epoch?")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["state_dict"]
-    except Exception as error:
-        raise ValueError(f"{path}: expected a checkpoint of Lightning, got: {error}") from error
+        state = SafeCheckpointIO().load_checkpoint(path)["state_dict"]
+    except KeyError as error:
+        raise ValueError(f"{path}: expected a checkpoint with the key {error}") from error
     # The weights that training began with are not needed, and may be gone.
     begun = config.override({"network": {"weights": None}})
     network = build_network(begun, len(classes))

@@ -39,7 +39,7 @@ def download(url: str, progress: bool = True, check_hash: bool = True) -> Path:
     expected = digest[1] if digest is not None and check_hash and not digest[1].isdecimal() else None
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if path.is_file():
-        if expected is not None and (damage := _damage(path, expected)):
+        if expected is not None and (damage := damage_of(path, expected)):
             raise ValueError(f"{path}: damaged, {damage}; delete it to download it again")
         return path
     if path.suffix == ".safetensors":
@@ -51,7 +51,7 @@ def download(url: str, progress: bool = True, check_hash: bool = True) -> Path:
             _fetch(url, partial, progress)
         except (OSError, http.client.HTTPException) as error:
             raise OSError(f"{url}: the download failed ({error})") from error
-        if expected is not None and (damage := _damage(partial, expected)):
+        if expected is not None and (damage := damage_of(partial, expected)):
             raise ValueError(f"{url}: the download is damaged ({damage})")
         try:
             read_checkpoint(partial)
@@ -82,7 +82,7 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
             raise OSError(f"cut, expected {size} bytes, got {file.tell()}")
 
 
-def _damage(path: Path, expected: str) -> str | None:
+def damage_of(path: Path, expected: str) -> str | None:
     """What is wrong with a file whose SHA-256 should begin with ``expected``, or None."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
