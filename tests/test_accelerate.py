@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -292,15 +291,17 @@ def test_weights_that_are_not_plain_make_a_block_compute_as_it_did(change, befor
 
 @pytest.mark.parametrize("before", [True, False])
 def test_sync_batch_norm_conversion(before: bool) -> None:
+    """In one process it is BatchNorm; tests/test_distributed.py has several."""
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     untouched, model = small(), small()
     x = torch.randn(2, 3, 32, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # converted before, there is nothing to switch
-        model = ek.accelerate(convert(model)) if before else convert(ek.accelerate(model))
-        assert backends(model, x) == ["torch"] * 3
-        with torch.no_grad():
-            assert_close(model.eval()(x), untouched.eval()(x))
+    model = ek.accelerate(convert(model)) if before else convert(ek.accelerate(model))
+    assert backends(model, x) == ["cpu"] * 3
+    assert_close(step(model, x), step(untouched, x))
+    assert_gradients_close(model, untouched)
+    assert_buffers_close(model, untouched)
+    with torch.no_grad():
+        assert_close(model.eval()(x), untouched.eval()(x))
 
 
 def test_frozen_parts() -> None:

@@ -196,7 +196,6 @@ def unknown_parts():
 
     return {
         "GroupNorm": group_norm,
-        "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(mbconv()),
         "SELU": edited(lambda b: b.block[0].__setitem__(2, nn.SELU())),
         "Identity": edited(lambda b: b.block.__setitem__(2, nn.Identity())),
         "Tanh": edited(lambda b: setattr(b.block[2], "scale_activation", nn.Tanh())),

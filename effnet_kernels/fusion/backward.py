@@ -23,6 +23,7 @@ from effnet_kernels.fusion.spec import (
     Prologue,
     accumulation_dtype,
 )
+from effnet_kernels.fusion.synchronisation import add_up, group_of
 
 
 class Norm(NamedTuple):
@@ -67,23 +68,15 @@ def backward(
         Saved(as_map(y), as_contiguous(norm), None if gating is None else Gating(*map(as_contiguous, gating)))
         for y, norm, gating in saved
     ]
-    norms = [Norm(*layer.norm.unbind()) for layer in saved]
+    norms = [Norm(*layer.norm[:4].unbind()) for layer in saved]
     own: list[tuple[Tensor | None, ...]] = [()] * len(chain.layers)
     of_excitations: list[tuple[Tensor | None, ...]] = [(None,) * 4] * len(chain.layers)
     grad_input: Tensor | None = None
     at_norm = _at_the_end(primitives, chain, grad, drop_path_scale, saved[-1].y, norms[-1])
     for index in reversed(range(len(chain.layers))):
-        layer, y, norm = chain.layers[index], saved[index].y, norms[index]
+        layer = chain.layers[index]
         needs_weight, needs_bias = needs_parameters[index * PARAMETERS_OF_A_LAYER :][:2]
-        assert layer.norm is not None
-        coefficients, norm_weight, norm_bias = primitives.finalize_batch_norm_backward(
-            at_norm.sums,
-            y.shape[0] * y.shape[2] * y.shape[3],
-            layer.norm.weight,
-            norm.mean,
-            norm.rstd,
-            layer.batch_statistics,
-        )
+        coefficients, norm_weight, norm_bias = _finalize(primitives, layer, at_norm.sums, saved[index])
         bias = None
         if layer.bias is not None and needs_bias:
             # The batch's mean takes a constant out again.
@@ -106,6 +99,27 @@ def backward(
         None if g is None or p is None or not needed else like_parameter(g, p)
         for g, p, needed in zip(gradients, given.parameters(), needs_parameters, strict=True)
     ]
+
+
+def _finalize(primitives: Primitives, layer: Layer, sums: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's coefficients, and the gradients of its weight and bias, from partial sums [P, 2, K].
+
+    Where it is synchronised, the coefficients are those of all processes, and the gradients this process's part, which
+    is added to the others' as those of other parameters are.
+    """
+    assert layer.norm is not None
+    _, _, mean, rstd, *counts = saved.norm.unbind()
+    finalize = primitives.finalize_batch_norm_backward
+    if not counts:
+        y = saved.y
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        return finalize(sums, count, layer.norm.weight, mean, rstd, layer.batch_statistics)
+    group = group_of(layer.norm)
+    if group is None:
+        raise RuntimeError("expected the processes that the forward pass was synchronised with, got none")
+    own = sums.sum(0)
+    coefficients, _, _ = finalize((add_up(own, group) / counts[0])[None], 1, layer.norm.weight, mean, rstd, True)
+    return coefficients, rstd * own[1], own[0]
 
 
 def _at_the_end(

@@ -20,6 +20,7 @@ from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.forward import flatten, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
+from effnet_kernels.fusion.synchronisation import is_synchronised
 
 _library = library.Library("effnet_kernels", "DEF")
 _library.define("chain_inference(Tensor x, Tensor[] parameters, Tensor[] running, str chain) -> Tensor")
@@ -43,12 +44,13 @@ def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Te
     out, *saved = torch.ops.effnet_kernels.chain_forward(x, drop_path_scale, parameters, running, text)
     for layer, kept in zip(chain.layers, unflatten(chain, [t.detach() for t in saved]), strict=True):
         if layer.norm is not None and layer.norm.batch_statistics and layer.norm.tracks:
-            _, _, mean, rstd = kept.norm.unbind()
-            _update_running_statistics(layer.norm, mean, rstd, kept.y.numel() // kept.y.shape[1])
+            _, _, mean, rstd, *counts = kept.norm.unbind()
+            count = counts[0] if counts else kept.y.numel() // kept.y.shape[1]
+            _update_running_statistics(layer.norm, mean, rstd, count)
     return out.to(returned)
 
 
-def _update_running_statistics(norm: BatchNorm, mean: Tensor, rstd: Tensor, count: int) -> None:
+def _update_running_statistics(norm: BatchNorm, mean: Tensor, rstd: Tensor, count: int | Tensor) -> None:
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     if norm.running_mean is None or norm.running_var is None:
@@ -65,8 +67,9 @@ def _update_running_statistics(norm: BatchNorm, mean: Tensor, rstd: Tensor, coun
 def encode(backend: PrimitivesBackend, chain: Chain) -> tuple[str, list[Tensor], list[Tensor]]:
     """The chain as an operator takes it: a text, its parameters, and the running statistics that it normalises by.
 
-    The text is a Python literal. Each layer is its kind, stride, padding and activation, then eps and whether batch
-    statistics are used, the excitation's activation and gate, and which of its ten tensors there are.
+    The text is a Python literal. Each layer is its kind, stride, padding and activation, then eps, whether batch
+    statistics are used and by which processes, the excitation's activation and gate, and which of its ten tensors there
+    are.
     """
     layers = ""
     running: list[Tensor] = []
@@ -79,7 +82,8 @@ def encode(backend: PrimitivesBackend, chain: Chain) -> tuple[str, list[Tensor],
         # Formatted one by one: a tracer of open sizes holds numbers as symbols until they are.
         padding = "'same'" if isinstance(layer.padding, str) else ", ".join(f"{side}" for side in layer.padding)
         layers += f"(('{layer.kind}', {layer.stride}, ({padding}), '{layer.act}'), "
-        layers += "None, " if norm is None else f"({norm.eps}, {norm.batch_statistics}), "
+        group = norm.process_group if norm is not None and is_synchronised(layer) else None
+        layers += "None, " if norm is None else f"({norm.eps}, {norm.batch_statistics}, {group!r}), "
         layers += "None, " if excitation is None else f"('{excitation.act}', '{excitation.gate}'), "
         layers += f"({', '.join(f'{p}' for p in present)})), "
     text = f"('{backend}', {chain.residual}, {chain.pool}, [{layers}])"
@@ -109,12 +113,26 @@ class Decoded:
                     bias,
                     stride,
                     padding,
-                    None if norm is None else BatchNorm(gamma, beta, mean, var, None, norm[0], 0.0, norm[1]),
+                    None if norm is None else _norm(gamma, beta, mean, var, *norm),
                     act,
                     None if excitation is None else Excitation(*cast(Any, rest), *excitation),
                 )
             )
         return Chain(tuple(layers), self.residual, self.pool)
+
+
+def _norm(
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    batch_statistics: bool,
+    process_group: str | None,
+) -> BatchNorm:
+    return BatchNorm(
+        gamma, beta, mean, var, eps=eps, momentum=0.0, batch_statistics=batch_statistics, process_group=process_group
+    )
 
 
 _decode: Callable[[str], Decoded] = functools.lru_cache(maxsize=4096)(Decoded)
@@ -190,7 +208,7 @@ def _fake_forward(
     saved: list[Tensor] = []
     dtype = accumulation_dtype(x.dtype)
     for layer, y in zip(chain.layers, maps, strict=True):
-        saved += [y, x.new_empty(4, y.shape[1], dtype=dtype)]
+        saved += [y, x.new_empty(5 if is_synchronised(layer) else 4, y.shape[1], dtype=dtype)]
         if layer.excitation is not None:
             squeezed = layer.excitation.reduce_weight.shape[0]
             saved += [x.new_empty(x.shape[0], size, dtype=dtype) for size in (y.shape[1], y.shape[1], squeezed)]

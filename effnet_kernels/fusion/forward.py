@@ -26,6 +26,7 @@ from effnet_kernels.fusion.spec import (
     RunningStatistics,
     accumulation_dtype,
 )
+from effnet_kernels.fusion.synchronisation import gather_statistics, group_of, is_synchronised
 
 
 class Gating(NamedTuple):
@@ -40,7 +41,7 @@ class Saved(NamedTuple):
     """What backward needs of a layer."""
 
     y: Tensor  # the raw output
-    norm: Tensor  # [4, K]: scale, shift, mean and rstd, fp32
+    norm: Tensor  # [4, K]: scale, shift, mean and rstd, fp32; synchronised [5, K], with the number of values
     gating: Gating | None
 
 
@@ -124,7 +125,7 @@ def forward(
         reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
         y, partials = convolve(primitives, layer, x, prologue, reduction)
         norm = _normalise(primitives, layer, partials, y.dtype)
-        scale, shift, _, _ = norm.unbind()
+        scale, shift, *_ = norm.unbind()
         prologue = Prologue(scale, shift, layer.act)
         gating = None
         if layer.excitation is not None:
@@ -189,7 +190,7 @@ def _excite(primitives: Primitives, layer: Layer, sums: Tensor, y: Tensor) -> Ga
 
 
 def _normalise(primitives: Primitives, layer: Layer, partials: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A layer's scale, shift, mean and rstd, [4, K], beside maps of ``dtype``.
+    """A layer's scale, shift, mean and rstd, [4, K], beside maps of ``dtype``; see :class:`Saved`.
 
     They follow from the batch's statistics, or from the running ones where there are no ``partials``.
     """
@@ -205,6 +206,16 @@ def _normalise(primitives: Primitives, layer: Layer, partials: Tensor | None, dt
         rstd = torch.rsqrt(var.to(vector) + norm.eps)
         scale, shift = scale_and_shift(mean, rstd, norm.weight, norm.bias)
         return torch.stack([scale, shift, mean, rstd]).to(vector)
+    group = group_of(norm)
+    if group is None:
+        return _finalize(primitives, norm, partials)
+    gathered = gather_statistics(primitives.merge_statistics(partials), group)
+    return torch.cat([_finalize(primitives, norm, gathered), gathered[:, 0].sum(0, keepdim=True)])
+
+
+def _finalize(primitives: Primitives, norm: BatchNorm, partials: Tensor) -> Tensor:
+    """Scale, shift, mean and rstd, [4, K], from partial statistics, and the running statistics moved."""
+    mean, var = norm.running_mean, norm.running_var
     momentum: float | Tensor | None = norm.momentum
     if momentum is None:
         momentum = 0.0 if norm.num_batches_tracked is None else norm.num_batches_tracked
@@ -233,7 +244,7 @@ def _check_batch(chain: Chain, x: Tensor) -> None:
     for layer in chain.layers:
         rows, columns = output_map(size[2], size[3], layer.kernel_size, layer.stride, layer.padding)
         size = torch.Size((1, layer.out_channels, rows, columns))
-        if layer.batch_statistics:
+        if layer.batch_statistics and not is_synchronised(layer):
             check_batch(size)
 
 

@@ -30,7 +30,7 @@ class ChainSpec(NamedTuple):
 def lower_layer(
     name: str,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d,
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm,
     act: Activation,
     padding: int | Padding | Literal["same"],
     skip_nonfinite: bool = False,
@@ -73,9 +73,17 @@ def lower_layer(
             batch_statistics=norm.training or (norm.running_mean is None and norm.running_var is None),
             tracks=norm.training and norm.track_running_stats,
             skip_nonfinite=skip_nonfinite,
+            process_group=_process_group(norm),
         ),
         act=act,
     )
+
+
+def _process_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
+    """The name of the processes that a norm synchronises with; None for one that does not."""
+    if isinstance(norm, nn.BatchNorm2d) or not norm.training:
+        return None
+    return "" if norm.process_group is None else norm.process_group.group_name
 
 
 def lower_excitation(

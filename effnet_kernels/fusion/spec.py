@@ -122,6 +122,8 @@ class BatchNorm(NamedTuple):
         batch_statistics: whether it normalises by the batch's statistics.
         tracks: whether a pass with the batch's statistics updates the running ones, in place.
         skip_nonfinite: see :class:`~effnet_kernels.modules.ConvBnAct`.
+        process_group: the name of the processes whose batches are normalised as one, empty for all of them; None for
+            the batch of this process alone.
     """
 
     weight: Tensor | None
@@ -134,6 +136,7 @@ class BatchNorm(NamedTuple):
     batch_statistics: bool = False
     tracks: bool = False
     skip_nonfinite: bool = False
+    process_group: str | None = None
 
 
 class Excitation(NamedTuple):

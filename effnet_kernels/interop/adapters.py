@@ -121,12 +121,12 @@ def read_activation(block: nn.Module, path: str) -> Activation:
     return act
 
 
-def read_norm(block: nn.Module, path: str) -> tuple[nn.BatchNorm2d, Activation]:
+def read_norm(block: nn.Module, path: str) -> tuple[nn.BatchNorm2d | nn.SyncBatchNorm, Activation]:
     """A BatchNorm, and the activation of one that brings its own."""
     norm = plain_child(block, path)
-    if type(norm) is nn.BatchNorm2d:
-        return norm, "none"
-    if name_of(type(norm)) != "timm.layers.norm_act.BatchNormAct2d":
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return cast(nn.BatchNorm2d, norm), "none"
+    if name_of(type(norm)) not in _NORMS_WITH_ACTIVATION:
         raise unknown(path, norm)
     if not is_identity(norm, "drop"):
         raise unknown(f"{path}.drop", norm.get_submodule("drop"))
@@ -208,6 +208,7 @@ FLATTEN = nn.Flatten(1)
 _LUKEMELAS = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 _SAME_PADDING = {"timm.layers.conv2d_same.Conv2dSame", *(f"{m}.Conv2dDynamicSamePadding" for m in _LUKEMELAS)}
 _STATIC_PADDING = {f"{m}.Conv2dStaticSamePadding" for m in _LUKEMELAS}
+_NORMS_WITH_ACTIVATION = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}
 _GATES: dict[str, Gate] = {
     "timm.layers.activations.Sigmoid": "sigmoid",
     "timm.layers.activations.HardSigmoid": "hardsigmoid",

@@ -111,12 +111,12 @@ class ConvBnAct(FusedModule, nn.Sequential):
             found = ", ".join(self._modules) or "no children"
             raise Unsupported(f"{prefix or 'it '}has the children {found}, not a convolution, a norm and an activation")
         conv = checked(f"{prefix}0", children[0], (nn.Conv2d, Conv2dSame))
-        norm = checked(f"{prefix}1", children[1], (nn.BatchNorm2d,))
+        norm = checked(f"{prefix}1", children[1], (nn.BatchNorm2d, nn.SyncBatchNorm))
         act: Activation = "none"
         if len(children) == 3:
             act = ACTIVATIONS_OF[type(checked(f"{prefix}2", children[2], tuple(ACTIVATIONS_OF)))]
         padding: int | Literal["same"] = "same" if isinstance(conv, Conv2dSame) else cast(int, conv.padding[0])
-        return lower_layer(f"{prefix}0", conv, norm, act, padding, self.skip_nonfinite_statistics)
+        return lower_layer(f"{prefix}0", conv, cast(nn.BatchNorm2d, norm), act, padding, self.skip_nonfinite_statistics)
 
     @property
     def conv(self) -> nn.Conv2d:
