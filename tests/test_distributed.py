@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import assert_close, randomize
 from torch import Tensor, nn
+from training_cases import last_checkpoint, save_colours
 
 import effnet_kernels as ek
 from effnet_kernels.modules import ConvBnAct, FusedMBConv, FusedMBConvConfig, MBConv, MBConvConfig
@@ -192,3 +193,101 @@ def test_a_process_group_joins_its_own_processes(found: list[dict[str, Any]]) ->
     assert_same([rank["group"] for rank in found[:2]], result(network_of(case), x[:together], grad[:together]))
     for rank in found[2:]:
         assert_same([rank["group"]], result(network_of(case), x[together:], grad[together:]))
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(ek.efficientnet_lite0(num_classes=3, stochastic_depth_prob=0.0, dropout=0.0)).train()
+
+
+def batch_of(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(3, 3, 32, 32, generator=generator), torch.randint(0, 3, (3,), generator=generator)
+
+
+def loss_of(network: nn.Module, rank: int) -> Tensor:
+    x, labels = batch_of(rank)
+    return nn.functional.cross_entropy(network(x), labels)
+
+
+def run_parallel(folder: Path) -> None:
+    """What each process does: a step under DistributedDataParallel and one with sharded parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from effnet_kernels.modules import fused_module
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    network = small_network()
+    wrapped = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
+    for _ in range(2):
+        wrapped.zero_grad()
+        loss_of(wrapped, rank).backward()
+    found = {"ddp": {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}}
+
+    network = small_network()
+    mesh = init_device_mesh("cpu", (world,))
+    for part in (*network.features, network):
+        fully_shard(part, mesh=mesh)
+    chains = []
+    run = fused_module.autograd.run
+    fused_module.autograd.run = lambda *arguments: (chains.append(arguments[0]), run(*arguments))[1]
+    loss_of(network, rank).backward()
+    found["fsdp"] = {name: p.grad.full_tensor() for name, p in network.named_parameters() if p.grad is not None}
+    # The blocks stay on the kernels: their parameters are whole when they are called.
+    assert chains == ["cpu"] * 18, chains
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_parallel_gradients_are_the_mean_of_the_processes(tmp_path: Path) -> None:
+    launch("run_parallel", 2, tmp_path)
+    network = small_network()
+    for _ in range(2):
+        network.zero_grad()
+        torch.stack([loss_of(network, rank) for rank in range(2)]).mean().backward()
+    expected = {name: p.grad for name, p in network.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
+    for rank in range(2):
+        for kind, gradients in torch.load(tmp_path / f"{rank}.pt").items():
+            assert gradients.keys() == expected.keys()
+            for name, gradient in expected.items():
+                difference = (gradients[name] - gradient).abs()
+                assert (difference <= 1e-4 * (gradient.abs() + 1e-1 * largest)).all(), (kind, name)
+
+
+def test_a_killed_worker_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
+    """Under torchrun's elastic launch; the weights are those of a run that was not disturbed."""
+    pytest.importorskip("lightning", reason="the extra train is not installed")
+    (tmp_path / "colours").mkdir()
+    folder = save_colours(tmp_path / "colours")
+    settings = ["data.image_size=16", "data.workers=0", "data.held_out=0.25", "training.save_steps=1"]
+    settings += ["augmentation.mixup=0.2", "network.freeze_epochs=1"]
+    arguments = ["train", "--data", str(folder), "--recipe", "cifar", "--model", "efficientnet_lite0"]
+    arguments += ["--batch-size", "2", "--epochs", "4", *(word for value in settings for word in ("--set", value))]
+    # A worker of the first attempt ends without a word in its fifth step.
+    worker = (
+        "import os, signal, sys, torch; from effnet_kernels.tools.cli import main\n"
+        "from effnet_kernels.train.module import ImageClassifier\n"
+        "step = ImageClassifier.training_step\n"
+        "def dying(module, batch, index):\n"
+        "    if module.global_step == 4 and os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(module, batch, index)\n"
+        "if sys.argv[1] == 'disturbed': ImageClassifier.training_step = dying\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    (tmp_path / "worker.py").write_text(worker)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name in ("whole", "disturbed"):
+        output = ["--output", str(tmp_path / name), "--resume", "auto"]
+        command = [*launcher, "--max-restarts=1", str(tmp_path / "worker.py"), name, *arguments, *output]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("best validation accuracy") == 1
+    assert "exitcode: -9" in done.stderr.replace(" ", "").replace("exitcode:", "exitcode: ")
+    whole, disturbed = (last_checkpoint(tmp_path / name) for name in ("whole", "disturbed"))
+    assert whole["global_step"] == disturbed["global_step"] == 8
+    assert len(whole["random"]) == 2
+    for state in ("state_dict", "current_model_state"):
+        assert all(torch.equal(disturbed[state][name], value) for name, value in whole[state].items())

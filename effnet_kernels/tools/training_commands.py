@@ -38,7 +38,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from effnet_kernels.train.checkpoints import EXIT_INTERRUPTED, Interrupted
     from effnet_kernels.train.config import parse_settings, read_config
     from effnet_kernels.train.recipes import resolve
-    from effnet_kernels.train.run import CONFIG, is_run, train
+    from effnet_kernels.train.run import CONFIG, is_first_process, is_run, train
 
     values: dict[str, Any] = {}
     folder: Path | None = arguments.output
@@ -73,12 +73,12 @@ def run_train(arguments: argparse.Namespace) -> int:
     try:
         accuracy = train(config, folder, arguments.resume)
     except Interrupted as stop:
-        say(
-            f"effnet: stopped and saved; effnet train --output {printable(str(folder))} --resume auto goes on",
-            sys.stderr,
-        )
+        if is_first_process():
+            command = f"effnet train --output {printable(str(folder))} --resume auto"
+            say(f"effnet: stopped and saved; {command} goes on", sys.stderr)
         return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else EXIT_OK
-    print(f"best validation accuracy {accuracy:.2%}; weights, settings and logs are in {printable(str(folder))}")
+    if is_first_process():
+        print(f"best validation accuracy {accuracy:.2%}; weights, settings and logs are in {printable(str(folder))}")
     return EXIT_OK
 
 

@@ -1,6 +1,7 @@
 """What a training run is: sections of typed values, which a recipe fills and a user overrides."""
 
 import math
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -174,6 +175,8 @@ class Training(Section):
     Attributes:
         seed: of the initial weights, the order of images and all random draws.
         device: ``auto``, ``cpu``, ``cuda`` or another of Lightning's accelerators.
+        devices, nodes: processes on a machine, one for each of its devices, and machines; torchrun's own where it runs.
+        sync_batch_norm: whether BatchNorm normalises the batches of all processes as one.
         precision: float32, or mixed precision.
         accumulate: batches whose gradients are added up for a step.
         clip: the largest norm of the gradient; None for any.
@@ -188,6 +191,9 @@ class Training(Section):
 
     seed: int = Field(0, ge=0)
     device: str = "auto"
+    devices: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1)
+    sync_batch_norm: bool = False
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accumulate: int = Field(1, ge=1)
     clip: float | None = Field(None, gt=0)
@@ -259,6 +265,13 @@ class Config(Section):
             if isinstance(section, dict):
                 sections[name] = {key: "none" if value is None else value for key, value in section.items()}
         return tomli_w.dumps(sections)
+
+    def processes(self) -> tuple[int, int]:
+        """Processes on this machine, and machines."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            local = int(os.environ["LOCAL_WORLD_SIZE"])
+            return local, int(os.environ["WORLD_SIZE"]) // local
+        return self.training.devices, self.training.nodes
 
     def differences(self, other: "Config") -> list[str]:
         """The names of the values that are not the same."""

@@ -81,12 +81,17 @@ def make_sample(load: Callable[[], Any], transform: Callable[[Any], Tensor], lab
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """All numbers, with their epoch: in order, or in an order that depends on the seed and the epoch alone."""
+    """All numbers, with their epoch: in order, or in an order that depends on the seed and the epoch alone.
 
-    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
+    Of several processes each takes every so manieth, so that together they take the batches that one would.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool, rank: int = 0, processes: int = 1) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.rank = rank
+        self.processes = processes
         self.epoch = 0
         self.start = 0
 
@@ -100,12 +105,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return self.length
+        return len(range(self.rank, self.length, self.processes))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(_seed_of(self.seed, self.epoch))
         numbers = torch.randperm(self.length, generator=generator).tolist() if self.shuffle else range(self.length)
-        return ((self.epoch, number) for number in numbers[self.start :])
+        return ((self.epoch, number) for number in numbers[self.rank :: self.processes][self.start :])
 
 
 def _seed_of(*numbers: int) -> int:
@@ -156,6 +161,8 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         self.config = config
         self.broken: set[str] = set()
+        devices, nodes = config.processes()
+        self.processes = devices * nodes
         self.images: tuple[Images, Images] | None = None
         if not is_shards(config.data.name):
             self.images = load_images(config.data)
@@ -163,9 +170,12 @@ class ImageData(pl.LightningDataModule):
             found = len(self.images[0].labels)
         else:
             self.classes, found = _check_shards(config.data)
-        if found < config.data.batch_size:
-            raise ValueError(f"data.batch_size: expected at most the {found} images of {config.data.name}")
-        self.batches = found // config.data.batch_size
+        images = config.data.batch_size * self.processes
+        if found < images:
+            raise ValueError(
+                f"data.batch_size: expected at most the {found} images of {config.data.name}, got {images}"
+            )
+        self.batches = found // images
 
     def train_dataloader(self) -> Any:
         """Whole batches of changed images, in another order in each epoch."""
@@ -175,7 +185,7 @@ class ImageData(pl.LightningDataModule):
         if self.images is None:
             return self._loader(_shards(config.data.name, transform, self.classes, config.training.seed))
         samples = SampleSet(self.images[0], transform, config.training.seed)
-        sampler = EpochSampler(len(self.images[0].labels), config.training.seed, shuffle=True)
+        sampler = EpochSampler(len(self.images[0].labels), config.training.seed, True, self._rank(), self.processes)
         sampler.skip_to(epoch, batches * config.data.batch_size)
         return self._loader(samples, sampler=sampler, drop_last=True)
 
@@ -185,7 +195,11 @@ class ImageData(pl.LightningDataModule):
         if self.images is None:
             return self._loader(_shards(self.config.data.validation or "", transform, self.classes, None))
         samples = SampleSet(self.images[1], transform, 0)
-        return self._loader(samples, sampler=EpochSampler(len(self.images[1].labels), 0, shuffle=False))
+        sampler = EpochSampler(len(self.images[1].labels), 0, False, self._rank(), self.processes)
+        return self._loader(samples, sampler=sampler)
+
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
 
     def _loader(self, samples: Any, **options: Any) -> Any:
         data = self.config.data

@@ -45,7 +45,7 @@ class ImageClassifier(pl.LightningModule):
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.mix: Any = None
-        self.random: dict[str, Any] | None = None
+        self.random: list[dict[str, Any]] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -54,18 +54,27 @@ class ImageClassifier(pl.LightningModule):
         """Goes on in the middle of an epoch, with the random numbers that would have come."""
         self._begin_epoch()
         if self.random is not None:
-            set_random_state(self.random)
+            set_random_state(self.random[self.global_rank])
 
     def on_train_epoch_start(self) -> None:
         self._begin_epoch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration and the state of torch's random generators."""
+        """Adds the configuration, and the states of torch's random generators in every process."""
         checkpoint["config"] = self.config.model_dump()
-        checkpoint["random"] = random_state()
+        states: list[Any] = [random_state()]
+        if self.trainer.world_size > 1:
+            states *= self.trainer.world_size
+            torch.distributed.all_gather_object(states, random_state())
+        checkpoint["random"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint is of another number of processes."""
         self.random = checkpoint["random"]
+        if len(self.random) != self.trainer.world_size:
+            raise ValueError(
+                f"expected {len(self.random)} processes, as many as saved the checkpoint, got {self.trainer.world_size}"
+            )
 
     def _begin_epoch(self) -> None:
         """Sets what changes from epoch to epoch: dropout, mixup, and whether the backbone is trained."""
@@ -87,6 +96,8 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch.images, batch.labels
         # BatchNorm needs two values of a channel.
         if len(images) < 2:
+            if self.trainer.world_size > 1:
+                raise ValueError(f"expected two images that can be read in each process's batch, got {batch.names}")
             return None
         targets = labels
         if self.mix is not None:

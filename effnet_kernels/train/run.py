@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.models.weights.preprocess import ImagePreprocess
@@ -47,11 +49,17 @@ def train(config: Config, folder: Path, resume: str | None = None) -> float:
             configuration, or could not be written; or the loss is not finite.
         Interrupted: SIGTERM or SIGINT came; what was done is saved.
     """
-    path = _check_folder(config, folder, resume)
     training = config.training
+    # Lightning reads it from the environment of the processes that it, torchrun or SLURM starts.
+    rank = getattr(rank_zero_only, "rank", 0)
+    # The first process writes the folder while the others begin.
+    path = _check_folder(config, folder, resume) if rank == 0 else _checkpoint_of(folder, resume)
     pl.seed_everything(training.seed, workers=True, verbose=False)
     data = ImageData(config)
     module = ImageClassifier(config, len(data.classes), data.batches)
+    if rank > 0:
+        # Weights are the same, and what is drawn in training is not.
+        pl.seed_everything(training.seed + rank, workers=True, verbose=False)
     terminal = sys.stderr is not None and sys.stderr.isatty()
     checkpoints = folder / CHECKPOINTS
     best = ModelCheckpoint(checkpoints, "best", monitor="val/accuracy", mode="max", enable_version_counter=False)
@@ -63,6 +71,10 @@ def train(config: Config, folder: Path, resume: str | None = None) -> float:
     with quiet(), saving.handling_signals():
         trainer = make_trainer(
             training.device,
+            config.processes(),
+            strategy=_strategy(config, data.processes),
+            sync_batchnorm=training.sync_batch_norm,
+            use_distributed_sampler=False,
             precision=training.precision,
             max_epochs=config.schedule.epochs,
             limit_train_batches=data.batches,
@@ -81,10 +93,11 @@ def train(config: Config, folder: Path, resume: str | None = None) -> float:
             callbacks=[*callbacks, best, saving],
             plugins=[SafeCheckpointIO()],
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in ((CLASSES, "".join(f"{name}\n" for name in data.classes)), (CONFIG, config.to_toml())):
-            with replacing(folder / name) as file:
-                file.write(text.encode())
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in ((CLASSES, "".join(f"{name}\n" for name in data.classes)), (CONFIG, config.to_toml())):
+                with replacing(folder / name) as file:
+                    file.write(text.encode())
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     return float(best.best_model_score or 0.0)
 
@@ -104,6 +117,12 @@ def _check_folder(config: Config, folder: Path, resume: str | None) -> Path | No
             raise ValueError(
                 f"{folder}: expected the settings of its run to go on, got others for {', '.join(different)}"
             )
+    return _checkpoint_of(folder, resume)
+
+
+def _checkpoint_of(folder: Path, resume: str | None) -> Path | None:
+    if resume is None:
+        return None
     if resume == "auto":
         return newest_checkpoint(folder / CHECKPOINTS)
     if not Path(resume).is_file():
@@ -111,12 +130,30 @@ def _check_folder(config: Config, folder: Path, resume: str | None) -> Path | No
     return Path(resume)
 
 
-def make_trainer(device: str, **options: Any) -> pl.Trainer:
-    """Lightning's trainer on one device; raises ValueError where there is no such device."""
+def _strategy(config: Config, processes: int) -> Any:
+    """DistributedDataParallel for several processes; what lets it prepare the most does not go with frozen layers."""
+    if processes == 1:
+        return "auto"
+    freezes = config.network.freeze_epochs > 0
+    return DDPStrategy(
+        gradient_as_bucket_view=True,
+        find_unused_parameters=freezes,
+        static_graph=not freezes and config.training.accumulate == 1,
+    )
+
+
+def make_trainer(device: str, processes: tuple[int, int] = (1, 1), **options: Any) -> pl.Trainer:
+    """Lightning's trainer; raises ValueError where there is no such device, or are not so many."""
+    devices, nodes = processes
     try:
-        return pl.Trainer(accelerator=device, devices=1, enable_model_summary=False, **options)
+        return pl.Trainer(accelerator=device, devices=devices, num_nodes=nodes, enable_model_summary=False, **options)
     except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"training.device: expected a device of this machine, got {device!r}: {error}") from error
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and speaks, of those that train together."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class TrainedRun(NamedTuple):
