@@ -220,6 +220,7 @@ def test_the_moving_average_warms_up() -> None:
 
 def test_a_batch_of_less_than_two_images_is_left_out(folder: Path) -> None:
     module = ImageClassifier(tiny(folder), 3, 2)
+    module.trainer = type("Trainer", (), {"world_size": 1})()  # type: ignore[assignment]
     assert module.training_step(Batch(torch.randn(1, 3, 16, 16), torch.tensor([0]), ["a"], ["b"]), 0) is None
 
 
