@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from training_cases import last_checkpoint, save_colours, tiny, weights_of
+from training_cases import last_checkpoint, save_colours, saved_checkpoints, tiny, weights_of
 
 from effnet_kernels import efficientnet_b0
 from effnet_kernels.tools.cli import main
@@ -299,9 +299,13 @@ def test_a_damaged_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     best.write_bytes(best.read_bytes()[:5000])
     assert main(arguments) == 2
     assert f"{best}: expected a SHA-256 that begins with" in capsys.readouterr().err
+    # Without it, the newest.
     best.unlink()
+    assert main(arguments) == 0
+    newest = saved_checkpoints(run)[-1]
+    newest.unlink()
     assert main(arguments) == 2
-    assert f"{best}: there is no such file" in capsys.readouterr().err
+    assert "expected a checkpoint, got none that is whole" in capsys.readouterr().err
 
 
 def test_the_extra_is_named_where_it_is_missing(

@@ -91,6 +91,11 @@ def test_settings_are_read_as_toml_or_as_text() -> None:
             parse_settings([text])
 
 
+def test_an_option_of_the_optimizer_leaves_the_others() -> None:
+    config = resolve(parse_settings(["optimizer.options.eps=0.5"]), "paper")
+    assert config.optimizer.options == {"alpha": 0.9, "eps": 0.5}
+
+
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("lr = = 1")
     with pytest.raises(ValueError, match=r"a.toml: expected TOML"):

@@ -301,6 +301,26 @@ def test_shards_need_to_be_described() -> None:
         ImageData(configuration("https://example.org/{0..9}.tar"))
 
 
+def test_processes_share_what_one_would_take(folder: Path) -> None:
+    config = configuration(folder, batch_size=2)
+    for epoch in range(2):
+        shares = []
+        for rank in range(3):
+            sampler = EpochSampler(14, 5, True, rank, 3)
+            sampler.set_epoch(epoch)
+            shares.append([number for _, number in sampler])
+            assert len(shares[-1]) == len(sampler) == (5 if rank < 2 else 4)
+        alone = EpochSampler(14, 5, shuffle=True)
+        alone.set_epoch(epoch)
+        # Batch after batch, and the last with what is left.
+        joined = [share[index] for index in range(5) for share in shares if index < len(share)]
+        assert joined == [number for _, number in alone]
+    # A run of several processes is evaluated by one, which takes all images.
+    data = ImageData(config.override({"training": {"devices": 2}}))
+    assert data.batches == 9 // 4
+    assert sum(len(batch.names) for batch in data.val_dataloader()) == 3
+
+
 def test_the_order_is_the_seeds_and_the_epochs() -> None:
     def order(seed: int, epoch: int) -> list[Any]:
         sampler = EpochSampler(50, seed, shuffle=True)

@@ -36,9 +36,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Trains a network. Status 0, also after SIGTERM; 130 after SIGINT; 2 where something does not fit."""
     _check_extra()
     from effnet_kernels.train.checkpoints import EXIT_INTERRUPTED, Interrupted
-    from effnet_kernels.train.config import parse_settings, read_config
+    from effnet_kernels.train.config import merge, parse_settings, read_config
     from effnet_kernels.train.recipes import resolve
-    from effnet_kernels.train.run import CONFIG, is_first_process, is_run, train
+    from effnet_kernels.train.run import CONFIG, is_run, process_rank, train
 
     values: dict[str, Any] = {}
     folder: Path | None = arguments.output
@@ -48,7 +48,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         if is_run(folder):
             values = read_config(folder / CONFIG)
     if arguments.config is not None:
-        values = {**values, **read_config(arguments.config)}
+        values = merge(values, read_config(arguments.config))
     recipe = arguments.recipe or values.pop("recipe", None)
     values.pop("recipe", None)
     options = {
@@ -63,21 +63,18 @@ def run_train(arguments: argparse.Namespace) -> int:
         "training.deterministic": arguments.deterministic or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    for overrides in (_by_section(given), parse_settings(arguments.set)):
-        for section, entries in overrides.items():
-            values[section] = {**values.get(section, {}), **entries}
-    config = resolve(values, recipe)
+    config = resolve(merge(merge(values, _by_section(given)), parse_settings(arguments.set)), recipe)
     if folder is None:
         name = f"{Path(config.data.name).stem}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path("runs", name)
     try:
         accuracy = train(config, folder, arguments.resume)
     except Interrupted as stop:
-        if is_first_process():
+        if process_rank() == 0:
             command = f"effnet train --output {printable(str(folder))} --resume auto"
             say(f"effnet: stopped and saved; {command} goes on", sys.stderr)
         return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else EXIT_OK
-    if is_first_process():
+    if process_rank() == 0:
         print(f"best validation accuracy {accuracy:.2%}; weights, settings and logs are in {printable(str(folder))}")
     return EXIT_OK
 

@@ -222,14 +222,8 @@ class Config(Section):
 
         Raises ValueError that names each value that is unknown or does not fit.
         """
-        merged = self.model_dump()
-        for section, entries in values.items():
-            if isinstance(entries, dict) and isinstance(merged.get(section), dict):
-                merged[section].update(entries)
-            else:
-                merged[section] = entries
         try:
-            return Config.model_validate(merged)
+            return Config.model_validate(merge(self.model_dump(), values))
         except ValidationError as error:
             raise ValueError("\n".join(map(_in_words, error.errors()))) from error
 
@@ -315,6 +309,15 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
             entries = entries.setdefault(group, {})
         entries[key] = value
     return values
+
+
+def merge(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Values by section and name, with ``others`` over them."""
+    made = dict(values)
+    for name, other in others.items():
+        value = made.get(name)
+        made[name] = merge(value, other) if isinstance(value, dict) and isinstance(other, dict) else other
+    return made
 
 
 def _in_words(error: Any) -> str:

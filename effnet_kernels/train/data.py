@@ -185,7 +185,7 @@ class ImageData(pl.LightningDataModule):
         if self.images is None:
             return self._loader(_shards(config.data.name, transform, self.classes, config.training.seed))
         samples = SampleSet(self.images[0], transform, config.training.seed)
-        sampler = EpochSampler(len(self.images[0].labels), config.training.seed, True, self._rank(), self.processes)
+        sampler = EpochSampler(len(self.images[0].labels), config.training.seed, True, *self._share())
         sampler.skip_to(epoch, batches * config.data.batch_size)
         return self._loader(samples, sampler=sampler, drop_last=True)
 
@@ -195,11 +195,12 @@ class ImageData(pl.LightningDataModule):
         if self.images is None:
             return self._loader(_shards(self.config.data.validation or "", transform, self.classes, None))
         samples = SampleSet(self.images[1], transform, 0)
-        sampler = EpochSampler(len(self.images[1].labels), 0, False, self._rank(), self.processes)
+        sampler = EpochSampler(len(self.images[1].labels), 0, False, *self._share())
         return self._loader(samples, sampler=sampler)
 
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+    def _share(self) -> tuple[int, int]:
+        """This process, and how many there are: not what the configuration says, which evaluation reads, too."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader(self, samples: Any, **options: Any) -> Any:
         data = self.config.data

@@ -50,8 +50,7 @@ def train(config: Config, folder: Path, resume: str | None = None) -> float:
         Interrupted: SIGTERM or SIGINT came; what was done is saved.
     """
     training = config.training
-    # Lightning reads it from the environment of the processes that it, torchrun or SLURM starts.
-    rank = getattr(rank_zero_only, "rank", 0)
+    rank = process_rank()
     # The first process writes the folder while the others begin.
     path = _check_folder(config, folder, resume) if rank == 0 else _checkpoint_of(folder, resume)
     pl.seed_everything(training.seed, workers=True, verbose=False)
@@ -151,9 +150,12 @@ def make_trainer(device: str, processes: tuple[int, int] = (1, 1), **options: An
         raise ValueError(f"training.device: expected a device of this machine, got {device!r}: {error}") from error
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes and speaks, of those that train together."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+def process_rank() -> int:
+    """The number of this process among those that train together, of which 0 writes and speaks.
+
+    Lightning reads it from the environment, where it, torchrun or SLURM starts them.
+    """
+    return getattr(rank_zero_only, "rank", 0)
 
 
 class TrainedRun(NamedTuple):
@@ -171,16 +173,17 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
-    """The network that a run has trained, with the weights of the highest validation accuracy.
+    """The network that a run has trained, with the weights of the highest validation accuracy, or the newest there are.
 
     Raises OSError where something is missing, ValueError where it is damaged.
     """
     folder = Path(folder)
     config = Config().override(read_config(folder / CONFIG))
     classes = (folder / CLASSES).read_text(encoding="utf-8").splitlines()
-    path = folder / CHECKPOINTS / "best.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; has the run finished an epoch?")
+    best = folder / CHECKPOINTS / "best.ckpt"
+    path = best if best.is_file() else newest_checkpoint(folder / CHECKPOINTS)
+    if path is None:
+        raise FileNotFoundError(f"{folder / CHECKPOINTS}: expected a checkpoint, got none that is whole")
     try:
         state = SafeCheckpointIO().load_checkpoint(path)["state_dict"]
     except KeyError as error:
