@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -81,7 +82,8 @@ def create_model(
         name: ``efficientnet_b0`` ... ``b8``, ``l2``, ``lite0`` ... ``lite4``, ``v2_s``, ``v2_m``, ``v2_l``, ``v2_xl``,
             ``v2_b0`` ... ``v2_b3``; with ``tf_`` before it for TensorFlow's SAME padding and BatchNorm settings.
         weights: the name or member of a weight enum, an http(s) URL, or a path to ``.pth`` or ``.safetensors``, in
-            torchvision's, timm's, lukemelas's or transformers' format; None for initial weights.
+            torchvision's, timm's, lukemelas's or transformers' format; ``hf-hub:USER/REPOSITORY`` in timm's layout,
+            such as ``hf-hub:timm/efficientnet_b0.ra_in1k``; None for initial weights.
         progress: whether a download shows its progress.
         strict: whether another ``num_classes`` than the weights' is an error. Otherwise the backbone is loaded, the
             classifier keeps its initial weights, and a warning says so.
@@ -101,6 +103,8 @@ def create_model(
     state_dict = unwrap(source.get_state_dict(progress=progress, check_hash=True))
     # Weights of our table bring the settings that they were trained with: the Lite ones are TensorFlow's.
     variant = find_variant(source.variant or name)
+    if source.bn_eps is not None:
+        variant = replace(variant, bn_eps=source.bn_eps)
     form = detect_format(state_dict)
     if source.variant == "" and variant.padding != "same" and form in NUMBERED:
         warnings.warn(

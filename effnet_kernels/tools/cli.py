@@ -170,8 +170,8 @@ def _add_predict(commands: Any) -> None:
     command.add_argument("--model", help="such as efficientnet_b0, efficientnet_v2_s or tf_efficientnet_lite0")
     command.add_argument(
         "--weights",
-        help="a name such as IMAGENET1K_V1, an http(s) URL, a path to .pth or .safetensors, or the folder of a run of "
-        "effnet train, which knows its model; DEFAULT",
+        help="a name such as IMAGENET1K_V1, an http(s) URL, a path to .pth or .safetensors; or, without --model, the "
+        "folder of a run of effnet train, or hf-hub:USER/REPOSITORY; DEFAULT",
     )
     command.add_argument(
         "--topk", type=positive, metavar="K", help="classes per photograph; 5, or all if there are fewer"
@@ -320,6 +320,7 @@ class _Version(argparse.Action):
 def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] | None]:
     """The trained model, its preprocessing and its class names."""
     from effnet_kernels import create_model
+    from effnet_kernels.models.weights.hub import PREFIX, read_hub_network
     from effnet_kernels.models.weights.pretrained import imagenet_classes, resolve_weights
 
     for option, value in (("--model", name), ("--weights", weights)):
@@ -330,6 +331,8 @@ def _model(name: str | None, weights: str | None) -> tuple[Any, Any, list[str] |
         if name not in (None, run.config.network.name):
             raise UsageError(f"--model: expected {run.config.network.name}, the network of {weights}, got {name}")
         return run.network, run.preprocess, run.classes
+    if name is None and weights is not None and weights.startswith(PREFIX):
+        name = read_hub_network(weights).variant
     if name is None and weights is not None:
         raise UsageError("--weights: expected --model beside it, to say which network they are for")
     variant = name or "efficientnet_lite0"

@@ -65,6 +65,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     config = resolve(merge(merge(values, _by_section(given)), parse_settings(arguments.set)), recipe)
     if folder is None:
+        if config.processes() != (1, 1):
+            raise UsageError("--output: expected a folder, which all processes know")
         name = f"{Path(config.data.name).stem}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path("runs", name)
     try:

@@ -36,6 +36,7 @@ class Network(Section):
         dropout: before the classifier; None for the network's own.
         stochastic_depth_prob: of the last block.
         freeze_epochs: the first epochs, in which the classifier alone is trained.
+        bn_eps: of its BatchNorms; None for that of the trained weights, or the network's own.
     """
 
     name: str = "efficientnet_b0"
@@ -44,6 +45,7 @@ class Network(Section):
     dropout: float | None = Field(None, ge=0, lt=1)
     stochastic_depth_prob: float = Field(0.2, ge=0, lt=1)
     freeze_epochs: int = Field(0, ge=0)
+    bn_eps: float | None = Field(None, gt=0)
 
 
 class Data(Section):
@@ -57,6 +59,7 @@ class Data(Section):
         image_size: rows and columns of the network's input; None for those that the network is made for.
         resize: the shorter side that an image is resized to for validation, before its middle is taken.
         interpolation: of resized images.
+        squash: whether validation resizes both sides to ``resize``; None for what the trained weights expect.
         mean, std: of each channel, for values in [0, 1]; None for those of the trained weights, or ImageNet's.
         batch_size: images of a step, in each process.
         workers: processes that read images; None for what suits the data.
@@ -71,6 +74,7 @@ class Data(Section):
     image_size: int | None = Field(None, ge=1)
     resize: int | None = Field(None, ge=1)
     interpolation: Literal["bilinear", "bicubic"] | None = None
+    squash: bool | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     batch_size: int = Field(64, ge=2)

@@ -145,7 +145,7 @@ def training_transform(config: Config) -> Callable[[Any], Tensor]:
 
 def preprocess_of(data: Data) -> ImagePreprocess:
     """From a photograph to the network's input, as it is validated and used."""
-    fields = (data.image_size, data.resize, data.interpolation, data.mean, data.std)
+    fields = (data.image_size, data.resize, data.interpolation, data.mean, data.std, data.squash)
     assert None not in fields, "expected a resolved configuration"
     return ImagePreprocess(*fields)  # type: ignore[arg-type]
 

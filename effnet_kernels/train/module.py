@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torchvision.transforms import v2
 
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.models.factory import create_model
+from effnet_kernels.models.variants import find_variant
 from effnet_kernels.train.config import Config
 from effnet_kernels.train.data import Batch
 
@@ -158,7 +160,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 def build_network(config: Config, num_classes: int) -> EfficientNet:
     """The network of a configuration, with its initial or its trained weights."""
     network = config.network
-    dropout: dict[str, Any] = {} if network.dropout is None else {"dropout": network.dropout}
+    options: dict[str, Any] = {} if network.dropout is None else {"dropout": network.dropout}
+    if network.bn_eps is not None:
+        options["norm_layer"] = replace(find_variant(network.name), bn_eps=network.bn_eps).norm_layer()
     with warnings.catch_warnings():
         # That the classifier is new is what training is for.
         warnings.filterwarnings("ignore", ".*classifier is untrained.*")
@@ -168,7 +172,7 @@ def build_network(config: Config, num_classes: int) -> EfficientNet:
             num_classes=num_classes,
             low_resolution=network.low_resolution,
             stochastic_depth_prob=network.stochastic_depth_prob,
-            **dropout,
+            **options,
         )
 
 

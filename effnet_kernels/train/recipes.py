@@ -92,13 +92,15 @@ def resolve(values: Values, recipe: str | None = None) -> Config:
     else:
         weights = resolve_weights(network.name, network.weights)
         preprocess = weights.transforms()
-        # TensorFlow's weights need the network's tf_ variant.
-        config = config.override({"network": {"name": weights.variant or network.name}})
+        # TensorFlow's weights need the network's tf_ variant, and timm's others the eps that they were trained with.
+        eps = network.bn_eps if network.bn_eps is not None else weights.bn_eps
+        config = config.override({"network": {"name": weights.variant or network.name, "bn_eps": eps}})
     size = config.data.image_size
     prepared = {
         "image_size": int(preprocess.crop_size),
         "resize": int(preprocess.resize_size) if size is None else size,
         "interpolation": preprocess.interpolation,
+        "squash": preprocess.squash,
         "mean": preprocess.mean,
         "std": preprocess.std,
     }

@@ -51,6 +51,7 @@ class ImagePreprocess:
         resize_size: the shorter side before the crop. Both are numbers and may be read, and given, as lists of one.
         interpolation: of the resize, with antialiasing.
         mean, std: per channel, of values in [0, 1].
+        squash: whether both sides are resized to ``resize_size``, which loses nothing of an image but its aspect ratio.
     """
 
     crop_size: int
@@ -58,6 +59,7 @@ class ImagePreprocess:
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    squash: bool = False
 
     def __post_init__(self) -> None:
         for name in ("crop_size", "resize_size"):
@@ -122,6 +124,8 @@ class ImagePreprocess:
         """The top, left, height and width of what is resized: all but the ends of very long images."""
         if min(height, width) == 0:
             raise ValueError(f"expected an image with pixels, got {height}x{width}")
+        if self.squash:
+            return 0, 0, height, width
         # At least twice as much as the crop shows, so that the resize's filter does not see the ends.
         longest = min(height, width) * max(_LONGEST, 2 * math.ceil(self.crop_size / max(self.resize_size, 1)))
         # As many on both sides, so that no pixel moves by half of one.
@@ -129,6 +133,8 @@ class ImagePreprocess:
         return (height - rows) // 2, (width - columns) // 2, rows, columns
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.squash:
+            return self.resize_size, self.resize_size
         longer = int(self.resize_size * max(height, width) / min(height, width))
         return (longer, self.resize_size) if width <= height else (self.resize_size, longer)
 

@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 
 from effnet_kernels.models.variants import find_variant
 from effnet_kernels.models.weights.download import download, read_checkpoint
+from effnet_kernels.models.weights.hub import PREFIX, fetch_checkpoint, read_hub_network
 from effnet_kernels.models.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Interpolation
 
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -35,6 +36,8 @@ class Weights:
         url: where it is downloaded from; empty for a file.
         path: the file, where it is not downloaded; inside ``package``, where that is given.
         package: the Python package that the file comes in.
+        hub: the repository on the Hugging Face hub that the file is in.
+        bn_eps: of the network's BatchNorms, where it is not the variant's.
         meta: as torchvision has it: ``num_params``, ``min_size``, ``categories``, ``recipe``, ``_metrics`` (accuracy in
             percent), ``_ops`` (GMACs), ``_file_size`` (MiB); empty for a checkpoint of the user's.
     """
@@ -44,6 +47,8 @@ class Weights:
     url: str = ""
     path: str = ""
     package: str = ""
+    hub: str = ""
+    bn_eps: float | None = None
     meta: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def transforms(self, **overrides: Any) -> ImagePreprocess:
@@ -62,6 +67,8 @@ class Weights:
             OSError: the download failed, or there is no such file.
             ValueError: the file is damaged, or holds more than tensors and plain data.
         """
+        if self.hub:
+            return read_checkpoint(fetch_checkpoint(self.hub))
         if self.url:
             return read_checkpoint(download(self.url, progress, check_hash))
         return read_checkpoint(_file_in_package(self.package, self.path) if self.package else Path(self.path))
@@ -258,7 +265,7 @@ def resolve_weights(variant: str, weights: Any) -> Weights:
         variant: the name of the network.
         weights: ``"DEFAULT"``, ``"IMAGENET1K_V1"`` or another name of the variant's enum, with or without the enum's
             name before it; a member of our enums or of torchvision's; an http(s) URL; a path to a ``.pth`` or
-            ``.safetensors``.
+            ``.safetensors``; ``hf-hub:USER/REPOSITORY`` in timm's layout.
 
     Returns the weights. Where their ``variant`` is not empty, the network must be built with that variant's settings;
     it differs from ``variant`` at most in the prefix ``tf_``. A checkpoint of the user's gets the preprocessing of the
@@ -273,6 +280,8 @@ def resolve_weights(variant: str, weights: Any) -> Weights:
     if weights == "":
         raise ValueError("weights: expected a name, a URL or a path, got ''")
     if isinstance(weights, str):
+        if weights.startswith(PREFIX):
+            return _of_hub(variant, weights)
         if urlparse(weights).scheme in ("http", "https"):
             return Weights(usual_preprocess(variant), url=weights)
         if re.fullmatch(r"(\w+\.)?[A-Z][A-Z0-9_]*", weights) and not Path(weights).is_file():
@@ -281,6 +290,14 @@ def resolve_weights(variant: str, weights: Any) -> Weights:
     if not (isinstance(weights, Enum) and hasattr(weights, "url") and hasattr(weights, "meta")):
         raise TypeError(f"weights: expected a name, a member of a weight enum, a URL or a path, got {weights!r}")
     return _by_member(variant, weights)
+
+
+def _of_hub(variant: str, name: str) -> Weights:
+    network = read_hub_network(name)
+    if network.variant.removeprefix("tf_") != variant.removeprefix("tf_"):
+        raise ValueError(f"weights: expected those of {variant}, got {name}, which are of {network.variant}")
+    meta = {} if network.classes is None else {"categories": network.classes}
+    return Weights(network.preprocess, network.variant, hub=network.repository, bn_eps=network.bn_eps, meta=meta)
 
 
 def _by_name(variant: str, name: str) -> Weights:
