@@ -27,6 +27,7 @@ from effnet_kernels.models.weights.pretrained import (
     EfficientNet_V2_M_Weights,
     EfficientNet_V2_S_Weights,
     imagenet_classes,
+    resolve_weights,
 )
 from effnet_kernels.modules import (
     ConvBnAct,
@@ -77,6 +78,7 @@ __all__ = [
     "imagenet_classes",
     "load_checkpoint",
     "release_memory",
+    "resolve_weights",
     "restore",
     "use_backend",
     "warmup",

@@ -140,6 +140,7 @@ def test_predict_needs_no_model_beside_it(cache: Path, tmp_path: Path, capsys: p
         ({"architecture": "resnet50"}, "expected an EfficientNet of the released ones, got 'resnet50'"),
         ({"architecture": "efficientnetv2_rw_s"}, "got 'efficientnetv2_rw_s'"),
         ({"architecture": None}, "got None"),
+        ({"model_args": {"bn_eps": 1e-3, "act_layer": "relu"}}, r"arguments .* got \['act_layer'\]"),
         ({"pretrained_cfg": {"crop_mode": "border"}}, "got 'border' and 'bicubic'"),
         ({"pretrained_cfg": {"interpolation": "lanczos"}}, "got 'center' and 'lanczos'"),
         ({"pretrained_cfg": {"input_size": [1, 28, 28], "test_input_size": None}}, r"the input size \[1, 28, 28\]"),

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import assert_close
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from training_cases import last_checkpoint, save_colours, saved_checkpoints, tiny, weights_of
 
-from effnet_kernels import efficientnet_b0
+from effnet_kernels import efficientnet_b0, tf_efficientnet_v2_b0
 from effnet_kernels.tools.cli import main
 from effnet_kernels.train.config import read_config
 from effnet_kernels.train.curves import plot_runs, read_metrics
@@ -318,3 +319,72 @@ def test_the_extra_is_named_where_it_is_missing(
     for arguments in (["train"], ["evaluate", "run"], ["plot", "run"]):
         assert main(arguments) == 2
         assert 'training needs lightning: pip install "effnet-kernels[train]"' in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose network timm has, with another size of the resize, and its exports."""
+    run = tmp_path_factory.mktemp("exported") / "run"
+    network = {"name": "tf_efficientnet_v2_b0", "low_resolution": False}
+    data = {"image_size": 32, "resize": 37, "mean": (0.5, 0.4, 0.3)}
+    train(tiny(folder, network=network, data=data, schedule={"epochs": 1}), run)
+    for form in ("engine", "safetensors", "timm", "onnx"):
+        assert main(["export", str(run), "--to", form]) == 0
+    return run
+
+
+@pytest.fixture
+def expected(exported: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return images, load_run(exported).network(images)
+
+
+def test_an_exported_engine(exported: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    images, logits = expected
+    engine = torch.load(exported / "engine.pt", weights_only=False)
+    assert_close(engine(images), logits)
+
+
+def test_exported_safetensors(exported: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from safetensors import safe_open
+
+    images, logits = expected
+    network = tf_efficientnet_v2_b0(weights=exported / "network.safetensors").eval()
+    with torch.no_grad():
+        assert_close(network(images), logits)
+    with safe_open(exported / "network.safetensors", "pt") as file:
+        described = {name: json.loads(value) for name, value in file.metadata().items()}
+    assert described["classes"] == ["blue", "green", "red"]
+    assert (described["size"], described["resize"], described["mean"]) == (32, 37, [0.5, 0.4, 0.3])
+
+
+def test_an_exported_folder_of_timms(exported: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    import timm
+
+    images, _ = expected
+    network = timm.create_model(f"local-dir:{exported / 'timm'}", pretrained=True).eval().double()
+    with torch.no_grad():
+        assert_close(network(images.double()), load_run(exported).network.double()(images.double()))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    assert torch.equal(load_run(exported).preprocess(photo), transform(photo))
+
+
+def test_an_exported_onnx_program(exported: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    images, logits = expected
+    session = onnxruntime.InferenceSession(exported / "network.onnx", providers=["CPUExecutionProvider"])
+    for number in (1, 3):
+        (answer,) = session.run(None, {session.get_inputs()[0].name: images[:number].numpy()})
+        assert_close(torch.from_numpy(answer), logits[:number])
+
+
+@pytest.mark.parametrize("network", [{"low_resolution": True}, {"name": "efficientnet_v2_b0", "low_resolution": False}])
+def test_a_network_that_timm_does_not_have(
+    network: dict[str, Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(folder, network=network, schedule={"epochs": 1}), tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), "--to", "timm"]) == 2
+    assert "expected a network that timm has" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "timm").exists()

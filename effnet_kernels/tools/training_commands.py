@@ -1,4 +1,4 @@
-"""The subcommands ``effnet train``, ``effnet evaluate`` and ``effnet plot``."""
+"""The subcommands around training: ``effnet train``, ``evaluate``, ``plot`` and ``export``."""
 
 import argparse
 import importlib.util
@@ -30,6 +30,7 @@ def add_to(commands: Any) -> None:
     _add_train(commands)
     _add_evaluate(commands)
     _add_plot(commands)
+    _add_export(commands)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -173,6 +174,30 @@ def _add_plot(commands: Any) -> None:
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that effnet train has written")
     command.add_argument("--output", type=Path, metavar="FILE", help="an image's path; curves.png in the first run")
     command.set_defaults(run=run_plot)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Writes a trained network for others. Status 0."""
+    run = open_run(arguments.run_folder)
+    from effnet_kernels.train.export import FORMS, export
+
+    path = arguments.output or arguments.run_folder / FORMS[arguments.to]
+    export(run, arguments.to, path)
+    print(f"the network is in {printable(str(path))}")
+    return EXIT_OK
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a trained network for others",
+        description="Writes a trained network: onnx, for any batch; engine, frozen, for torch.load; safetensors, with "
+        "torchvision's keys; timm, a folder for timm.create_model('local-dir:...') or the Hugging Face hub.",
+    )
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="the folder that effnet train has written")
+    command.add_argument("--to", choices=["onnx", "engine", "safetensors", "timm"], required=True, help="the form")
+    command.add_argument("--output", type=Path, metavar="PATH", help="a file, or for timm a folder; one in RUN")
+    command.set_defaults(run=run_export)
 
 
 def open_run(folder: Any) -> Any:

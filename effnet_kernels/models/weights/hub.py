@@ -13,6 +13,8 @@ from effnet_kernels.models.weights.preprocess import ImagePreprocess
 PREFIX = "hf-hub:"
 # A repository has the first of them, or the second.
 _CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
+# Arguments of timm's networks that are read here, or change nothing but training.
+_ARGUMENTS = {"bn_eps", "drop_path_rate", "drop_rate", "num_classes"}
 
 
 class HubNetwork(NamedTuple):
@@ -49,6 +51,11 @@ def read_hub_network(name: str) -> HubNetwork:
     if not isinstance(settings, dict):
         raise ValueError(f"{name}: expected a configuration of timm's, with pretrained_cfg")
     variant, bn_eps = _variant_of(name, config.get("architecture"))
+    arguments = config.get("model_args") or {}
+    unknown = sorted(arguments.keys() - _ARGUMENTS)
+    if unknown:
+        raise ValueError(f"{name}: expected no other arguments of the network than {sorted(_ARGUMENTS)}, got {unknown}")
+    bn_eps = arguments.get("bn_eps", bn_eps)
     return HubNetwork(repository, variant, bn_eps, _preprocess_of(name, settings), _classes_of(config, settings))
 
 
