@@ -136,8 +136,14 @@ def test_the_trained_network_is_what_the_run_validated(folder: Path, tmp_path: P
     data = ImageData(run.config)
     [batch] = list(data.val_dataloader())
     with torch.no_grad():
-        right = run.network(batch.images).argmax(1) == batch.labels
-    assert float(right.float().mean()) == pytest.approx(evaluation.top1)
+        predicted = run.network(batch.images).argmax(1)
+    assert float((predicted == batch.labels).float().mean()) == pytest.approx(evaluation.top1)
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    for label, prediction in zip(batch.labels, predicted, strict=True):
+        confusion[label, prediction] += 1
+    assert torch.equal(evaluation.confusion, confusion)
+    # Rows and columns are not the same here, so that exchanging them shows.
+    assert not torch.equal(confusion, confusion.T)
 
 
 def test_finetuning_begins_with_trained_weights_and_the_classifier(folder: Path, tmp_path: Path) -> None:
@@ -175,8 +181,12 @@ def test_recomputed_activations_change_nothing() -> None:
     outputs = []
     for network in networks:
         torch.manual_seed(1)
-        outputs.append(network(x))
-        outputs[-1].square().mean().backward()
+        # Twice: what the first backward leaves behind shows in the second.
+        for _ in range(2):
+            network.zero_grad()
+            output = network(x)
+            output.square().mean().backward()
+        outputs.append(output)
     assert torch.equal(*outputs)
     for ours, theirs in zip(networks[1].parameters(), networks[0].parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
