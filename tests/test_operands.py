@@ -29,6 +29,8 @@ DRIVERS = {
     "tune.py",
     "selftest.py",
     "cli.py",
+    "arguments.py",
+    "export.py",
     "preprocess.py",
     "factory.py",
     "predict.py",

@@ -41,10 +41,10 @@ def collate(samples: list[Sample]) -> Batch:
     """The samples' images as one tensor, in channels-last strides."""
     read = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in samples if sample.image is not None]
-    stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
+    stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.float32, device="cpu")
     return Batch(
         stacked.contiguous(memory_format=torch.channels_last),
-        torch.tensor([sample.label for sample in read], dtype=torch.int64),
+        torch.tensor([sample.label for sample in read], dtype=torch.int64, device="cpu"),
         [sample.name for sample in read],
         [sample.name for sample in samples if sample.image is None],
     )
@@ -108,8 +108,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return len(range(self.rank, self.length, self.processes))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(_seed_of(self.seed, self.epoch))
-        numbers = torch.randperm(self.length, generator=generator).tolist() if self.shuffle else range(self.length)
+        numbers: Any = range(self.length)
+        if self.shuffle:
+            generator = torch.Generator("cpu").manual_seed(_seed_of(self.seed, self.epoch))
+            numbers = torch.randperm(self.length, generator=generator, device="cpu").tolist()
         return ((self.epoch, number) for number in numbers[self.rank :: self.processes][self.start :])
 
 
@@ -213,7 +215,7 @@ class ImageData(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             # Workers' seeds are not drawn from those of dropout and stochastic depth.
-            generator=torch.Generator(),
+            generator=torch.Generator("cpu"),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             **options,
