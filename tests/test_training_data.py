@@ -167,10 +167,12 @@ def test_an_epoch_has_every_image_once_in_another_order(folder: Path) -> None:
         assert [("cat", "dog")[label] for label in batch.labels] == [Path(name).parent.name for name in batch.names]
 
 
-def test_draws_do_not_depend_on_workers_or_on_what_came_before(folder: Path) -> None:
+def test_draws_do_not_depend_on_workers_or_on_what_came_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nor are GPUs seeded anew, which torch.manual_seed would do.
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
     batches = {}
     for workers in (0, 1, 2):
-        torch.manual_seed(workers)
+        torch.default_generator.manual_seed(workers)
         state = torch.get_rng_state()
         batches[workers] = epoch_of(ImageData(configuration(folder, batch_size=3, workers=workers)), 2)
         # Nor do they disturb those of the network.

@@ -65,8 +65,9 @@ class SampleSet(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, number = key
         name = self.images.names[number]
+        # The CPU's generator alone: a GPU's draws dropout and stochastic depth meanwhile.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(self.seed, epoch, number))
+            torch.default_generator.manual_seed(_seed_of(self.seed, epoch, number))
             return make_sample(partial(self.images.load, number), self.transform, self.images.labels[number], name)
 
 
@@ -83,7 +84,7 @@ def make_sample(load: Callable[[], Any], transform: Callable[[Any], Tensor], lab
 class EpochSampler(Sampler[tuple[int, int]]):
     """All numbers, with their epoch: in order, or in an order that depends on the seed and the epoch alone.
 
-    Of several processes each takes every so manieth, so that together they take the batches that one would.
+    Of n processes each takes every n-th number, so that together they take the batches that one would.
     """
 
     def __init__(self, length: int, seed: int, shuffle: bool, rank: int = 0, processes: int = 1) -> None:
