@@ -1,6 +1,8 @@
 """Photographs of every kind, folders of them, and what is said of them."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,7 @@ def test_find_photos(tmp_path: Path) -> None:
     named = [tmp_path / "noext", tmp_path / "z", tmp_path / "a.png", tmp_path / "missing.jpg"]
     found = [photo.name for photo in find_photos(named)]
     assert found == [str(path) for path in (named[0], tmp_path / "z/a.jpeg", tmp_path / "z/y/x.webp", *named[2:])]
-    assert find_photos([]) == []
+    assert list(find_photos([])) == []
 
 
 class Brightness(nn.Module):
@@ -198,7 +200,7 @@ def test_predictions_keep_their_photographs(tmp_path: Path) -> None:
 
 
 def test_a_batch_of_broken_files(tmp_path: Path) -> None:
-    photos = find_photos(broken_files(tmp_path))
+    photos = list(find_photos(broken_files(tmp_path)))
     results = list(predict(Brightness(), photos, ImagePreprocess(8, 8), topk=1, batch_size=2))
     assert [result.photo for result in results] == [photo.name for photo in photos]
     assert all(result.error is not None and result.error.startswith(result.photo) for result in results)
@@ -249,3 +251,50 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "effnet-kernels\[images\]"'):
         load_photo(tmp_path / "a.jpg")
+
+
+def test_photos_are_read_one_batch_ahead() -> None:
+    taken = []
+
+    def photos() -> Iterator[Photo]:
+        for number in range(20):
+            taken.append(number)
+            yield grey_photo(str(number), number)
+
+    seen = 0
+    for result in predict(Brightness(), photos(), ImagePreprocess(8, 8), topk=1, batch_size=3):
+        assert result.photo == str(seen)
+        seen += 1
+        # The batch of this one, and the next.
+        assert len(taken) <= min(20, (seen + 2) // 3 * 3 + 3)
+    assert seen == 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_asks_for_no_more_does_not_wait(workers: int, tmp_path: Path) -> None:
+    for number in range(8):
+        Image.fromarray(pixels()).save(tmp_path / f"{number}.png")
+    results = predict(
+        Brightness(), find_photos([tmp_path]), ImagePreprocess(8, 8), topk=1, batch_size=2, workers=workers
+    )
+    assert next(results).photo.endswith("0.png")
+    results.close()
+
+
+def test_processes_read_what_threads_do(tmp_path: Path) -> None:
+    for number in range(5):
+        Image.fromarray(pixels(20 + number)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"not an image")
+    photos = list(find_photos([tmp_path]))
+    threads, processes = (
+        list(predict(Brightness(), photos, ImagePreprocess(8, 8), topk=2, batch_size=2, workers=workers))
+        for workers in (0, 2)
+    )
+    assert processes == threads
+    assert [result.error is None for result in processes] == [True, True, True, False, True]
+
+
+def test_a_reading_process_that_is_ended_is_an_error(tmp_path: Path) -> None:
+    photo = Photo("a", partial(os._exit, 1))
+    with pytest.raises(OSError, match="a process that read photographs was ended"):
+        list(predict(Brightness(), [photo], ImagePreprocess(8, 8), topk=1, workers=1))

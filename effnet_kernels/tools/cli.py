@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +12,9 @@ from effnet_kernels.tools import training_commands
 from effnet_kernels.tools.arguments import EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, UsageError, minutes, positive
 from effnet_kernels.tools.arguments import device as device_of
 from effnet_kernels.tools.console import printable, say, to_json
+
+# From so many photographs on, processes read them.
+_MANY_PHOTOS = 2000
 
 # Imports of torch and of the package's parts are inside the functions: ``effnet --help`` has nothing to wait for.
 
@@ -63,12 +66,22 @@ def run_predict(arguments: argparse.Namespace) -> int:
     """Classifies photographs. Status 0; 1 where one could not be read; 2 where nothing could be done."""
     from effnet_kernels.tools import predict as p
 
+    photos: Iterable[p.Photo]
     if arguments.paths:
-        photos = p.find_photos(arguments.paths)
-        if not any(os.path.isfile(photo.name) for photo in photos):
+        # Counted, and then found once more: so many need not be kept.
+        total, files = 0, 0
+        for photo in p.find_photos(arguments.paths):
+            total, files = total + 1, files + os.path.isfile(photo.name)
+        if files == 0:
             raise UsageError(f"found no photograph in {', '.join(map(printable, arguments.paths))}")
+        photos = p.find_photos(arguments.paths)
     else:
         photos = p.demo_photos()
+        total = len(photos)
+    workers = arguments.workers
+    if workers is None:
+        # Processes take seconds to begin.
+        workers = os.cpu_count() or 1 if total >= _MANY_PHOTOS else 0
     device = device_of(arguments.device)
     model, preprocess, class_names = _model(arguments.model, arguments.weights)
     predictions = p.predict(
@@ -79,9 +92,10 @@ def run_predict(arguments: argparse.Namespace) -> int:
         topk=arguments.topk or min(5, model.num_classes),
         batch_size=arguments.batch_size,
         device=device,
+        workers=workers,
     )
     failed = False
-    for prediction in p.progress_bar(predictions, len(photos)):
+    for prediction in p.progress_bar(predictions, total):
         if prediction.error is not None:
             failed = True
             say(f"effnet: skipped {printable(prediction.error)}", sys.stderr)
@@ -178,6 +192,13 @@ def _add_predict(commands: Any) -> None:
     )
     command.add_argument("--batch-size", type=positive, default=16, metavar="N", help="photographs at a time; 16")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; cpu")
+    command.add_argument(
+        "--workers",
+        type=int,
+        choices=range(65),
+        metavar="N",
+        help=f"processes that read photographs, 0 for threads; one for each core from {_MANY_PHOTOS} photographs",
+    )
     command.add_argument(
         "--json",
         action="store_true",

@@ -1,13 +1,18 @@
 """From photographs to class names and probabilities."""
 
 import importlib.util
+import itertools
 import math
 import os
+import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,27 +51,37 @@ class Prediction:
     error: str | None = None
 
 
-def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Photo]:
+def find_photos(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Photo]:
     """The files that are named, and, in sorted order, those that lie at any depth in the folders that are named.
+
+    They are found as they are asked for, so that any number of them takes the memory of one folder's.
 
     In folders a photograph is a file with a suffix out of ``PHOTO_SUFFIXES`` and no dot before its name. A file that is
     named is taken as it is, whether it exists or not: opening it raises.
 
     Raises ValueError for an empty path, which would be the folder that the process is in.
     """
-    files: list[Path] = []
     for path in paths:
         if os.fspath(path) == "":
             raise ValueError("expected the path of a photograph or a folder, got ''")
-        files += sorted(_walk(Path(path))) if Path(path).is_dir() else [Path(path)]
-    return [Photo(str(file), partial(load_photo, file)) for file in files]
+        for file in _walk(Path(path)) if Path(path).is_dir() else [Path(path)]:
+            yield Photo(str(file), partial(load_photo, file))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in PHOTO_SUFFIXES:
-                yield Path(directory, name)
+    """The photographs in a folder; folders that cannot be listed, and links to folders, are left out."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        path = Path(folder, entry.name)
+        if entry.is_dir():
+            if not entry.is_symlink():
+                yield from _walk(path)
+        elif not entry.name.startswith(".") and path.suffix.lower() in PHOTO_SUFFIXES:
+            yield path
 
 
 def demo_photos() -> list[Photo]:
@@ -90,15 +105,16 @@ def _demo_photo(name: str) -> "Image":
 
 def predict(
     model: nn.Module,
-    photos: Sequence[Photo],
+    photos: Iterable[Photo],
     preprocess: Callable[[Any], Tensor],
     class_names: Sequence[str] | None = None,
     *,
     topk: int = 5,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
+    workers: int = 0,
 ) -> Iterator[Prediction]:
-    """Classifies photographs in batches, in their order.
+    """Classifies photographs in batches, in their order, while the next batch is read.
 
     One that cannot be read or prepared, or for which the network's output is no number, yields a prediction with an
     error, and the others are classified.
@@ -108,6 +124,8 @@ def predict(
         preprocess: maps an RGB image of PIL to float32 [3, H, W], of the same H and W for all.
         class_names: one for each output; None for ``class 0``, ``class 1`` ...
         topk: guesses per photograph.
+        workers: processes that read photographs; with 0, threads do. Photographs and ``preprocess`` have to be pickled
+            for processes.
 
     Raises ValueError for a batch size or ``topk`` below 1, ``topk`` above the number of classes, and class names that
     are not as many as the classes.
@@ -117,24 +135,53 @@ def predict(
     if topk < 1:
         raise ValueError(f"topk: expected at least 1, got {topk}")
     model = model.to(device).eval()
-    with ThreadPoolExecutor(max_workers=min(batch_size, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(photos), batch_size):
-            batch = photos[start : start + batch_size]
-            inputs = list(pool.map(lambda photo: _read(photo, preprocess), batch))
-            readable = [x for x in inputs if isinstance(x, Tensor)]
-            guesses = iter(_guess(model, readable, class_names, topk, device) if readable else [])
-            for photo, x in zip(batch, inputs, strict=True):
-                if isinstance(x, str):
-                    yield Prediction(photo.name, [], x)
-                else:
-                    found = next(guesses)
-                    error = None if found else f"{photo.name}: the network's output for it is no number"
-                    yield Prediction(photo.name, found, error)
+    for batch, inputs in _read_ahead(photos, preprocess, batch_size, workers):
+        readable = [torch.from_numpy(x) for x in inputs if not isinstance(x, str)]
+        guesses = iter(_guess(model, readable, class_names, topk, device) if readable else [])
+        for photo, x in zip(batch, inputs, strict=True):
+            if isinstance(x, str):
+                yield Prediction(photo.name, [], x)
+            else:
+                found = next(guesses)
+                error = None if found else f"{photo.name}: the network's output for it is no number"
+                yield Prediction(photo.name, found, error)
 
 
-def _read(photo: Photo, preprocess: Callable[[Any], Tensor]) -> Tensor | str:
+def _read_ahead(
+    photos: Iterable[Photo], preprocess: Callable[[Any], Tensor], batch_size: int, workers: int
+) -> Iterator[tuple[list[Photo], list[Any]]]:
+    """Batches of photographs with what :func:`_read` made of them; the next is being read when one is taken."""
+    pool: Executor
+    if workers > 0:
+        # A fork would copy the threads' locks in whatever state they are.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore)
+    else:
+        pool = ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1))
+    remaining = iter(photos)
+    reading: deque[tuple[list[Photo], list[Future[Any]]]] = deque()
+    with pool:
+        try:
+            while True:
+                batch = list(itertools.islice(remaining, batch_size))
+                if batch:
+                    reading.append((batch, [pool.submit(_read, photo, preprocess) for photo in batch]))
+                if not reading:
+                    return
+                if len(reading) > 1 or not batch:
+                    ready, futures = reading.popleft()
+                    yield ready, [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise OSError("a process that read photographs was ended; --workers 0 reads them in this one") from error
+        finally:
+            # Whoever asks for no more does not wait for what is not read yet.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(photo: Photo, preprocess: Callable[[Any], Tensor]) -> Any:
+    """A photograph as an array, which a process can hand over without an open file as a tensor needs; or a reason."""
     try:
-        return preprocess(photo.open())
+        return preprocess(photo.open()).numpy()
     # A package that is not installed is missing for all photographs.
     except ModuleNotFoundError:
         raise
