@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -107,17 +108,22 @@ def calibrate(model: nn.Module, size: int = 64) -> nn.Module:
     return model.eval()
 
 
-def run_python(code: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter, with the modules of this one importable.
+def importing_alike(folder: str | os.PathLike[str], **environment: str) -> dict[str, Any]:
+    """Arguments of a subprocess whose Python imports the modules of this one.
 
-    It starts in a folder of its own: from the repository's root it would import the source tree, where no extension is.
+    It starts in a folder that has none: from the repository's root it would import the source tree, where no extension
+    is.
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {"cwd": folder, "env": {**os.environ, "PYTHONPATH": path, **environment}}
+
+
+def run_python(code: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, with the modules of this one importable."""
     with tempfile.TemporaryDirectory() as folder:
         return subprocess.run(
             [sys.executable, "-c", code],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            **importing_alike(folder, **environment),
             capture_output=True,
             text=True,
             timeout=timeout,

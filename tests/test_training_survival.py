@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import importing_alike
 from training_cases import last_checkpoint, save_colours, saved_checkpoints, tiny
 
 from effnet_kernels.tools.cli import main
@@ -113,7 +114,7 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_it_was_not(folder: Path, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+        **importing_alike(tmp_path),
     )
     assert process.stdin is not None
     assert process.stdout is not None

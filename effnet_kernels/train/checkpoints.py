@@ -162,24 +162,35 @@ class Checkpoints(Checkpoint):
         self.saved_at = time.monotonic()
         self.saved_step = 0
         self.signal = 0
+        self.numbers: tuple[int, ...] = ()
+        self.others: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT; the handlers that were there come back. Other threads than the main cannot."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Takes SIGTERM and SIGINT from the first step on; the handlers that were there come back at the end.
+
+        Before that a signal ends the process as ever, and in another thread than the main one none is taken.
+        """
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.getsignal(number) for number in numbers}
+        self.numbers = numbers
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _notice(self, number: int, _: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning's, which passes SIGTERM on to the processes that it has started.
+        self.others = {number: signal.signal(number, self._notice) for number in self.numbers}
+
+    def _notice(self, number: int, frame: Any) -> None:
         if self.signal == number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED)
         self.signal = number
+        other = self.others[number]
+        if number == signal.SIGTERM and callable(other):
+            other(number, frame)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # After the last batch of an epoch, its end saves; between the batches of a step, the gradients would be lost.
