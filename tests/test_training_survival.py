@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,11 +30,6 @@ pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_colours(tmp_path_factory.mktemp("colours"))
-
-
-@pytest.fixture
-def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_KEPT", 1000)
 
 
 def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
@@ -67,11 +63,15 @@ CHANGING = {
 }
 
 
-@pytest.mark.usefixtures("every_checkpoint", "one_thread")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("sections", [STEADY, CHANGING, {**STEADY, "training": {"save_steps": 1, "ema": 0.0}}])
-def test_every_checkpoint_leads_to_the_same_end(sections: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_every_checkpoint_leads_to_the_same_end(
+    sections: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(folder, **sections)
-    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_KEPT", 1000)
+        train(config, tmp_path / "whole")
     saved = saved_checkpoints(tmp_path / "whole")
     steps = 4 // config.training.accumulate * config.schedule.epochs
     assert [path.name for path in saved] == [f"step-{step:09d}.ckpt" for step in range(1, steps + 1)]
@@ -81,6 +81,7 @@ def test_every_checkpoint_leads_to_the_same_end(sections: dict[str, Any], folder
         resumed = tmp_path / path.stem
         train(config, resumed, str(path))
         assert differences(without_paths(last_checkpoint(resumed)), whole) == [], path.name
+        shutil.rmtree(resumed)
 
 
 # Imports take longer than training: a process that has them is forked for each attempt. It has computed nothing, so
