@@ -271,6 +271,9 @@ def test_curves_of_a_file(tmp_path: Path) -> None:
         plot_runs([tmp_path / "missing"], tmp_path / "a.png")
 
 
+SHARDED = ["--set", "training.devices=2", "--set", "training.strategy=fsdp"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,6 +283,11 @@ def test_curves_of_a_file(tmp_path: Path) -> None:
         (["train", "--set", "lr=1", "--output", "{run}"], "expected SECTION.NAME=VALUE"),
         (["train", "--set", "training.seed=-1", "--output", "{run}"], "training.seed: "),
         (["train", "--device", "abacus", "--output", "{run}"], "training.device: expected a device of this machine"),
+        (["train", *SHARDED, "--output", "{run}"], "training.ema: expected 0 with training.strategy=fsdp, got 0.99"),
+        (
+            ["train", *SHARDED, "--set", "training.ema=0", "--set", "training.precision=16-mixed", "--output", "{run}"],
+            "training.precision: expected 32-true or bf16-mixed with training.strategy=fsdp, got 16-mixed",
+        ),
         (["train", "--batch-size", "2000", "--output", "{run}"], "data.batch_size: expected at most the 1437 images"),
         (["train", "--config", "{empty}/a.toml", "--output", "{run}"], "a.toml"),
         (["evaluate", "{empty}"], "expected the folder of a run of effnet train"),

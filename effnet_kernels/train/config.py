@@ -180,6 +180,8 @@ class Training(Section):
         seed: of the initial weights, the order of images and all random draws.
         device: ``auto``, ``cpu``, ``cuda`` or another of Lightning's accelerators.
         devices, nodes: processes on a machine, one for each of its devices, and machines; torchrun's own where it runs.
+        strategy: what each of several processes holds: all parameters (``ddp``, DistributedDataParallel), or a part of
+            each with its gradient and the optimizer's state (``fsdp``, FSDP2's ``fully_shard``).
         sync_batch_norm: whether BatchNorm normalises the batches of all processes as one.
         precision: float32, or mixed precision.
         accumulate: batches whose gradients are added up for a step.
@@ -197,6 +199,7 @@ class Training(Section):
     device: str = "auto"
     devices: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     sync_batch_norm: bool = False
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accumulate: int = Field(1, ge=1)

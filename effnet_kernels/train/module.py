@@ -39,6 +39,8 @@ class ImageClassifier(pl.LightningModule):
         self.num_classes = num_classes
         self.batches = batches
         self.network = build_network(config, num_classes)
+        if config.training.sync_batch_norm:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         if config.training.checkpoint:
             for layer in list(self.network.features)[1:-1]:
                 recompute(layer)
@@ -52,6 +54,16 @@ class ImageClassifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
+    def configure_model(self) -> None:
+        """Gives each process its part of the parameters, where the strategy is to share them."""
+        if self.device_mesh is None:
+            return
+        # There are builds of torch without it.
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*self.network.features, self.network):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
     def on_train_start(self) -> None:
         """Goes on in the middle of an epoch, with the random numbers that would have come."""
         self._begin_epoch()
@@ -60,6 +72,12 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._begin_epoch()
+
+    def on_validation_epoch_start(self) -> None:
+        """Gives all processes the first one's running statistics, which are saved, as DistributedDataParallel does."""
+        if self.device_mesh is not None:
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the configuration, and the states of torch's random generators in every process."""

@@ -12,13 +12,19 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from effnet_kernels.models.efficientnet import EfficientNet
 from effnet_kernels.models.weights.preprocess import ImagePreprocess
-from effnet_kernels.train.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, replacing
+from effnet_kernels.train.checkpoints import (
+    Checkpoints,
+    SafeCheckpointIO,
+    checkpoint_damage,
+    newest_checkpoint,
+    replacing,
+)
 from effnet_kernels.train.config import Config, read_config
 from effnet_kernels.train.data import ImageData, preprocess_of
 from effnet_kernels.train.module import ImageClassifier, build_network, warmed_average
@@ -72,7 +78,6 @@ def train(config: Config, folder: Path, resume: str | None = None) -> float:
             training.device,
             config.processes(),
             strategy=_strategy(config, data.processes),
-            sync_batchnorm=training.sync_batch_norm,
             use_distributed_sampler=False,
             precision=training.precision,
             max_epochs=config.schedule.epochs,
@@ -126,18 +131,32 @@ def _checkpoint_of(folder: Path, resume: str | None) -> Path | None:
         return newest_checkpoint(folder / CHECKPOINTS)
     if not Path(resume).is_file():
         raise FileNotFoundError(f"{resume}: there is no such checkpoint")
+    if (damage := checkpoint_damage(Path(resume))) is not None:
+        raise ValueError(f"{resume}: {damage}")
     return Path(resume)
 
 
 def _strategy(config: Config, processes: int) -> Any:
-    """DistributedDataParallel for several processes; what lets it prepare the most does not go with frozen layers."""
+    """How several processes share the parameters; raises ValueError for what does not go with parts of them."""
+    training = config.training
     if processes == 1:
         return "auto"
+    if training.strategy == "fsdp":
+        # What Lightning does not have for parts of parameters.
+        if training.ema > 0:
+            raise ValueError(f"training.ema: expected 0 with training.strategy=fsdp, got {training.ema}")
+        if training.precision == "16-mixed":
+            raise ValueError(
+                "training.precision: expected 32-true or bf16-mixed with training.strategy=fsdp, got 16-mixed"
+            )
+        # One file with whole tensors, which is written and read as every other checkpoint.
+        return ModelParallelStrategy(processes, 1, save_distributed_checkpoint=False)
     freezes = config.network.freeze_epochs > 0
+    # What lets DistributedDataParallel prepare the most does not go with frozen layers.
     return DDPStrategy(
         gradient_as_bucket_view=True,
         find_unused_parameters=freezes,
-        static_graph=not freezes and config.training.accumulate == 1,
+        static_graph=not freezes and training.accumulate == 1,
     )
 
 
