@@ -30,7 +30,9 @@ def gather_statistics(statistics: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Count, mean and M2 [3, C] of each process as partials [processes, 3, C]."""
     rows, channels = statistics.shape
     gathered = statistics.new_empty(group.size() * rows, channels)
-    dist.all_gather_into_tensor(gathered, statistics.contiguous(), group=group)
+    # The name since torch 2.14, which warns about the one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, statistics.contiguous(), group=group)
     return gathered.view(-1, rows, channels)
 
 
