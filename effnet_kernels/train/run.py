@@ -78,15 +78,7 @@ def train(config: Config, folder: Path, resume: str | None = None) -> float:
             training.device,
             config.processes(),
             strategy=_strategy(config, data.processes),
-            use_distributed_sampler=False,
-            precision=training.precision,
-            max_epochs=config.schedule.epochs,
-            limit_train_batches=data.batches,
-            accumulate_grad_batches=training.accumulate,
-            gradient_clip_val=training.clip,
-            deterministic=training.deterministic,
-            reload_dataloaders_every_n_epochs=1 if config.progressive.stages > 1 else 0,
-            num_sanity_val_steps=0,
+            **trainer_options(config, data),
             log_every_n_steps=steps_of_log,
             enable_progress_bar=terminal,
             logger=[
@@ -158,6 +150,23 @@ def _strategy(config: Config, processes: int) -> Any:
         find_unused_parameters=freezes,
         static_graph=not freezes and training.accumulate == 1,
     )
+
+
+def trainer_options(config: Config, data: ImageData) -> dict[str, Any]:
+    """What a configuration says of Lightning's trainer; devices, processes, logs and callbacks are the caller's."""
+    training = config.training
+    return {
+        "precision": training.precision,
+        "max_epochs": config.schedule.epochs,
+        "limit_train_batches": data.batches,
+        "accumulate_grad_batches": training.accumulate,
+        "gradient_clip_val": training.clip,
+        "deterministic": training.deterministic,
+        "reload_dataloaders_every_n_epochs": 1 if config.progressive.stages > 1 else 0,
+        "num_sanity_val_steps": 0,
+        # The data is shared out by its own samplers.
+        "use_distributed_sampler": False,
+    }
 
 
 def make_trainer(device: str, processes: tuple[int, int] = (1, 1), **options: Any) -> pl.Trainer:
