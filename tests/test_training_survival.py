@@ -1,5 +1,6 @@
 """What a run survives: kills at any moment, signals, damaged checkpoints, a full disk, a loss that is no number."""
 
+import contextlib
 import os
 import random
 import resource
@@ -190,6 +191,32 @@ def test_a_damaged_checkpoint_is_passed_over(
     for path in saved_checkpoints(run):
         damage(path)
     assert newest_checkpoint(run / "checkpoints") is None
+
+
+def test_a_kill_at_any_file_leaves_the_checkpoint_before_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    path, replace = tmp_path / "best.ckpt", Path.replace
+    found = []
+    for survived in range(4):
+        monkeypatch.setattr(Path, "replace", replace)
+        SafeCheckpointIO().save_checkpoint({"step": 1}, path)
+        replaced = []
+
+        def dying(source: Path, target: Path, limit: int = survived, done: list[Path] = replaced) -> Path:
+            if len(done) == limit:
+                raise Killed
+            done.append(target)
+            return replace(source, target)
+
+        monkeypatch.setattr(Path, "replace", dying)
+        with contextlib.suppress(Killed):
+            SafeCheckpointIO().save_checkpoint({"step": 2}, path)
+        found.append(SafeCheckpointIO().load_checkpoint(path)["step"])
+    assert found == [1, 1, 2, 2]
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ class Interrupted(Exception):
 class SafeCheckpointIO(CheckpointIO):
     """Writes a checkpoint under another name, syncs it and renames it, with its SHA-256 in a file beside it.
 
-    A process that is killed at any moment leaves the checkpoint that was there, or the new one. The file beside it is
-    one that ``sha256sum --check`` reads.
+    A process that is killed at any moment leaves the checkpoint that was there, or the new one, and its checksum: while
+    the one takes the place of the other, both are in the file beside it. ``sha256sum --check`` reads that file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -54,7 +54,7 @@ class SafeCheckpointIO(CheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-
+        checksums = _checksum_of(path)
         with replacing(path) as file:
             stream = _HashedFile(file, digest)
             try:
@@ -64,8 +64,13 @@ class SafeCheckpointIO(CheckpointIO):
                 if stream.error is not None:
                     raise stream.error from None
                 raise
-        with replacing(_checksum_of(path)) as file:
-            file.write(f"{digest.hexdigest()}  {path.name}\n".encode())
+            line = f"{digest.hexdigest()}  {path.name}\n".encode()
+            before = checksums.read_bytes() if path.exists() and checksums.exists() else b""
+            with replacing(checksums) as both:
+                both.write(before + line)
+        if before:
+            with replacing(checksums) as file:
+                file.write(line)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint's tensors and plain values, on the CPU; raises ValueError for one that is damaged."""
@@ -126,10 +131,14 @@ def _checksum_of(path: Path) -> Path:
 
 def checkpoint_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if its content is what was written."""
+    damage: str | None = "cannot be checked: its checksum is missing"
     try:
-        digest, *_ = _checksum_of(path).read_text(encoding="utf-8").split()
-        return damage_of(path, digest)
-    except (OSError, ValueError) as error:
+        # The newest comes last.
+        for line in reversed(_checksum_of(path).read_text(encoding="utf-8").splitlines()):
+            if (damage := damage_of(path, line.split()[0])) is None:
+                break
+        return damage
+    except (OSError, ValueError, IndexError) as error:
         return f"cannot be checked: {error}"
 
 
