@@ -3,7 +3,6 @@
 import io
 import pickle
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision import datasets
+from training_cases import photograph, save_shards
 
 from effnet_kernels.train.config import Config
 from effnet_kernels.train.data import Batch, EpochSampler, ImageData, Sample, collate, training_transform
@@ -19,10 +19,6 @@ from effnet_kernels.train.images import load_images
 from effnet_kernels.train.recipes import resolve
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-
-
-def photograph(seed: int, size: int = 24) -> Any:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
 @pytest.fixture
@@ -253,26 +249,10 @@ def test_a_batch_of_broken_images() -> None:
     assert (len(batch.images), len(batch.labels), batch.names) == (0, 0, [])
 
 
-def shards(path: Path, number: int, first: int = 0, change: Callable[[dict[str, bytes]], None] = lambda _: None) -> str:
-    """Shards of four samples, in WebDataset's layout; the pattern that names all."""
-    for shard in range(number):
-        with tarfile.open(path / f"{first}-{shard}.tar", "w") as archive:
-            for sample in range(4):
-                file = io.BytesIO()
-                photograph(first + 4 * shard + sample).save(file, "PNG")
-                entry = {"png": file.getvalue(), "cls": str(sample % 2).encode()}
-                change(entry)
-                for suffix, content in entry.items():
-                    info = tarfile.TarInfo(f"{shard}{sample}.{suffix}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-    return str(path / (f"{first}-{{0..{number - 1}}}.tar"))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards(workers: int, tmp_path: Path) -> None:
-    described = {"validation": shards(tmp_path, 2, 100), "train_images": 12, "classes": ("cat", "dog")}
-    data = ImageData(configuration(shards(tmp_path, 3), workers=workers, **described))
+    described = {"validation": save_shards(tmp_path, 2, 100), "train_images": 12, "classes": ("cat", "dog")}
+    data = ImageData(configuration(save_shards(tmp_path, 3), workers=workers, **described))
     assert (data.classes, data.batches) == (["cat", "dog"], 3)
     loader = iter(data.train_dataloader())
     batches = [next(loader) for _ in range(8)]
@@ -284,12 +264,12 @@ def test_shards(workers: int, tmp_path: Path) -> None:
     assert len(validated) == len(set(validated)) == 8
 
 
-def test_broken_samples_of_shards(tmp_path: Path) -> None:
+def test_broken_samples_of_save_shards(tmp_path: Path) -> None:
     def damage(entry: dict[str, bytes]) -> None:
         if entry["cls"] == b"1":
             entry["cls"] = b"7"
 
-    pattern = shards(tmp_path, 2, 0, damage)
+    pattern = save_shards(tmp_path, 2, 0, damage)
     described = {"validation": pattern, "train_images": 8, "classes": ("cat", "dog"), "max_broken": 9}
     data = ImageData(configuration(pattern, **described))
     batches = list(data.val_dataloader())

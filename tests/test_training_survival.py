@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import importing_alike
-from training_cases import last_checkpoint, save_colours, saved_checkpoints, tiny
+from training_cases import last_checkpoint, save_colours, save_shards, saved_checkpoints, tiny
 
 from effnet_kernels.tools.cli import main
 from effnet_kernels.train import checkpoints
@@ -69,12 +69,27 @@ CHANGING = {
 def test_every_checkpoint_leads_to_the_same_end(
     sections: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(folder, **sections)
+    check_every_checkpoint(tiny(folder, **sections), tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_checkpoint_leads_to_the_same_end_with_shards(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = {"validation": save_shards(tmp_path, 2, 100), "train_images": 6, "classes": ("cat", "dog")}
+    data = {"name": save_shards(tmp_path, 3), "workers": workers, **STEADY["data"], **described}
+    check_every_checkpoint(tiny(tmp_path, **{**STEADY, "data": data}), tmp_path, monkeypatch)
+
+
+def check_every_checkpoint(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from any of another's checkpoints ends as that did."""
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "_KEPT", 1000)
         train(config, tmp_path / "whole")
     saved = saved_checkpoints(tmp_path / "whole")
-    steps = 4 // config.training.accumulate * config.schedule.epochs
+    images = config.data.train_images or 8
+    steps = images // config.data.batch_size // config.training.accumulate * config.schedule.epochs
     assert [path.name for path in saved] == [f"step-{step:09d}.ckpt" for step in range(1, steps + 1)]
     whole = without_paths(last_checkpoint(tmp_path / "whole"))
     assert Config.model_validate(whole["config"]) == config

@@ -1,5 +1,8 @@
 """Small runs for the tests of training."""
 
+import io
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,29 @@ def save_colours(root: Path) -> Path:
             noise = np.random.default_rng(4 * number + index).integers(-30, 31, (16, 16, 3))
             Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{index}.png")
     return root
+
+
+def photograph(seed: int, size: int = 24) -> Any:
+    """An RGB image of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def save_shards(
+    path: Path, number: int, first: int = 0, change: Callable[[dict[str, bytes]], None] = lambda _: None
+) -> str:
+    """Shards of four samples, in WebDataset's layout; the pattern that names all."""
+    for shard in range(number):
+        with tarfile.open(path / f"{first}-{shard}.tar", "w") as archive:
+            for sample in range(4):
+                file = io.BytesIO()
+                photograph(first + 4 * shard + sample).save(file, "PNG")
+                entry = {"png": file.getvalue(), "cls": str(sample % 2).encode()}
+                change(entry)
+                for suffix, content in entry.items():
+                    info = tarfile.TarInfo(f"{shard}{sample}.{suffix}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return str(path / (f"{first}-{{0..{number - 1}}}.tar"))
 
 
 def tiny(folder: Path, **sections: dict[str, Any]) -> Config:

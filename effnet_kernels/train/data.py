@@ -1,5 +1,6 @@
 """From labelled images to batches: random changes, workers, broken images, shards."""
 
+import contextlib
 import io
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 
 from effnet_kernels.models.weights.photos import PHOTO_SUFFIXES, read_photo, reason_of
@@ -65,9 +66,7 @@ class SampleSet(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, number = key
         name = self.images.names[number]
-        # The CPU's generator alone: a GPU's draws dropout and stochastic depth meanwhile.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed_of(self.seed, epoch, number))
+        with _seeded(self.seed, epoch, number):
             return make_sample(partial(self.images.load, number), self.transform, self.images.labels[number], name)
 
 
@@ -114,6 +113,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
             generator = torch.Generator("cpu").manual_seed(_seed_of(self.seed, self.epoch))
             numbers = torch.randperm(self.length, generator=generator, device="cpu").tolist()
         return ((self.epoch, number) for number in numbers[self.rank :: self.processes][self.start :])
+
+
+@contextlib.contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Seeds what is drawn inside, and nothing else."""
+    # The CPU's generator alone: a GPU's draws dropout and stochastic depth meanwhile.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_seed_of(*numbers))
+        yield
 
 
 def _seed_of(*numbers: int) -> int:
@@ -186,7 +194,9 @@ class ImageData(pl.LightningDataModule):
         config = self.config.at_epoch(epoch)
         transform = training_transform(config)
         if self.images is None:
-            return self._loader(_shards(config.data.name, transform, self.classes, config.training.seed))
+            seeds = (config.training.seed, epoch, self._share()[0])
+            size = config.data.batch_size
+            return self._loader(ShardStream(config.data.name, transform, len(self.classes), seeds, size, batches))
         samples = SampleSet(self.images[0], transform, config.training.seed)
         sampler = EpochSampler(len(self.images[0].labels), config.training.seed, True, *self._share())
         sampler.skip_to(epoch, batches * config.data.batch_size)
@@ -196,7 +206,7 @@ class ImageData(pl.LightningDataModule):
         """All images to validate with, in order and as the network will be used."""
         transform = preprocess_of(self.config.data)
         if self.images is None:
-            return self._loader(_shards(self.config.data.validation or "", transform, self.classes, None))
+            return self._loader(_all_of_shards(self.config.data.validation or "", transform, len(self.classes)))
         samples = SampleSet(self.images[1], transform, 0)
         sampler = EpochSampler(len(self.images[1].labels), 0, False, *self._share())
         return self._loader(samples, sampler=sampler)
@@ -259,17 +269,66 @@ def _check_shards(data: Data) -> tuple[list[str], int]:
     return list(data.classes or ()), data.train_images or 0
 
 
-def _shards(pattern: str, transform: Callable[[Any], Tensor], classes: list[str], seed: int | None) -> Any:
-    """Samples of shards: without end and at random with a seed, each once and in order without."""
+class ShardStream(IterableDataset[Sample]):
+    """Samples of WebDataset's shards, each drawn at random, without end.
+
+    What is drawn depends on the seeds, the number of workers and the place in the stream alone. An epoch that goes on
+    reads the samples that it has seen once more, without decoding their images.
+
+    Args:
+        pattern: of the shards' names.
+        transform: from a PIL image to the network's input.
+        classes: how many there are.
+        seeds: of the run, the epoch and the process.
+        batch_size: samples that a worker gives at a time.
+        batches: how many of the epoch are done.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        transform: Callable[[Any], Tensor],
+        classes: int,
+        seeds: tuple[int, ...],
+        batch_size: int,
+        batches: int,
+    ) -> None:
+        self.pattern = pattern
+        self.transform = transform
+        self.classes = classes
+        self.seeds = seeds
+        self.batch_size = batch_size
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Sample]:
+        import webdataset
+
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
+        # Workers give a batch in turn, the first begins: its stream is the one whose turn it is where training goes on.
+        stream = (self.batches + worker) % workers
+        done = len(range(stream, self.batches, workers)) * self.batch_size
+        seed = _seed_of(*self.seeds, stream)
+        entries = webdataset.DataPipeline(
+            webdataset.ResampledShards(self.pattern, seed=seed, worker_seed=int, deterministic=True),
+            webdataset.tarfile_to_samples(),
+            webdataset.detshuffle(1000, seed=seed),
+        )
+        for number, entry in enumerate(entries):
+            if number >= done:
+                with _seeded(seed, number):
+                    sample = _sample_of_shard(self.transform, self.classes, entry)
+                yield sample
+
+
+def _all_of_shards(pattern: str, transform: Callable[[Any], Tensor], classes: int) -> Any:
+    """Each sample of the shards once, in order; of several processes, each takes some of the shards."""
     import webdataset
 
-    if seed is None:
-        stream = webdataset.WebDataset(
-            pattern, shardshuffle=False, empty_check=False, nodesplitter=webdataset.split_by_node
-        )
-    else:
-        stream = webdataset.WebDataset(pattern, resampled=True, shardshuffle=False, seed=seed).shuffle(1000, seed=seed)
-    return stream.map(partial(_sample_of_shard, transform, len(classes)))
+    stream = webdataset.WebDataset(
+        pattern, shardshuffle=False, empty_check=False, nodesplitter=webdataset.split_by_node
+    )
+    return stream.map(partial(_sample_of_shard, transform, classes))
 
 
 def _sample_of_shard(transform: Callable[[Any], Tensor], classes: int, entry: dict[str, Any]) -> Sample:

@@ -26,7 +26,7 @@ from effnet_kernels.train.checkpoints import (
     replacing,
 )
 from effnet_kernels.train.config import Config, read_config
-from effnet_kernels.train.data import ImageData, preprocess_of
+from effnet_kernels.train.data import ImageData, is_shards, preprocess_of
 from effnet_kernels.train.module import ImageClassifier, build_network, warmed_average
 from effnet_kernels.train.progress import ProgressBar, ProgressLines
 
@@ -162,7 +162,7 @@ def trainer_options(config: Config, data: ImageData) -> dict[str, Any]:
         "accumulate_grad_batches": training.accumulate,
         "gradient_clip_val": training.clip,
         "deterministic": training.deterministic,
-        "reload_dataloaders_every_n_epochs": 1 if config.progressive.stages > 1 else 0,
+        "reload_dataloaders_every_n_epochs": int(config.progressive.stages > 1 or is_shards(config.data.name)),
         "num_sanity_val_steps": 0,
         # The data is shared out by its own samplers.
         "use_distributed_sampler": False,
