@@ -38,20 +38,21 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs, T
       throw std::invalid_argument(name + "expected " + std::to_string(channels) + " input channels, as layer " +
                                   std::to_string(i - 1) + " has outputs, got " + std::to_string(spec.in_channels));
     }
-    const bool pointwise = spec.pointwise() && i > 0;
-    if (spec.kind == LayerKind::depthwise && (i == 0 || spec.kernel < 3 || spec.kernel > 7 || spec.kernel % 2 == 0)) {
-      throw std::invalid_argument(name + "expected a depthwise kernel of 3, 5 or 7 behind another layer, got " +
+    if (spec.kind == LayerKind::depthwise && (spec.kernel < 3 || spec.kernel > 7 || spec.kernel % 2 == 0)) {
+      throw std::invalid_argument(name + "expected a depthwise kernel of 3, 5 or 7, got " +
                                   std::to_string(spec.kernel));
     }
-    if (spec.pool && (!pointwise || spec.residual >= 0)) {
+    if (spec.pool && (!spec.pointwise() || spec.residual >= 0)) {
       throw std::invalid_argument(name + "expected a 1x1 convolution without a residual to pool, got another");
     }
-    if (spec.residual > i || spec.residual == 0 || (spec.residual > 0 && spec.kind == LayerKind::depthwise)) {
-      throw std::invalid_argument(name + "expected a residual out of tensors 1 to " + std::to_string(i) +
+    if (spec.residual > i || (spec.residual >= 0 && spec.kind == LayerKind::depthwise)) {
+      throw std::invalid_argument(name + "expected a residual out of tensors 0 to " + std::to_string(i) +
                                   " added to a convolution, got " + std::to_string(spec.residual));
     }
-    if (spec.residual > 0) {
-      const std::int64_t added = layers_[static_cast<std::size_t>(spec.residual - 1)].spec.out_channels;
+    if (spec.residual >= 0) {
+      const std::size_t producer = static_cast<std::size_t>(std::max<std::int64_t>(0, spec.residual - 1));
+      const std::int64_t added =
+          spec.residual == 0 ? layers_.front().spec.in_channels : layers_[producer].spec.out_channels;
       if (added != spec.out_channels) {
         throw std::invalid_argument(name + "expected a residual of " + std::to_string(spec.out_channels) +
                                     " channels, got tensor " + std::to_string(spec.residual) + " of " +
@@ -64,6 +65,21 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs, T
       throw std::invalid_argument("expected outputs out of 1 to " + std::to_string(count) + ", got " +
                                   std::to_string(tensor));
     }
+  }
+  // Kernels write multiples of 8 channels. Pixels of the image and the output have other pitches than those in an
+  // arena, so that nothing but the image may be added to the output.
+  runs_in_place_ = outputs_ == std::vector<std::int64_t>{count} && layers_.back().spec.out_channels % 8 == 0;
+  const LayerSpec& first = layers_.front().spec;
+  needs_in_place_ = first.kind == LayerKind::depthwise || first.pool;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t residual = layers_[static_cast<std::size_t>(i)].spec.residual;
+    if (residual > 0 || (residual == 0 && i + 1 < count)) runs_in_place_ = false;
+    if (residual == 0) needs_in_place_ = true;
+  }
+  if (needs_in_place_ && !runs_in_place_) {
+    throw std::invalid_argument(
+        "expected one output, of a multiple of 8 channels and without another residual than the "
+        "image, of a network whose first layer is depthwise or pools, or that adds its image");
   }
   const Lock lock;
   networks().insert(this);
@@ -81,12 +97,12 @@ std::vector<MapSize> Network::output_sizes(std::int64_t height, std::int64_t wid
   return chosen;
 }
 
-std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height, std::int64_t width,
+std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place,
                                         const std::string& isa, int threads) const {
   {
     const Lock lock;
     for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
-      if ((*plan)->fits(images, height, width, isa, threads)) {
+      if ((*plan)->fits(images, height, width, in_place, isa, threads)) {
         plans_.splice(plans_.begin(), plans_, plan);
         return plans_.front();
       }
@@ -95,7 +111,8 @@ std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height
   // Threads that get here at the same time make a plan each; the duplicates are forgotten in their turn.
   const Kernels& kernels = kernels_of(isa);
   if (type_ == Type::bf16 && kernels.bf16 == nullptr) throw std::invalid_argument(without_bf16(isa));
-  auto made = std::make_shared<Plan>(layers_, outputs_, type_, images, height, width, kernels, std::max(1, threads));
+  auto made =
+      std::make_shared<Plan>(layers_, outputs_, type_, images, height, width, in_place, kernels, std::max(1, threads));
   std::shared_ptr<Plan> forgotten;  // freed after the lock is released
   const Lock lock;
   plans_.push_front(made);
@@ -115,7 +132,14 @@ void release_plans() {
 void Network::run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
                   const std::vector<View>& outputs, const std::string& isa, int threads,
                   std::vector<StepProfile>* profile) const {
-  const std::shared_ptr<Plan> plan = plan_for(std::min(batch, images_together), height, width, isa, threads);
+  const bool in_place = runs_in_place_ && image.type == type_ && outputs.front().type == type_ &&
+                        image.is_dense({layers_.front().spec.in_channels, height, width}, batch) &&
+                        outputs.front().is_dense(output_sizes(height, width).front(), batch);
+  if (needs_in_place_ && !in_place) {
+    throw std::invalid_argument(
+        "expected an image and an output in dense channels-last strides and the network's type");
+  }
+  const std::shared_ptr<Plan> plan = plan_for(std::min(batch, images_together), height, width, in_place, isa, threads);
   for (std::int64_t first = 0; first < batch; first += images_together) {
     std::vector<View> parts;
     for (const View& output : outputs) parts.push_back(output.from_image(first));

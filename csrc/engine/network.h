@@ -31,9 +31,10 @@ class Network {
 
   std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
 
-  // The image and the outputs may be of any type. Throws std::invalid_argument if the instruction set has no kernels
-  // for the network's. Any number of threads may call it at the same time. If profile is not null, each step's cost is
-  // added to it.
+  // The image and the outputs may be of any type and strides; dense and of the network's type where the first layer is
+  // depthwise or pools, or where the image is added. Throws std::invalid_argument for others, and if the instruction
+  // set has no kernels for the network's type. Any number of threads may call it at the same time. If profile is not
+  // null, each step's cost is added to it.
   void run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
            const std::vector<View>& outputs, const std::string& isa, int threads,
            std::vector<StepProfile>* profile) const;
@@ -41,12 +42,14 @@ class Network {
  private:
   friend void release_plans();
 
-  std::shared_ptr<Plan> plan_for(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa,
-                                 int threads) const;
+  std::shared_ptr<Plan> plan_for(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place,
+                                 const std::string& isa, int threads) const;
 
   std::vector<Layer> layers_;
   std::vector<std::int64_t> outputs_;
   Type type_;
+  // Whether the image and the output may be read and written where they are, and whether they have to be.
+  bool runs_in_place_ = false, needs_in_place_ = false;
   mutable std::list<std::shared_ptr<Plan>> plans_;  // the latest first
 };
 

@@ -6,8 +6,8 @@
 #include <stdexcept>
 
 #include "engine/bf16.h"
-#include "platform/lock.h"
 #include "platform/parallel.h"
+#include "platform/pool.h"
 
 namespace effnet {
 namespace {
@@ -30,7 +30,7 @@ bool contains(const std::vector<std::int64_t>& values, std::int64_t value) {
 class Layout {
  public:
   Layout(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
-         std::int64_t height, std::int64_t width, Type type)
+         std::int64_t height, std::int64_t width, Type type, bool in_place)
       : layers_(layers), outputs_(outputs), images_(images) {
     const std::vector<MapSize> sizes = tensor_sizes(layers, height, width);
     const std::int64_t count = static_cast<std::int64_t>(layers.size());
@@ -41,14 +41,20 @@ class Layout {
       const MapSize& size = sizes[static_cast<std::size_t>(i)];
       places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type, i == 0};
     }
+    if (in_place) {
+      places.front().in_place = places.back().in_place = true;
+      places.back().output = 0;
+    }
     for (std::int64_t i = 0; i < count; ++i) {
       const std::size_t at = static_cast<std::size_t>(i);
-      if (!fused_into_next(i)) place(images * places[at + 1].floats(), i, last_use(i + 1), places[at + 1].offset);
+      if (!fused_into_next(i) && !places[at + 1].in_place) {
+        place(images * places[at + 1].floats(), i, last_use(i + 1), places[at + 1].offset);
+      }
       const Excitation& excitation = layers[at].spec.excitation;
       if (excitation.squeeze == 0) continue;
-      place(images * sum_shards * places[at + 1].pitch(), i, i, sums[at]);
+      place(images * sum_shards * places[at + 1].vector(), i, i, sums[at]);
       place(images * round_up(excitation.squeeze, panel_columns), i, i, hidden[at]);
-      place(images * places[at + 1].pitch(), i, i + 1, gate[at]);
+      place(images * places[at + 1].vector(), i, i + 1, gate[at]);
     }
   }
 
@@ -148,8 +154,8 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
     if (fused) ++i;
     const Layer& layer = layers[i];
     const Place& y = layout.places[i + 1];
-    const std::int64_t residual =
-        layer.spec.residual < 0 ? absent : layout.places[static_cast<std::size_t>(layer.spec.residual)].offset;
+    std::optional<Place> residual;
+    if (layer.spec.residual >= 0) residual = layout.places[static_cast<std::size_t>(layer.spec.residual)];
     if (layer.spec.kind == LayerKind::depthwise) {
       steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i], images, threads));
       gate = absent;
@@ -162,7 +168,7 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
       }
       continue;
     }
-    if (spec.pointwise() && !x.is_image) {
+    if (spec.pointwise() && (!x.is_image || x.in_place)) {
       steps.push_back(pointwise_step<T>(layer, x, y, residual, gate));
     } else if (layer.winograd != nullptr) {
       steps.push_back(winograd_step(layer, x, y, residual, images, threads));
@@ -195,9 +201,15 @@ std::vector<MapSize> tensor_sizes(const std::vector<Layer>& layers, std::int64_t
 }
 
 Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
-           std::int64_t height, std::int64_t width, const Kernels& kernels, int threads)
-    : type_(type), images_(images), height_(height), width_(width), kernels_(kernels), threads_(threads) {
-  const Layout layout(layers, outputs, images, height, width, type);
+           std::int64_t height, std::int64_t width, bool in_place, const Kernels& kernels, int threads)
+    : type_(type),
+      images_(images),
+      height_(height),
+      width_(width),
+      in_place_(in_place),
+      kernels_(kernels),
+      threads_(threads) {
+  const Layout layout(layers, outputs, images, height, width, type, in_place);
   steps_ = type == Type::bf16 ? make_steps<Bf16>(layers, layout, images, threads)
                               : make_steps<float>(layers, layout, images, threads);
   for (const std::int64_t tensor : outputs) {
@@ -210,32 +222,16 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
   scratch_floats_ = round_up(scratch_floats_, panel_columns) + panel_columns;
 }
 
-bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa,
+bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place, const std::string& isa,
                 int threads) const {
-  return images == images_ && height == height_ && width == width_ && threads == threads_ && isa == kernels_.isa;
-}
-
-Buffer Plan::take_arena() const {
-  {
-    const Lock lock;
-    if (!arenas_.empty()) {
-      Buffer arena = std::move(arenas_.back());
-      arenas_.pop_back();
-      return arena;
-    }
-  }
-  return allocate(tensor_floats_ + threads_ * scratch_floats_);
-}
-
-void Plan::return_arena(Buffer arena) const {
-  const Lock lock;
-  arenas_.push_back(std::move(arena));
+  return images == images_ && height == height_ && width == width_ && in_place == in_place_ && threads == threads_ &&
+         isa == kernels_.isa;
 }
 
 void Plan::run(const View& image, std::int64_t images, const std::vector<View>& outputs,
                std::vector<StepProfile>* profile) const {
-  Buffer arena = take_arena();
-  const Run run{image, arena.get(), images, threads_, kernels_};
+  const Scratch arena(tensor_floats_ + threads_ * scratch_floats_);
+  const Run run{image, outputs.data(), arena.get(), images, threads_, kernels_};
   // Each thread takes the next work item when it is free, so that a thread that is interrupted delays the others by one
   // item at most.
   const auto taken = std::make_unique<std::atomic<std::int64_t>[]>(steps_.size());
@@ -256,7 +252,7 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
         start = now;
       }
     }
-    for (std::size_t i = 0; i < outputs_.size(); ++i) {
+    for (std::size_t i = 0; i < outputs_.size() && !in_place_; ++i) {
       const auto& [offset, size] = outputs_[i];
       const View& view = outputs[i];
       const std::int64_t pitch = round_up(size.channels, panel_columns), rows = images * size.height;
@@ -281,7 +277,6 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
       (*profile)[i].seconds += seconds[i];
     }
   }
-  return_arena(std::move(arena));
 }
 
 }  // namespace effnet

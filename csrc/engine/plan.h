@@ -12,11 +12,13 @@ namespace effnet {
 
 class Plan {
  public:
-  // For up to `images` images at a time.
+  // For up to `images` images at a time. In place, the image and the one output are dense memory of the network's type,
+  // which no step copies.
   Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
-       std::int64_t height, std::int64_t width, const Kernels& kernels, int threads);
+       std::int64_t height, std::int64_t width, bool in_place, const Kernels& kernels, int threads);
 
-  bool fits(std::int64_t images, std::int64_t height, std::int64_t width, const std::string& isa, int threads) const;
+  bool fits(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place, const std::string& isa,
+            int threads) const;
 
   // Runs the first `images` images of a view, no more than the plan was made for.
   void run(const View& image, std::int64_t images, const std::vector<View>& outputs,
@@ -28,17 +30,14 @@ class Plan {
     MapSize size;
   };
 
-  Buffer take_arena() const;
-  void return_arena(Buffer arena) const;
-
   Type type_;
   std::int64_t images_, height_, width_;
+  bool in_place_;
   const Kernels& kernels_;
   int threads_;
   std::vector<std::unique_ptr<Step>> steps_;
   std::vector<Output> outputs_;
   std::int64_t tensor_floats_ = 0, scratch_floats_ = 0;
-  mutable std::vector<Buffer> arenas_;
 };
 
 // The sizes of every tensor, the image's first (see LayerSpec).

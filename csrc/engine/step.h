@@ -1,11 +1,13 @@
 // The steps of a plan. A step is one or two layers that run together, divided into work items that any thread may take.
 //
-// Tensors are [images, height, width, round_up(channels, 16)] in the plan's arena, of the network's type: T in the
-// functions below, which is float or Bf16. Vectors of a number a channel are floats. The numbers after the last channel
-// of a pixel are never read.
+// Tensors are [images, height, width, pitch] of the network's type: T in the functions below, which is float or Bf16.
+// In the plan's arena the pitch is round_up(channels, 16), and the numbers after the last channel of a pixel are never
+// read. The caller's image and outputs are read and written in place where all of them are dense, with the channels as
+// their pitch. Vectors of a number a channel are floats.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "engine/layer.h"
@@ -13,14 +15,18 @@
 
 namespace effnet {
 
-// A tensor in the plan's arena, or the network's input.
+// A tensor in the plan's arena, or the caller's image or output.
 struct Place {
-  std::int64_t offset = 0;  // in floats
+  std::int64_t offset = 0;  // in floats, in the arena
   std::int64_t channels = 0, height = 0, width = 0;
   Type type = Type::f32;
   bool is_image = false;
+  std::int64_t output = -1;  // the number of the caller's output that it is, or -1
+  bool in_place = false;     // whether it is dense memory of the caller's
 
-  std::int64_t pitch() const { return round_up(channels, panel_columns); }
+  std::int64_t pitch() const { return in_place ? channels : vector(); }
+  // Floats of a vector with a number for each channel.
+  std::int64_t vector() const { return round_up(channels, panel_columns); }
   std::int64_t pixels() const { return height * width; }
   std::int64_t size() const { return pixels() * pitch(); }  // of one image, in numbers
   std::int64_t floats() const { return ceil_div(size() * size_of(type), size_of(Type::f32)); }
@@ -28,7 +34,8 @@ struct Place {
 
 // The arguments of one run through the steps.
 struct Run {
-  View image;  // the network's input
+  View image;           // the network's input
+  const View* outputs;  // and outputs
   float* arena;
   std::int64_t images;
   int threads;
@@ -41,11 +48,12 @@ struct Run {
   }
   template <class T>
   T* at(const Place& place) const {
-    return at<T>(place.offset);
+    if (!place.in_place) return at<T>(place.offset);
+    return static_cast<T*>(place.is_image ? image.data : outputs[place.output].data);
   }
   View map(const Place& place) const {
     if (place.is_image) return image;
-    return {at(place.offset), place.type, place.size(), 1, place.width * place.pitch(), place.pitch()};
+    return {at<void>(place), place.type, place.size(), 1, place.width * place.pitch(), place.pitch()};
   }
 };
 
@@ -72,20 +80,20 @@ constexpr std::int64_t absent = -1;
 // Shards of a map's rows, each of which has partial sums of its own in a depthwise step.
 constexpr std::int64_t sum_shards = 4;
 
-// A 1 x 1 convolution: act(x @ w + b) + residual, or with Layer.spec.pool the spatial mean of that. If there is a gate,
-// it scales the weights.
+// A 1 x 1 convolution: act(x @ w + b) + residual, which has y's pitch; or with Layer.spec.pool the spatial mean of
+// that. If there is a gate, it scales the weights.
 template <class T>
-std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
-                                     std::int64_t gate);
+std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y,
+                                     const std::optional<Place>& residual, std::int64_t gate);
 
-// Any other dense convolution: act(conv(x) + b) + residual. Also a 1 x 1 convolution of the network's input, whose
-// strides may be any.
+// Any other dense convolution: act(conv(x) + b) + residual. Also a 1 x 1 convolution of an image in other strides.
 template <class T>
-std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual);
+std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y,
+                                 const std::optional<Place>& residual);
 
 // The same for float32 by Winograd's transforms, of a layer that was packed for them.
-std::unique_ptr<Step> winograd_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
-                                    std::int64_t images, int threads);
+std::unique_ptr<Step> winograd_step(const Layer& layer, const Place& x, const Place& y,
+                                    const std::optional<Place>& residual, std::int64_t images, int threads);
 
 // A depthwise convolution of x; or, with a producer, of that layer's output of x, of which only a few rows at a time
 // are stored. If sums is not absent, the output's sums for the squeeze are [images, sum_shards, round_up(channels, 16)]

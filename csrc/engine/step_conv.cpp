@@ -39,7 +39,8 @@ Blocks divide(std::int64_t rows, std::int64_t row_bytes, std::int64_t panels, st
 template <class T>
 class PointwiseStep final : public Step {
  public:
-  PointwiseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual, std::int64_t gate)
+  PointwiseStep(const Layer& layer, const Place& x, const Place& y, const std::optional<Place>& residual,
+                std::int64_t gate)
       : Step(std::string(layer.spec.pool ? "pointwise and pool " : "pointwise ") +
              std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
              std::to_string(x.height) + "x" + std::to_string(x.width)),
@@ -87,7 +88,7 @@ class PointwiseStep final : public Step {
       gemm.bias = layer_.matrix.bias.get() + column;
       gemm.columns = layer_.matrix.columns(panel, panels);
       if (gate_ != absent) {
-        scale_weights(run, panel, panels, run.at(gate_) + group * x_.pitch(), reinterpret_cast<T*>(scratch));
+        scale_weights(run, panel, panels, run.at(gate_) + group * x_.vector(), reinterpret_cast<T*>(scratch));
         gemm.next_b = layer_.matrix.template panel<T>(panel + panels);
         gemm.b = reinterpret_cast<T*>(scratch);
       }
@@ -96,7 +97,7 @@ class PointwiseStep final : public Step {
         continue;
       }
       gemm.y = run.at<T>(y_) + first * y_.pitch() + column;
-      if (residual_ != absent) gemm.residual = run.at<T>(residual_) + first * y_.pitch() + column;
+      if (residual_) gemm.residual = run.at<T>(*residual_) + first * y_.pitch() + column;
       run.kernels.of<T>().gemm_bias_act_residual_sum(gemm);
     }
   }
@@ -136,13 +137,14 @@ class PointwiseStep final : public Step {
 
   const Layer& layer_;
   const Place x_, y_;
-  const std::int64_t residual_, gate_;
+  const std::optional<Place> residual_;
+  const std::int64_t gate_;
 };
 
 template <class T>
 class DenseStep final : public Step {
  public:
-  DenseStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual)
+  DenseStep(const Layer& layer, const Place& x, const Place& y, const std::optional<Place>& residual)
       : Step("dense " + std::to_string(layer.spec.kernel) + "x" + std::to_string(layer.spec.kernel) + " " +
              std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
              std::to_string(x.height) + "x" + std::to_string(x.width)),
@@ -189,7 +191,7 @@ class DenseStep final : public Step {
         const std::int64_t at = (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
         gemm.a = padded + (row - begin) * shape_.stride * pitch_;
         gemm.y = run.at<T>(y_) + at;
-        gemm.residual = residual_ != absent ? run.at<T>(residual_) + at : nullptr;
+        gemm.residual = residual_ ? run.at<T>(*residual_) + at : nullptr;
         run.kernels.of<T>().gemm_bias_act_residual_sum(gemm);
       }
     }
@@ -203,7 +205,7 @@ class DenseStep final : public Step {
 
   const Layer& layer_;
   const Place x_, y_;
-  const std::int64_t residual_;
+  const std::optional<Place> residual_;
   const ConvShape shape_;
   const std::int64_t pitch_;
   std::int64_t most_rows_;
@@ -216,12 +218,12 @@ class SqueezeStep final : public Step {
 
   std::int64_t items(const Run&) const override { return layer_.reduce.panel_count(); }
 
-  std::int64_t scratch_floats() const override { return images_ * map_.pitch(); }
+  std::int64_t scratch_floats() const override { return images_ * map_.vector(); }
 
   std::int64_t multiply_adds() const override { return layer_.reduce.inner * layer_.reduce.out; }
 
   void run_item(const Run& run, std::int64_t item, float* scratch) const override {
-    const std::int64_t pitch = map_.pitch(), channels = layer_.reduce.inner;
+    const std::int64_t pitch = map_.vector(), channels = layer_.reduce.inner;
     const float inverse = 1.0f / static_cast<float>(map_.pixels());
     for (std::int64_t image = 0; image < run.images; ++image) {
       const float* sums = run.at(sums_) + image * sum_shards * pitch;
@@ -265,7 +267,7 @@ class ExciteStep final : public Step {
   std::int64_t multiply_adds() const override { return layer_.expand.inner * layer_.expand.out; }
 
   void run_item(const Run& run, std::int64_t item, float*) const override {
-    const std::int64_t pitch = map_.pitch();
+    const std::int64_t pitch = map_.vector();
     const std::int64_t end = std::min(layer_.expand.panel_count(), (item + 1) * panels_per_item);
     Gemm<float> gemm{};
     gemm.a = run.at(hidden_);
@@ -305,7 +307,7 @@ class ScaleStep final : public Step {
 
   void run_item(const Run& run, std::int64_t item, float*) const override {
     T* row = run.at<T>(map_) + item * map_.width * map_.pitch();
-    const float* gate = run.at(gate_) + item / map_.height * map_.pitch();
+    const float* gate = run.at(gate_) + item / map_.height * map_.vector();
     run.kernels.of<T>().scale_rows(row, map_.pitch(), gate, row, map_.pitch(), map_.width, map_.channels);
   }
 
@@ -317,13 +319,14 @@ class ScaleStep final : public Step {
 }  // namespace
 
 template <class T>
-std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
-                                     std::int64_t gate) {
+std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y,
+                                     const std::optional<Place>& residual, std::int64_t gate) {
   return std::make_unique<PointwiseStep<T>>(layer, x, y, residual, gate);
 }
 
 template <class T>
-std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual) {
+std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place& y,
+                                 const std::optional<Place>& residual) {
   return std::make_unique<DenseStep<T>>(layer, x, y, residual);
 }
 
@@ -341,10 +344,10 @@ std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) {
   return std::make_unique<ScaleStep<T>>(map, gate);
 }
 
-#define EFFNET_STEPS(T)                                                                                    \
-  template std::unique_ptr<Step> pointwise_step<T>(const Layer&, const Place&, const Place&, std::int64_t, \
-                                                   std::int64_t);                                          \
-  template std::unique_ptr<Step> dense_step<T>(const Layer&, const Place&, const Place&, std::int64_t);    \
+#define EFFNET_STEPS(T)                                                                                                \
+  template std::unique_ptr<Step> pointwise_step<T>(const Layer&, const Place&, const Place&,                           \
+                                                   const std::optional<Place>&, std::int64_t);                         \
+  template std::unique_ptr<Step> dense_step<T>(const Layer&, const Place&, const Place&, const std::optional<Place>&); \
   template std::unique_ptr<Step> scale_step<T>(const Place&, std::int64_t);
 EFFNET_STEPS(float)
 EFFNET_STEPS(Bf16)

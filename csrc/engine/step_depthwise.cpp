@@ -23,7 +23,7 @@ class DepthwiseStep final : public Step {
       source_shape_ = conv_shape(producer->spec, height, width);
       height = source_shape_.out_height;
       width = source_shape_.out_width;
-      dense_producer_ = !producer->spec.pointwise() || x.is_image;
+      dense_producer_ = !producer->spec.pointwise() || (x.is_image && !x.in_place);
     }
     shape_ = conv_shape(layer.spec, height, width);
     pitch_ = shape_.padded_width() * panel_columns;

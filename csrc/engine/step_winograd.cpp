@@ -14,8 +14,8 @@ constexpr std::int64_t items_per_thread = 4;
 
 class WinogradStep final : public Step {
  public:
-  WinogradStep(const Layer& layer, const Place& x, const Place& y, std::int64_t residual, std::int64_t images,
-               int threads)
+  WinogradStep(const Layer& layer, const Place& x, const Place& y, const std::optional<Place>& residual,
+               std::int64_t images, int threads)
       : Step("winograd 3x3 " + std::to_string(layer.spec.in_channels) + " to " +
              std::to_string(layer.spec.out_channels) + " at " + std::to_string(x.height) + "x" +
              std::to_string(x.width)),
@@ -106,7 +106,7 @@ class WinogradStep final : public Step {
     call.m_tile = panels_together * panel_columns;
     call.bias = layer_.matrix.bias.get() + panel * panel_columns;
     call.y = run.at<float>(y_) + at;
-    call.residual = residual_ != absent ? run.at<float>(residual_) + at : nullptr;
+    call.residual = residual_ ? run.at<float>(*residual_) + at : nullptr;
     call.y_row = y_.width * y_.pitch();
     call.y_pixel = y_.pitch();
     call.tiles = columns_;
@@ -119,7 +119,7 @@ class WinogradStep final : public Step {
 
   const Layer& layer_;
   const Place x_, y_;
-  const std::int64_t residual_;
+  const std::optional<Place> residual_;
   const std::int64_t columns_, rows_;  // of tiles
   ConvShape padded_;
   std::int64_t rows_per_item_ = 1;  // of tiles
@@ -127,8 +127,8 @@ class WinogradStep final : public Step {
 
 }  // namespace
 
-std::unique_ptr<Step> winograd_step(const Layer& layer, const Place& x, const Place& y, std::int64_t residual,
-                                    std::int64_t images, int threads) {
+std::unique_ptr<Step> winograd_step(const Layer& layer, const Place& x, const Place& y,
+                                    const std::optional<Place>& residual, std::int64_t images, int threads) {
   return std::make_unique<WinogradStep>(layer, x, y, residual, images, threads);
 }
 

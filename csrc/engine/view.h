@@ -31,6 +31,12 @@ struct View {
   T* at(std::int64_t offset) const {
     return static_cast<T*>(data) + offset;
   }
+  // Whether the channels of a pixel, the pixels, and the images of a map of this size lie one behind the other.
+  bool is_dense(const MapSize& size, std::int64_t images) const {
+    return (channel == 1 || size.channels == 1) && (pixel == size.channels || size.width == 1) &&
+           (row == size.width * size.channels || size.height == 1) &&
+           (image == size.height * size.width * size.channels || images == 1);
+  }
   // The map from an image on.
   View from_image(std::int64_t index) const {
     View view = *this;
