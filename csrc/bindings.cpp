@@ -7,6 +7,7 @@
 #include "engine/network.h"
 #include "kernels/dispatch.h"
 #include "kernels/peak.h"
+#include "operators/fingerprint.h"
 #include "operators/operators.h"
 #include "platform/parallel.h"
 #include "platform/pool.h"
@@ -17,7 +18,7 @@ namespace {
 
 // Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's
 // arguments change.
-constexpr int interface_version = 4;
+constexpr int interface_version = 5;
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -252,6 +253,7 @@ effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
   spec.residual = number("residual");
   spec.pool = given["pool"].cast<bool>();
   spec.weight = weights("weight");
+  spec.weight.scale = pointer<const double>(given["scale"].cast<std::uintptr_t>());
   spec.bias = address("bias");
   spec.winograd = given["winograd"].cast<bool>();
   spec.excitation.squeeze = number("squeeze");
@@ -306,6 +308,15 @@ py::list output_sizes(const effnet::Network& network, std::int64_t height, std::
     sizes.append(py::make_tuple(size.channels, size.height, size.width));
   }
   return sizes;
+}
+
+std::uint64_t fingerprint_of(const std::vector<std::tuple<std::uintptr_t, std::int64_t>>& memory, int threads,
+                             const char* isa) {
+  std::vector<effnet::Bytes> parts;
+  for (const auto& [address, bytes] : memory) parts.push_back({pointer<const void>(address), bytes});
+  const effnet::Execution execution{effnet::kernels_of(isa_or_selected(isa)), threads};
+  const py::gil_scoped_release unlocked;
+  return effnet::fingerprint(parts, execution);
 }
 
 double fma_peak(int threads, bool bf16, const char* isa) {
@@ -385,6 +396,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
            py::arg("outputs"), py::arg("bf16"), py::arg("threads"), py::arg("profiled") = false,
            py::arg("isa") = py::none())
       .def("output_sizes", &output_sizes, py::arg("height"), py::arg("width"));
+  m.def("fingerprint", &fingerprint_of, py::arg("memory"), py::arg("threads"), py::arg("isa") = py::none(),
+        "A hash of the bytes at these addresses.");
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("bf16") = false, py::arg("isa") = py::none(),
         "Measured floating-point operations a second of multiply-adds in registers.");
   m.def("kernels", &kernels, "The instruction sets of the table of kernels.");

@@ -15,7 +15,7 @@ void pack_elements(const Weights& weight, std::int64_t out, std::int64_t channel
     float* panel = matrix.panels.get() + row / panel_columns * matrix.panel_floats;
     for (std::int64_t tap = 0; tap < taps; ++tap) {
       for (std::int64_t channel = 0; channel < channels; ++channel) {
-        const float value = weight.at((row * channels + channel) * taps + tap);
+        const float value = weight.at(row, (row * channels + channel) * taps + tap);
         const std::int64_t in_segment = tap % kernel * channels + channel;
         const std::int64_t step = tap / kernel * ceil_div(segment, count) + in_segment / count;
         const std::int64_t index = (step * panel_columns + row % panel_columns) * count + in_segment % count;
@@ -63,8 +63,8 @@ Buffer pack_winograd(const Weights& weight, std::int64_t out, std::int64_t chann
         for (std::int64_t j = 0; j < 6; ++j) {
           double value = 0;
           for (std::int64_t tap = 0; tap < 9; ++tap) {
-            value +=
-                g[i][tap / 3] * g[j][tap % 3] * static_cast<double>(weight.at((row * channels + channel) * 9 + tap));
+            value += g[i][tap / 3] * g[j][tap % 3] *
+                     static_cast<double>(weight.at(row, (row * channels + channel) * 9 + tap));
           }
           const std::int64_t at = first * products + (i * 6 + j) * together + panel - first;
           packed[static_cast<std::size_t>(at * panel_size + channel * panel_columns + row % panel_columns)] =
@@ -89,7 +89,8 @@ Buffer pack_taps(const Weights& weight, const float* bias, std::int64_t channels
   for (std::int64_t channel = 0; channel < channels; ++channel) {
     float* to = packed.get() + channel / panel_columns * (1 + taps) * panel_columns + channel % panel_columns;
     to[0] = bias[channel];
-    for (std::int64_t tap = 0; tap < taps; ++tap) to[(1 + tap) * panel_columns] = weight.at(channel * taps + tap);
+    for (std::int64_t tap = 0; tap < taps; ++tap)
+      to[(1 + tap) * panel_columns] = weight.at(channel, channel * taps + tap);
   }
   return packed;
 }

@@ -26,7 +26,14 @@ constexpr std::int64_t panels_together = 2;
 struct Weights {
   const void* data = nullptr;
   Type type = Type::f32;
+  const double* scale = nullptr;  // a factor for each row; null for none
 
+  // A number of a row, scaled.
+  float at(std::int64_t row, std::int64_t index) const {
+    return scale == nullptr ? at(index) : static_cast<float>(static_cast<double>(at(index)) * scale[row]);
+  }
+
+ private:
   float at(std::int64_t index) const {
     if (type == Type::bf16) return to_float(static_cast<const Bf16*>(data)[index]);
     return static_cast<const float*>(data)[index];

@@ -80,8 +80,8 @@ struct WinogradInput {
   std::int64_t to_product;       // floats from a product to the next
 };
 
-// The output transform of a row of tiles, from the 36 products: y = act(outputs + bias) + residual for the 4 x 4 outputs
-// of each tile, one panel of channels wide.
+// The output transform of a row of tiles, from the 36 products: y = act(outputs + bias) + residual for the 4 x 4
+// outputs of each tile, one panel of channels wide.
 struct WinogradOutput {
   const float* m;                  // [36, tiles, *], the products
   std::int64_t m_product, m_tile;  // floats from one to the next
@@ -215,6 +215,8 @@ struct Kernels {
   void (*panel_sums_f32)(const PanelSums&);
   void (*weight_gradient_f32)(const WeightGradient&);
   void (*depthwise_weight_gradient_f32)(const DepthwiseWeightGradient&);
+  // The same for all instruction sets.
+  std::uint64_t (*hash)(const void* data, std::int64_t bytes);
 
   template <class T>
   const MapKernels<T>& of() const {

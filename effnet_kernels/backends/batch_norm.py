@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from effnet_kernels.fusion.spec import BatchNorm
+
 
 def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """BatchNorm as ``scale * y + shift``, [C] each, from a mean and a reciprocal standard deviation.
@@ -11,6 +13,15 @@ def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Ten
     """
     scale = rstd if weight is None else rstd * weight
     return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def folded(norm: BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode, behind a convolution with a bias, as ``scale * y + shift``: [C] each, in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, rstd = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
+    scale, shift = scale_and_shift(mean, rstd, norm.weight, norm.bias)
+    return scale, shift if bias is None else shift + bias.double() * scale
 
 
 def check_batch(size: torch.Size) -> None:

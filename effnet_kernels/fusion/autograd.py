@@ -15,10 +15,17 @@ from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.first_order import first_order
 from effnet_kernels.fusion.forward import convolve, flatten, forward, infer, unflatten
+from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, Prologue
 
 
-def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
+def run(
+    backend: PrimitivesBackend,
+    chain: Chain,
+    x: Tensor,
+    drop_path_scale: Tensor | None,
+    packed: PackedChains | None = None,
+) -> Tensor:
     """The chain of x [N, C, H, W] on a backend's primitives, called or traced, with autograd where it is recording.
 
     The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here, and
@@ -34,10 +41,12 @@ def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Te
         drop_path_scale = drop_path_scale.float()
     if torch.compiler.is_compiling():
         return custom_ops.run(backend, chain, x, drop_path_scale)
-    return _run(backend, chain, x, drop_path_scale)
+    return _run(backend, chain, x, drop_path_scale, packed)
 
 
-def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
+def _run(
+    backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None, packed: PackedChains | None
+) -> Tensor:
     """:func:`run` without its checks, called and not traced."""
     dtypes = select.chain_dtypes(backend, x)
     x = as_map(x)
@@ -55,7 +64,8 @@ def _run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: T
         primitives, x = primitives_of(backend), _cast(backend, x, computed)
         with profiling.profiled(f"chain of {len(chain.layers)}"):
             if drop_path_scale is None and not chain.batch_statistics:
-                out = infer(primitives, chain, x)
+                found = packed.infer(chain, x) if packed is not None and backend == "cpu" else None
+                out = infer(primitives, chain, x) if found is None else found
             else:
                 out, _ = forward(primitives, chain, x, drop_path_scale)
         return _cast(backend, out, returned)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.inspection import Unsupported
+from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Activation, BatchNorm, Chain, Excitation, Gate, Layer, LayerKind, Padding
 
 
@@ -17,10 +18,12 @@ class ChainSpec(NamedTuple):
         chain: the convolutions, with the module's own tensors.
         drop_path: draws stochastic depth's factors [N] for a call's arguments, or returns None where they would change
             nothing.
+        packed: the chain as it was packed for inference on the CPU; None where nobody keeps the specification.
     """
 
     chain: Chain
     drop_path: Callable[..., Tensor | None] | None = None
+    packed: PackedChains | None = None
 
     def drop_path_scale(self, *arguments: Any, **named: Any) -> Tensor | None:
         """Stochastic depth's factors [N] for a call; None where there is no residual for a sample to keep."""

@@ -149,6 +149,14 @@ class Excitation(NamedTuple):
     act: Activation
     gate: Gate = "sigmoid"
 
+    def with_biases(self) -> "Excitation":
+        """With zeros for a bias that is not there."""
+        w1, b1, w2, b2, _, _ = self
+        return self._replace(
+            reduce_bias=w1.new_zeros(w1.shape[0]) if b1 is None else b1,
+            expand_bias=w2.new_zeros(w2.shape[0]) if b2 is None else b2,
+        )
+
 
 Parameters = tuple[Tensor | None, ...]
 """A layer's differentiable tensors, in the order of :meth:`Layer.parameters`."""

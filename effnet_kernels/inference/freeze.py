@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import cpu
-from effnet_kernels.backends.batch_norm import scale_and_shift
+from effnet_kernels.backends.batch_norm import folded
 from effnet_kernels.backends.select import BackendError
 from effnet_kernels.fusion.inspection import is_plain
-from effnet_kernels.fusion.spec import Chain, Excitation, Layer
+from effnet_kernels.fusion.spec import Chain, Layer
 from effnet_kernels.inference.engine import FrozenEfficientNet
 from effnet_kernels.interop.adapters import Network, name_of, unwrapped
 from effnet_kernels.interop.networks import read_network
@@ -238,21 +238,10 @@ def _fold_layer(name: str, layer: Layer) -> Layer:
     norm = layer.norm
     if norm is None or norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{name}: expected a BatchNorm with running statistics, got one without")
-    mean, rstd = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
-    scale, shift = scale_and_shift(mean, rstd, norm.weight, norm.bias)
-    if layer.bias is not None:
-        shift = shift + layer.bias.double() * scale
+    scale, shift = folded(norm, layer.bias)
     return layer._replace(
         weight=(layer.weight.double() * scale[:, None, None, None]).detach().float(),
         bias=shift.detach().float(),
         norm=None,
-        excitation=None if layer.excitation is None else _with_biases(layer.excitation),
-    )
-
-
-def _with_biases(excitation: Excitation) -> Excitation:
-    w1, b1, w2, b2, _, _ = excitation
-    return excitation._replace(
-        reduce_bias=w1.new_zeros(w1.shape[0]) if b1 is None else b1,
-        expand_bias=w2.new_zeros(w2.shape[0]) if b2 is None else b2,
+        excitation=None if layer.excitation is None else layer.excitation.with_biases(),
     )

@@ -12,6 +12,7 @@ from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
+from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain
 
 
@@ -55,7 +56,8 @@ class FusedModule(nn.Module):
             return None
         x = input.contiguous(memory_format=torch.channels_last)
         chain = decision.spec.chain._replace(pool=True) if pool else decision.spec.chain
-        y = autograd.run(decision.backend, chain, x, decision.spec.drop_path_scale(x, *arguments, **named))
+        drop_path_scale = decision.spec.drop_path_scale(x, *arguments, **named)
+        y = autograd.run(decision.backend, chain, x, drop_path_scale, decision.spec.packed)
         return y.contiguous(memory_format=memory_format(input)) if self.keeps_memory_format and not pool else y
 
     def choose(self, x: Tensor) -> Decision:
@@ -91,7 +93,13 @@ class FusedModule(nn.Module):
         """:meth:`chain_spec`, or the reason why there is none; found out anew where the module's inside has changed."""
         if torch.compiler.is_compiling():
             return self._lower()
-        return _lowered.get(self) or _lowered.keep(self, self._lower())
+        found = _lowered.get(self)
+        if found is None:
+            found = self._lower()
+            if not isinstance(found, str):
+                found = found._replace(packed=PackedChains(found.chain))
+            _lowered.keep(self, found)
+        return found
 
     def _lower(self) -> ChainSpec | str:
         try:

@@ -5,6 +5,7 @@
 #include "kernels/generic/depthwise_row.inl.h"
 #include "kernels/generic/elementwise.inl.h"
 #include "kernels/generic/gemm.inl.h"
+#include "kernels/generic/hash.inl.h"
 #include "kernels/generic/peak.inl.h"
 #include "kernels/generic/prologue.inl.h"
 #include "kernels/generic/weight_gradient.inl.h"
@@ -39,6 +40,7 @@ constexpr effnet::Kernels kernels_of_lanes(const char* isa, bool emulated, const
       panel_sums<L>,
       tiles.weight_gradient,
       depthwise_weight_gradient<L>,
+      hash,
   };
 }
 

@@ -4,8 +4,9 @@ Large maps come from a pool that keeps the memory of earlier ones: see ``csrc/pl
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -76,8 +77,28 @@ def cast_map(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def release_memory() -> None:
-    """Gives the system back the memory that is kept for maps and for later calls of frozen engines."""
+    """Gives the system back the memory that is kept for maps, and that of packed weights of models in eval mode.
+
+    A frozen engine keeps its weights. A model packs its own again at its next call without gradients.
+    """
+    for cache in list(_released):
+        cache.forget()
     extension().release_memory()
+
+
+class Releasable(Protocol):
+    """What keeps memory that it can do without."""
+
+    def forget(self) -> None:
+        """Keeps it no longer."""
+
+
+def released_with_memory(cache: Releasable) -> None:
+    """Lets :func:`release_memory` call the ``forget()`` of an object, for as long as it lives."""
+    _released.add(cache)
+
+
+_released: WeakSet[Releasable] = WeakSet()
 
 
 def address(name: str, tensor: Tensor | None, *shape: int, dtype: torch.dtype = _FLOAT) -> int:
@@ -115,6 +136,12 @@ def strided_address(name: str, tensor: Tensor, *shape: int, dtype: torch.dtype =
     if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu or not memory or tensor.is_neg():
         _refused(name, tensor, shape, True, "in any strides", dtype)
     return memory, *tensor.stride()
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """64 bits of the values of dense tensors on the CPU, whose addresses do not matter."""
+    threads, isa = execution()
+    return extension().fingerprint([(t.data_ptr(), t.nbytes) for t in tensors], threads, isa)
 
 
 def written(tensor: Tensor | None) -> int:

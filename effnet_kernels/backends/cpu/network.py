@@ -7,8 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from effnet_kernels.backends.batch_norm import folded
 from effnet_kernels.backends.cpu.extension import extension
-from effnet_kernels.backends.cpu.memory import ACTIVATION_INDEX, address, check_bf16, execution, strided_address
+from effnet_kernels.backends.cpu.memory import (
+    ACTIVATION_INDEX,
+    address,
+    check_bf16,
+    empty_map,
+    execution,
+    strided_address,
+)
 from effnet_kernels.backends.operands import as_contiguous, in_memory
 from effnet_kernels.fusion.spec import GATES, Chain, Layer
 
@@ -29,15 +37,16 @@ class Network:
     Any number of threads may call one network.
 
     Args:
-        chains: each reads the output of the one before; none of their layers has a norm, and a fully connected layer is
-            a 1x1 convolution of one pixel.
+        chains: each reads the output of the one before; norms are those of eval mode, and are folded. A fully connected
+            layer is a 1x1 convolution of one pixel.
         outputs: the numbers of the chains whose outputs are returned, ascending.
+        winograd: whether Winograd's transforms may be used, which take sums in another order.
 
     Raises ValueError where the layers do not fit together, and for weights in bfloat16 where the instruction set in use
     has no kernels for it.
     """
 
-    def __init__(self, chains: Sequence[Chain], outputs: Sequence[int]) -> None:
+    def __init__(self, chains: Sequence[Chain], outputs: Sequence[int], winograd: bool = True) -> None:
         first = chains[0].layers[0]
         self._channels = first.in_channels
         # The maps are of the type of the weights.
@@ -47,12 +56,14 @@ class Network:
         self._dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
         # The name holds the tensors until they are packed: the extension takes addresses alone.
         held = [_canonical(chain, self._dtypes[-1]) for chain in chains]
+        vectors: list[Tensor] = []
+        winograd = winograd and os.environ.get("EFFNET_KERNELS_WINOGRAD") != "0"
         described: list[dict[str, object]] = []
         ends: list[int] = []
         for chain in held:
             # The extension numbers tensors: 0 is the image, and layer i makes tensor i + 1 out of tensor i.
             begin = len(described)
-            described += [_describe(layer) for layer in chain.layers]
+            described += [_describe(layer, vectors) | {"winograd": winograd} for layer in chain.layers]
             described[-1] |= {"residual": begin if chain.residual else -1, "pool": chain.pool}
             ends.append(len(described))
         self._native = extension().Network(described, [ends[index] for index in outputs], bf16)
@@ -82,9 +93,7 @@ class Network:
             raise ValueError(f"x: expected a {expected} tensor on the CPU, got {x.dtype} on {x.device}")
         # Channels, rows and columns of every output.
         sizes = self._native.output_sizes(height, width)
-        outputs = [
-            torch.empty((batch, *size), dtype=x.dtype, device="cpu", memory_format=memory_format) for size in sizes
-        ]
+        outputs = [_empty(batch, size, x.dtype, memory_format) for size in sizes]
         if batch == 0:
             return outputs, None
         views = [strided_address("output", y, *y.shape, dtype=x.dtype) for y in outputs]
@@ -104,10 +113,21 @@ def _canonical(chain: Chain, dtype: torch.dtype) -> Chain:
     return chain.with_parameters([None if t is None else canonical(t) for t in chain.parameters()])
 
 
-def _describe(layer: Layer) -> dict[str, object]:
-    """The layer as the extension takes it."""
+def _empty(batch: int, size: tuple[int, int, int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    if memory_format is torch.channels_last:
+        return empty_map(batch, *size, dtype)
+    return torch.empty((batch, *size), dtype=dtype, device="cpu", memory_format=memory_format)
+
+
+def _describe(layer: Layer, vectors: list[Tensor]) -> dict[str, object]:
+    """The layer as the extension takes it; tensors that are made for it are added to ``vectors``, which holds them."""
     outputs, kernel, dtype = layer.out_channels, layer.kernel_size, layer.weight.dtype
-    assert layer.bias is not None
+    scale, bias = None, layer.bias
+    if layer.norm is not None:
+        scale, bias = folded(layer.norm, layer.bias)
+        bias = bias.float()
+        vectors += [scale, bias]
+    assert bias is not None
     per_output = 1 if layer.kind == "depthwise" else layer.in_channels
     description: dict[str, object] = {
         "depthwise": layer.kind == "depthwise",
@@ -119,15 +139,16 @@ def _describe(layer: Layer) -> dict[str, object]:
         "act": ACTIVATION_INDEX[layer.act],
         "residual": -1,
         "pool": False,
-        "winograd": os.environ.get("EFFNET_KERNELS_WINOGRAD") != "0",
         "weight": address("weight", layer.weight, outputs, per_output, kernel, kernel, dtype=dtype),
-        "bias": address("bias", layer.bias, outputs),
+        "scale": address("scale", scale, outputs, dtype=torch.float64),
+        "bias": address("bias", bias, outputs),
         "squeeze": 0,
     }
     if layer.excitation is not None:
-        w1, b1, w2, b2, act, gate = layer.excitation
+        w1, b1, w2, b2, act, gate = layer.excitation.with_biases()
         assert b1 is not None
         assert b2 is not None
+        vectors += [b1, b2]
         squeezed = w1.shape[0]
         description |= {
             "squeeze": squeezed,

@@ -1,0 +1,74 @@
+"""A module's chain packed for inference on the CPU: one native call, while its parameters keep their values."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.backends import profiling
+from effnet_kernels.backends.cpu.memory import fingerprint, released_with_memory
+from effnet_kernels.backends.cpu.network import Network
+from effnet_kernels.fusion.spec import Chain
+
+
+class _Packed(NamedTuple):
+    """A network, or None where it does not compute the chain, and what its weights were."""
+
+    network: Network | None
+    layout: list[object]
+    fingerprint: int
+
+    def is_stale(self, tensors: list[Tensor]) -> bool:
+        return self.network is not None and self.fingerprint != fingerprint(tensors)
+
+
+class PackedChains:
+    """The packed forms of one chain: of its output, and of its pooled output.
+
+    Parameters may change at any time, and not every change can be seen: ``parameter.data.copy_()`` leaves no trace. So
+    each call hashes them, which takes the time of reading them once, and packs them again where the hash is another.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self._tensors = chain.tensors()
+        self._packed: dict[bool, _Packed] = {}
+        released_with_memory(self)
+
+    def infer(self, chain: Chain, x: Tensor) -> Tensor | None:
+        """The chain of x [N, C, H, W], channels-last, float32, on the CPU; None where the primitives have to run."""
+        packed, layout = self._packed.get(chain.pool), _layout(self._tensors)
+        if packed is None or packed.layout != layout or packed.is_stale(self._tensors):
+            # Threads that come here at once each pack their own, and the last is kept.
+            packed = self._packed[chain.pool] = _pack(chain, self._tensors, layout)
+        if packed.network is None:
+            return None
+        if profiling.enabled() and chain.layers[0].kind == "dense":
+            # The others are recorded by the caller, who leaves a dense one to torch or to its primitive.
+            profiling.record_convolutions(Chain(chain.layers[:1]), x.shape, dense=True)
+        (y,) = packed.network.run(x, torch.channels_last)
+        # A tensor of its own, as every output is.
+        return y.flatten(1).clone() if chain.pool else y
+
+    def forget(self) -> None:
+        """Frees the packed weights; the next call packs them again."""
+        self._packed = {}
+
+
+def _layout(tensors: list[Tensor]) -> list[object]:
+    return [(t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in tensors]
+
+
+def _pack(chain: Chain, tensors: list[Tensor], layout: list[object]) -> _Packed:
+    if not all(t.dtype is torch.float32 and t.is_cpu and not t.is_neg() and _is_dense(t) for t in tensors):
+        return _Packed(None, layout, 0)
+    # Before packing: a change in between is seen at the next call.
+    hashed = fingerprint(tensors)
+    try:
+        return _Packed(Network([chain], [0], winograd=False), layout, hashed)
+    except ValueError:
+        return _Packed(None, layout, hashed)
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the memory from the tensor's address on holds its values and nothing else."""
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))

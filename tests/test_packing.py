@@ -1,0 +1,152 @@
+"""Chains that are packed for inference: right after every change of a parameter, however it was made."""
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from block_cases import BLOCKS
+from conftest import assert_close, randomize
+from native_cases import kernel_isas, needs_native, running
+from torch import Tensor, nn
+
+import effnet_kernels as ek
+from effnet_kernels.backends.cpu.memory import fingerprint
+from effnet_kernels.modules.fused_module import FusedModule
+
+pytestmark = needs_native
+
+
+def block(name: str = "expand") -> tuple[FusedModule, Tensor]:
+    torch.manual_seed(0)
+    make, shape = BLOCKS[name]
+    module = randomize(make()).eval().requires_grad_(False)
+    assert isinstance(module, FusedModule)
+    return module, torch.randn(shape)
+
+
+def eager(module: nn.Module, x: Tensor) -> Tensor:
+    with ek.use_backend("torch"):
+        return copy.deepcopy(module)(x)
+
+
+def is_packed(module: FusedModule) -> bool:
+    spec = module.lowered()
+    assert not isinstance(spec, str)
+    assert spec.packed is not None
+    return any(packed.network is not None for packed in spec.packed._packed.values())
+
+
+def add(t: Tensor) -> None:
+    t.view(-1)[-1] += 0.5
+
+
+def in_data(t: Tensor) -> None:
+    t.data.view(-1)[-1] += 0.5
+
+
+def in_numpy(t: Tensor) -> None:
+    t.numpy().reshape(-1)[-1] += 0.5
+
+
+def other_memory(t: Tensor) -> None:
+    t.data = t.data + 0.01
+
+
+def other_strides(t: Tensor) -> None:
+    changed = t.data + 0.01
+    t.data = torch.empty(2 * t.numel())[::2].view(t.shape).copy_(changed)
+
+
+def swapped(t: Tensor) -> None:
+    first, last = t.view(-1)[0].clone(), t.view(-1)[-1].clone()
+    t.data.view(-1)[0], t.data.view(-1)[-1] = last, first
+
+
+@pytest.mark.parametrize("change", [add, in_data, in_numpy, other_memory, other_strides, swapped])
+@pytest.mark.parametrize("name", ["expand", "no expand, residual", "fused, residual", "stem", "head"])
+def test_every_change_of_a_parameter_is_seen(name: str, change: Callable[[Tensor], None]) -> None:
+    module, x = block(name)
+    floating = [(name, t) for name, t in module.state_dict(keep_vars=True).items() if t.is_floating_point()]
+    for key, tensor in floating:
+        before = module(x)
+        assert torch.equal(module(x), before)
+        change(tensor)
+        y = module(x)
+        assert_close(y, eager(module, x))
+        assert not torch.equal(y, before), key
+
+
+def test_the_chain_is_packed_once() -> None:
+    module, x = block()
+    first = module(x)
+    assert is_packed(module)
+    networks = [packed.network for packed in module.lowered().packed._packed.values()]  # type: ignore[union-attr]
+    assert torch.equal(module(x), first)
+    assert [packed.network for packed in module.lowered().packed._packed.values()] == networks  # type: ignore[union-attr]
+
+
+def test_the_memory_is_given_back() -> None:
+    module, x = block()
+    first = module(x)
+    ek.release_memory()
+    assert not is_packed(module)
+    assert torch.equal(module(x), first)
+    assert is_packed(module)
+
+
+def test_channels_that_cannot_be_packed() -> None:
+    timm_blocks = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
+    torch.manual_seed(0)
+    module = randomize(ek.accelerate(timm_blocks.InvertedResidual(12, 12, exp_ratio=3.0))).eval()
+    x = torch.randn(2, 12, 9, 9)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_close(module(x), eager(module, x))
+        assert not is_packed(module)
+
+
+def test_threads_share_a_packed_chain() -> None:
+    module, x = block()
+    expected, found = eager(module, x), []
+    threads = [threading.Thread(target=lambda: found.append(module(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for y in found:
+        assert_close(y, expected)
+
+
+@pytest.mark.parametrize("isa", kernel_isas())
+def test_a_fingerprint_depends_on_every_bit_and_on_nothing_else(isa: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [2, 3, 31, 32, 33, 100, 20_000, 70_001]
+    parts = [torch.randn(size, generator=generator) for size in sizes]
+    with running(isa, 1):
+        whole = fingerprint(parts)
+        assert fingerprint([part.clone() for part in parts]) == whole
+    with running(None, 2):
+        assert fingerprint(parts) == whole
+    hashes = {whole}
+    changes = 0
+    with running(isa, 2):
+        for part in parts:
+            bits = part.view(torch.int32)
+            for index in {0, part.numel() // 2, part.numel() - 1}:
+                for bit in (0, 15, 30, 31):
+                    before = bits[index].item()
+                    bits[index] = (before ^ (1 << bit)) if bit < 31 else before ^ -(2**31)
+                    hashes.add(fingerprint(parts))
+                    bits[index] = before
+                    changes += 1
+            # A sign in each of several numbers.
+            part.neg_()
+            hashes.add(fingerprint(parts))
+            part.neg_()
+            changes += 1
+        hashes |= {fingerprint(parts[::-1]), fingerprint(parts[:-1])}
+        assert fingerprint(parts) == whole
+    assert len(hashes) == 1 + changes + 2
