@@ -78,6 +78,16 @@ def test_every_change_of_a_parameter_is_seen(name: str, change: Callable[[Tensor
         assert not torch.equal(y, before), key
 
 
+def test_the_same_numbers_in_other_strides_are_seen() -> None:
+    module, x = block("no expand, residual")
+    weight = module.get_parameter("block.2.0.weight")
+    assert weight.shape == (24, 24, 1, 1)
+    before = module(x)
+    weight.data = weight.data.transpose(0, 1)
+    assert_close(module(x), eager(module, x))
+    assert not torch.equal(module(x), before)
+
+
 def test_the_chain_is_packed_once() -> None:
     module, x = block()
     first = module(x)
