@@ -41,10 +41,7 @@ class Layout {
       const MapSize& size = sizes[static_cast<std::size_t>(i)];
       places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type, i == 0};
     }
-    if (in_place) {
-      places.front().in_place = places.back().in_place = true;
-      places.back().output = 0;
-    }
+    if (in_place) places.front().in_place = places.back().in_place = true;
     for (std::int64_t i = 0; i < count; ++i) {
       const std::size_t at = static_cast<std::size_t>(i);
       if (!fused_into_next(i) && !places[at + 1].in_place) {
@@ -231,7 +228,7 @@ bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, bo
 void Plan::run(const View& image, std::int64_t images, const std::vector<View>& outputs,
                std::vector<StepProfile>* profile) const {
   const Scratch arena(tensor_floats_ + threads_ * scratch_floats_);
-  const Run run{image, outputs.data(), arena.get(), images, threads_, kernels_};
+  const Run run{image, in_place_ ? outputs.front() : View{}, arena.get(), images, threads_, kernels_};
   // Each thread takes the next work item when it is free, so that a thread that is interrupted delays the others by one
   // item at most.
   const auto taken = std::make_unique<std::atomic<std::int64_t>[]>(steps_.size());

@@ -15,14 +15,13 @@
 
 namespace effnet {
 
-// A tensor in the plan's arena, or the caller's image or output.
+// A tensor in the plan's arena, or the caller's image or its one output.
 struct Place {
   std::int64_t offset = 0;  // in floats, in the arena
   std::int64_t channels = 0, height = 0, width = 0;
   Type type = Type::f32;
   bool is_image = false;
-  std::int64_t output = -1;  // the number of the caller's output that it is, or -1
-  bool in_place = false;     // whether it is dense memory of the caller's
+  bool in_place = false;  // whether it is dense memory of the caller's
 
   std::int64_t pitch() const { return in_place ? channels : vector(); }
   // Floats of a vector with a number for each channel.
@@ -34,8 +33,8 @@ struct Place {
 
 // The arguments of one run through the steps.
 struct Run {
-  View image;           // the network's input
-  const View* outputs;  // and outputs
+  View image;   // the network's input
+  View output;  // its output, where it is written in place
   float* arena;
   std::int64_t images;
   int threads;
@@ -49,7 +48,7 @@ struct Run {
   template <class T>
   T* at(const Place& place) const {
     if (!place.in_place) return at<T>(place.offset);
-    return static_cast<T*>(place.is_image ? image.data : outputs[place.output].data);
+    return static_cast<T*>(place.is_image ? image.data : output.data);
   }
   View map(const Place& place) const {
     if (place.is_image) return image;

@@ -38,9 +38,8 @@ std::uint64_t fingerprint(const std::vector<Bytes>& memory, const Execution& exe
       hashes[i] = execution.kernels.hash(parts[i].data, parts[i].count);
     }
   });
-  std::uint64_t hash = mix(0, static_cast<std::uint64_t>(total));
-  for (std::size_t i = 0; i < parts.size(); ++i)
-    hash = mix(mix(hash, hashes[i]), static_cast<std::uint64_t>(parts[i].count));
+  std::uint64_t hash = 0;
+  for (const std::uint64_t part : hashes) hash = mix(hash, part);
   return hash;
 }
 
