@@ -13,8 +13,8 @@ struct Bytes {
   std::int64_t count;
 };
 
-// 64 bits of the bytes in order, whatever the threads and the instruction set. One number of eight bytes that changes
-// changes the hash for certain, and other changes do but for one in 2^64.
+// A 64-bit hash of the bytes in order. It does not depend on the number of threads or the instruction set. A change of
+// one float always changes it; changes of several stay unseen with a chance of one in 2^64.
 std::uint64_t fingerprint(const std::vector<Bytes>& memory, const Execution& execution);
 
 }  // namespace effnet

@@ -87,14 +87,14 @@ def release_memory() -> None:
 
 
 class Releasable(Protocol):
-    """What keeps memory that it can do without."""
+    """An object that keeps memory which it can make again."""
 
     def forget(self) -> None:
-        """Keeps it no longer."""
+        """Frees the memory."""
 
 
 def released_with_memory(cache: Releasable) -> None:
-    """Lets :func:`release_memory` call the ``forget()`` of an object, for as long as it lives."""
+    """From now on :func:`release_memory` calls the object's ``forget()``. The object is not kept alive."""
     _released.add(cache)
 
 
@@ -139,7 +139,7 @@ def strided_address(name: str, tensor: Tensor, *shape: int, dtype: torch.dtype =
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """64 bits of the values of dense tensors on the CPU, whose addresses do not matter."""
+    """A 64-bit hash of the values of dense tensors on the CPU."""
     threads, isa = execution()
     return extension().fingerprint([(t.data_ptr(), t.nbytes) for t in tensors], threads, isa)
 
