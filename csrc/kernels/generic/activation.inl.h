@@ -75,14 +75,26 @@ EFFNET_INLINE F<L> sigmoid(F<L> x) {
   return (1.0f + nan) / one_plus_exp_minus<L>(x);
 }
 
-template <int L, int T>
+// The same for maps of type Map. Numbers that become bfloat16 need no division: half a bit of theirs is 2e-3, and the
+// reciprocal's relative error is 6e-5.
+template <class Map, int L>
+EFFNET_INLINE F<L> silu_of_map(F<L> x) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16 && sizeof(Map) < sizeof(float)) {
+    return x * (F<L>)_mm512_rcp14_ps(one_plus_exp_minus_any((__m512)x));
+  }
+#endif
+  return silu<L>(x);
+}
+
+template <class Map, int L, int T>
 EFFNET_INLINE void activate(F<L> (&values)[T], effnet::Activation act) {
   using effnet::Activation;
   switch (act) {
     case Activation::none:
       break;
     case Activation::silu:
-      unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA { values[t.value] = silu<L>(values[t.value]); });
+      unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA { values[t.value] = silu_of_map<Map, L>(values[t.value]); });
       break;
     case Activation::relu:
       unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA { values[t.value] = at_least<L>(values[t.value], 0.0f); });

@@ -34,7 +34,7 @@ EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow<Y>& row, std::int
       }
     });
   }
-  activate<L, T>(sums, row.act);
+  activate<Y, L, T>(sums, row.act);
   Y* y = row.y + column * row.y_pixel + lane;
   unrolled<0, T>([&](auto t) EFFNET_INLINE_LAMBDA { store<L>(y + t.value * row.y_pixel, sums[t.value]); });
   if (row.sums != nullptr) {

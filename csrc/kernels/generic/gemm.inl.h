@@ -56,6 +56,58 @@ std::int64_t panel_size(const effnet::Gemm<T, Y>& gemm) {
   return steps * count * effnet::panel_columns;
 }
 
+// What follows the product of a register tile: the activation, the residual, the sums; and the place of the next tile's
+// results.
+template <class T, class Y, int L, int Rows, int V>
+EFFNET_INLINE void gemm_epilogue(const effnet::Gemm<T, Y>& gemm, std::int64_t column, F<L> (&sums)[Rows * V],
+                                 GemmPlace<T, Y>& place) {
+  activate<T, L, Rows * V>(sums, gemm.act);
+  Y* y = gemm.y + place.offset + column;
+  const Y* residual = gemm.residual + place.offset + column;
+  // Where a vector of columns is in a row of y.
+  const auto at = [&](auto v) EFFNET_INLINE_LAMBDA {
+    constexpr int columns = effnet::panel_columns, first = decltype(v)::value * L;
+    return first < columns ? first : gemm.y_panel + first - columns;
+  };
+  std::int64_t step = 0, x = place.x;
+  if (gemm.residual == nullptr && gemm.y != nullptr && (gemm.gap == 0 || x + Rows <= gemm.width)) {
+    // The common case: all rows are in one line, and there is no residual.
+    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
+      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + at(v), sums[r.value * V + v.value]); });
+      y += gemm.y_row;
+    });
+    step = Rows * gemm.y_row;
+    x += Rows;
+    if (x == gemm.width) {
+      x = 0;
+      step += gemm.gap;
+    }
+  } else {
+    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
+      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+        F<L>& value = sums[r.value * V + v.value];
+        if (gemm.residual != nullptr) value += load<L>(residual + step + at(v));
+        if (gemm.y != nullptr) store<L>(y + step + at(v), value);
+      });
+      step += gemm.y_row;
+      if (++x == gemm.width) {
+        x = 0;
+        step += gemm.gap;
+      }
+    });
+  }
+  if (gemm.sums != nullptr) {
+    unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+      float* to = gemm.sums + column + v.value * L;
+      F<L> total = load<L>(to);
+      unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { total += sums[r.value * V + v.value]; });
+      store<L>(to, total);
+    });
+  }
+  place.offset += step;
+  place.x = x;
+}
+
 template <class T, class Y, int L, int Rows, int V, int Chains = 1>
 EFFNET_NOINLINE void gemm_tile(const effnet::Gemm<T, Y>& gemm, std::int64_t column, GemmPlace<T, Y>& place) {
   using Inner = InnerStep<T, L>;
@@ -128,52 +180,8 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm<T, Y>& gemm, std::int64_t colu
   unrolled<1, Chains>([&](auto chain) EFFNET_INLINE_LAMBDA {
     unrolled<0, Rows * V>([&](auto i) EFFNET_INLINE_LAMBDA { sums[i.value] += more[chain.value][i.value]; });
   });
-  activate<L, Rows * V>(sums, gemm.act);
-  Y* y = gemm.y + place.offset + column;
-  const Y* residual = gemm.residual + place.offset + column;
-  // Where a vector of columns is in a row of y.
-  const auto at = [&](auto v) EFFNET_INLINE_LAMBDA {
-    constexpr int first = decltype(v)::value * L;
-    return first < columns ? first : gemm.y_panel + first - columns;
-  };
-  std::int64_t step = 0, x = place.x;
-  if (gemm.residual == nullptr && gemm.y != nullptr && (gemm.gap == 0 || x + Rows <= gemm.width)) {
-    // The common case: all rows are in one line, and there is no residual.
-    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
-      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + at(v), sums[r.value * V + v.value]); });
-      y += gemm.y_row;
-    });
-    step = Rows * gemm.y_row;
-    x += Rows;
-    if (x == gemm.width) {
-      x = 0;
-      step += gemm.gap;
-    }
-  } else {
-    unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
-      unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
-        F<L>& value = sums[r.value * V + v.value];
-        if (gemm.residual != nullptr) value += load<L>(residual + step + at(v));
-        if (gemm.y != nullptr) store<L>(y + step + at(v), value);
-      });
-      step += gemm.y_row;
-      if (++x == gemm.width) {
-        x = 0;
-        step += gemm.gap;
-      }
-    });
-  }
-  if (gemm.sums != nullptr) {
-    unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
-      float* to = gemm.sums + column + v.value * L;
-      F<L> total = load<L>(to);
-      unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA { total += sums[r.value * V + v.value]; });
-      store<L>(to, total);
-    });
-  }
+  gemm_epilogue<T, Y, L, Rows, V>(gemm, column, sums, place);
   place.a += Rows * stride;
-  place.offset += step;
-  place.x = x;
 }
 
 template <class T, class Y>

@@ -40,7 +40,7 @@ EFFNET_INLINE F<L> load_or(const float* from, std::int64_t offset, float otherwi
 template <Activation A, int L>
 EFFNET_INLINE F<L> activated(F<L> x) {
   F<L> value[1] = {x};
-  activate<L, 1>(value, A);
+  activate<float, L, 1>(value, A);
   return value[0];
 }
 

@@ -85,7 +85,7 @@ void winograd_output(const effnet::WinogradOutput& call) {
         unrolled<0, tile_outputs>(
             [&](auto i) EFFNET_INLINE_LAMBDA { outputs[i.value * tile_outputs + j.value] = to[i.value] + bias; });
       });
-      activate<L, tile_outputs * tile_outputs>(outputs, call.act);
+      activate<float, L, tile_outputs * tile_outputs>(outputs, call.act);
       const std::int64_t offset = tile * tile_outputs * call.y_pixel + lane;
       for (std::int64_t row = 0; row < call.rows; ++row) {
         for (std::int64_t pixel = 0; pixel < pixels; ++pixel) {
