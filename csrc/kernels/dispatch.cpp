@@ -14,13 +14,13 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
-// Made here, because code that is compiled for an instruction set must not run where it is missing, not even to
-// initialise a table.
-Kernels make_avx512_bf16() {
+#if defined(EFFNET_HAVE_AVX512)
+// The kernels of AVX-512 with others for bfloat16. Made here, because code that is compiled for an instruction set must
+// not run where it is missing, not even to initialise a table.
+[[maybe_unused]] Kernels avx512_with(const char* isa, const MapKernels<Bf16>& bf16) {
   Kernels kernels = avx512_kernels;
-  kernels.isa = "avx512_bf16";
-  kernels.bf16 = &avx512_bf16_kernels;
+  kernels.isa = isa;
+  kernels.bf16 = &bf16;
   return kernels;
 }
 #endif
@@ -29,12 +29,15 @@ Kernels make_avx512_bf16() {
 
 const std::vector<const Kernels*>& kernel_table() {
 #if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
-  static const Kernels avx512_bf16 = make_avx512_bf16();
+  static const Kernels avx512_bf16 = avx512_with("avx512_bf16", avx512_bf16_kernels);
+#endif
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AMX_BF16)
+  static const Kernels amx_bf16 = avx512_with("amx_bf16", amx_bf16_kernels);
 #endif
   static const std::vector<const Kernels*> table = {
       &scalar_kernels,
 #if defined(EFFNET_HAVE_EMULATED)
-      &emulated4_kernels, &emulated16_kernels,
+      &emulated4_kernels, &emulated16_kernels, &emulated_amx_kernels,
 #endif
 #if defined(EFFNET_HAVE_NEON)
       &neon_kernels,
@@ -48,6 +51,9 @@ const std::vector<const Kernels*>& kernel_table() {
 #if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
       &avx512_bf16,
 #endif
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AMX_BF16)
+      &amx_bf16,
+#endif
   };
   return table;
 }
@@ -56,12 +62,13 @@ bool isa_supported(const std::string& isa) {
   if (isa == "avx2") return cpu_features().avx2;
   if (isa == "avx512") return cpu_features().avx512;
   if (isa == "avx512_bf16") return cpu_features().avx512_bf16;
+  if (isa == "amx_bf16") return cpu_features().amx_bf16;
   // Everything else that a build contains is the baseline of the architecture it was built for.
   return true;
 }
 
 std::string without_bf16(const std::string& isa) {
-  return "expected an instruction set that multiplies in bfloat16 (avx512_bf16), got '" + isa +
+  return "expected an instruction set that multiplies in bfloat16 (avx512_bf16 or amx_bf16), got '" + isa +
          "'; this machine and build have " + joined(supported_isas());
 }
 

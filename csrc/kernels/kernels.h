@@ -231,10 +231,13 @@ struct Kernels {
 extern const Kernels scalar_kernels;
 extern const Kernels emulated4_kernels;
 extern const Kernels emulated16_kernels;
+extern const Kernels emulated_amx_kernels;
 extern const Kernels neon_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 // Of processors with AVX512-BF16, whose other kernels are those of AVX-512.
 extern const MapKernels<Bf16> avx512_bf16_kernels;
+// Of processors that have AMX too.
+extern const MapKernels<Bf16> amx_bf16_kernels;
 
 }  // namespace effnet

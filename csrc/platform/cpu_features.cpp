@@ -7,6 +7,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace effnet {
@@ -42,6 +46,17 @@ unsigned enabled_state() {
 #endif
 }
 
+// Asks the operating system to save AMX's tile registers. Linux does so only for processes that asked for it, before
+// their first tile instruction.
+bool tiles_allowed() {
+#if defined(__linux__)
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 bool bit(unsigned value, int index) { return (value >> index & 1u) != 0; }
 
 CpuFeatures detect() {
@@ -61,6 +76,9 @@ CpuFeatures detect() {
   features.avx512 = features.avx2 && zmm && avx512_f_dq_bw_vl;
   // The register eax of leaf 7 is the number of its last subleaf.
   features.avx512_bf16 = features.avx512 && extended.eax >= 1 && bit(cpuid(7, 1).eax, 5);
+  const bool tiles = (state & 0x60000u) == 0x60000u;
+  features.amx_bf16 =
+      features.avx512_bf16 && tiles && bit(extended.edx, 22) && bit(extended.edx, 24) && tiles_allowed();
   return features;
 }
 

@@ -7,6 +7,7 @@ struct CpuFeatures {
   bool avx2 = false;    // with FMA
   bool avx512 = false;  // F, DQ, BW and VL
   bool avx512_bf16 = false;
+  bool amx_bf16 = false;  // with AVX512-BF16
 };
 
 // What both the processor and the operating system support; found out once.
