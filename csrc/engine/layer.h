@@ -81,6 +81,7 @@ struct PackedMatrix {
   Buffer panels, bias;
 
   std::int64_t panel_count() const { return ceil_div(out, panel_columns); }
+  std::int64_t floats() const { return panel_count() * panel_floats; }
   template <class T>
   const T* panel(std::int64_t index) const {
     return reinterpret_cast<const T*>(panels.get() + index * panel_floats);

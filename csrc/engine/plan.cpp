@@ -36,7 +36,7 @@ class Layout {
     const std::int64_t count = static_cast<std::int64_t>(layers.size());
     places.resize(layers.size() + 1);
     sums.assign(layers.size(), absent);
-    hidden = gate = sums;
+    hidden = gate = scaled = sums;
     for (std::int64_t i = 0; i <= count; ++i) {
       const MapSize& size = sizes[static_cast<std::size_t>(i)];
       places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type, i == 0};
@@ -51,7 +51,8 @@ class Layout {
       if (excitation.squeeze == 0) continue;
       place(images * sum_shards * places[at + 1].vector(), i, i, sums[at]);
       place(images * round_up(excitation.squeeze, panel_columns), i, i, hidden[at]);
-      place(images * places[at + 1].vector(), i, i + 1, gate[at]);
+      place(images * places[at + 1].vector(), i, i, gate[at]);
+      if (!gates_map(i)) place(images * layers[at + 1].matrix.floats(), i, i + 1, scaled[at]);
     }
   }
 
@@ -64,8 +65,8 @@ class Layout {
            layers_[at + 1].spec.kind == LayerKind::depthwise && last_use(i + 1) == i + 1;
   }
 
-  // Whether the gate scales the map, rather than the weights of the 1 x 1 convolution after it. Scaling the weights
-  // costs a pass over them for each image: the map is scaled where it has fewer numbers, or another layer reads it.
+  // Whether the gate scales the map, rather than the weights of the 1 x 1 convolution after it, which costs a pass over
+  // them for each image: the map is scaled where it has fewer numbers, or another layer reads it.
   bool gates_map(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
     if (at + 1 == layers_.size() || last_use(i + 1) != i + 1) return true;
@@ -74,9 +75,9 @@ class Layout {
     return places[at + 1].pixels() < next.out_channels;
   }
 
-  std::vector<Place> places;                     // of the tensors
-  std::vector<std::int64_t> sums, hidden, gate;  // offsets, of layers with squeeze-and-excitation
-  std::int64_t floats = 0;                       // of the arena
+  std::vector<Place> places;                             // of the tensors
+  std::vector<std::int64_t> sums, hidden, gate, scaled;  // offsets, of layers with squeeze-and-excitation
+  std::int64_t floats = 0;                               // of the arena
 
  private:
   // A range of the arena that is in use while layers [first, last] run.
@@ -142,7 +143,7 @@ template <class T>
 std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, const Layout& layout,
                                               std::int64_t images, int threads) {
   std::vector<std::unique_ptr<Step>> steps;
-  std::int64_t gate = absent;
+  std::int64_t scaled = absent;
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LayerSpec& spec = layers[i].spec;
     const bool fused = layout.fused_into_next(static_cast<std::int64_t>(i));
@@ -155,24 +156,23 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
     if (layer.spec.residual >= 0) residual = layout.places[static_cast<std::size_t>(layer.spec.residual)];
     if (layer.spec.kind == LayerKind::depthwise) {
       steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i], images, threads));
-      gate = absent;
+      scaled = layout.scaled[i];
       if (layer.spec.excitation.squeeze > 0) {
-        const bool gates_map = layout.gates_map(static_cast<std::int64_t>(i));
+        const Layer* next = scaled != absent ? &layers[i + 1] : nullptr;
         steps.push_back(squeeze_step(layer, y, layout.sums[i], layout.hidden[i], images));
-        steps.push_back(excite_step(layer, y, layout.hidden[i], layout.gate[i]));
-        if (gates_map) steps.push_back(scale_step<T>(y, layout.gate[i]));
-        gate = gates_map ? absent : layout.gate[i];
+        steps.push_back(excite_step<T>(layer, y, layout.hidden[i], layout.gate[i], next, scaled));
+        if (next == nullptr) steps.push_back(scale_step<T>(y, layout.gate[i]));
       }
       continue;
     }
     if (spec.pointwise() && (!x.is_image || x.in_place)) {
-      steps.push_back(pointwise_step<T>(layer, x, y, residual, gate));
+      steps.push_back(pointwise_step<T>(layer, x, y, residual, scaled));
     } else if (layer.winograd != nullptr) {
       steps.push_back(winograd_step(layer, x, y, residual, images, threads));
     } else {
       steps.push_back(dense_step<T>(layer, x, y, residual));
     }
-    gate = absent;
+    scaled = absent;
   }
   return steps;
 }

@@ -80,10 +80,10 @@ constexpr std::int64_t absent = -1;
 constexpr std::int64_t sum_shards = 4;
 
 // A 1 x 1 convolution: act(x @ w + b) + residual, which has y's pitch; or with Layer.spec.pool the spatial mean of
-// that. If there is a gate, it scales the weights.
+// that. If scaled is not absent, the weights are there, for each image.
 template <class T>
 std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y,
-                                     const std::optional<Place>& residual, std::int64_t gate);
+                                     const std::optional<Place>& residual, std::int64_t scaled);
 
 // Any other dense convolution: act(conv(x) + b) + residual. Also a 1 x 1 convolution of an image in other strides.
 template <class T>
@@ -105,8 +105,11 @@ std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, 
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
                                    std::int64_t images);
 
-// The second layer: from hidden to the gate, [images, pitch].
-std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate);
+// The second layer: from hidden to the gate, [images, pitch]; and with a next layer, which is a 1 x 1 convolution, to
+// its packed weights times the gate, [images, matrix].
+template <class T>
+std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate,
+                                  const Layer* next, std::int64_t scaled);
 
 // Multiplies the map by the gate, in place.
 template <class T>

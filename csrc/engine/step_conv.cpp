@@ -40,7 +40,7 @@ template <class T>
 class PointwiseStep final : public Step {
  public:
   PointwiseStep(const Layer& layer, const Place& x, const Place& y, const std::optional<Place>& residual,
-                std::int64_t gate)
+                std::int64_t scaled)
       : Step(std::string(layer.spec.pool ? "pointwise and pool " : "pointwise ") +
              std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
              std::to_string(x.height) + "x" + std::to_string(x.width)),
@@ -48,22 +48,18 @@ class PointwiseStep final : public Step {
         x_(x),
         y_(y),
         residual_(residual),
-        gate_(gate) {}
+        scaled_(scaled) {}
 
   std::int64_t items(const Run& run) const override {
     const Blocks blocks = blocks_of(run);
     return groups(run) * blocks.count * blocks.panel_groups;
   }
 
-  std::int64_t scratch_floats() const override {
-    return gate_ != absent ? panels_together * layer_.matrix.panel_floats : 0;
-  }
-
   std::int64_t multiply_adds() const override {
     return x_.pixels() * layer_.spec.in_channels * layer_.spec.out_channels;
   }
 
-  void run_item(const Run& run, std::int64_t item, float* scratch) const override {
+  void run_item(const Run& run, std::int64_t item, float*) const override {
     const Blocks blocks = blocks_of(run);
     const std::int64_t group = item / (blocks.count * blocks.panel_groups);
     const std::int64_t panel_group = item / blocks.count % blocks.panel_groups;
@@ -82,16 +78,13 @@ class PointwiseStep final : public Step {
     gemm.act = layer_.spec.act;
     const std::int64_t end = std::min(layer_.matrix.panel_count(), (panel_group + 1) * blocks.panels);
     for (std::int64_t panel = panel_group * blocks.panels; panel < end; panel += panels_together) {
-      const std::int64_t panels = std::min(panels_together, end - panel);
       const std::int64_t column = panel * panel_columns;
       gemm.b = layer_.matrix.template panel<T>(panel);
-      gemm.bias = layer_.matrix.bias.get() + column;
-      gemm.columns = layer_.matrix.columns(panel, panels);
-      if (gate_ != absent) {
-        scale_weights(run, panel, panels, run.at(gate_) + group * x_.vector(), reinterpret_cast<T*>(scratch));
-        gemm.next_b = layer_.matrix.template panel<T>(panel + panels);
-        gemm.b = reinterpret_cast<T*>(scratch);
+      if (scaled_ != absent) {
+        gemm.b = run.at<T>(scaled_ + group * layer_.matrix.floats() + panel * layer_.matrix.panel_floats);
       }
+      gemm.bias = layer_.matrix.bias.get() + column;
+      gemm.columns = layer_.matrix.columns(panel, std::min(panels_together, end - panel));
       if (layer_.spec.pool) {
         pool(run, gemm, run.at<T>(y_) + group * y_.pitch() + column);
         continue;
@@ -103,8 +96,8 @@ class PointwiseStep final : public Step {
   }
 
  private:
-  // Each image is a group of its own if the gate scales the weights for it, or if it is pooled.
-  bool by_image() const { return gate_ != absent || layer_.spec.pool; }
+  // Each image is a group of its own if it has its own weights, or if it is pooled.
+  bool by_image() const { return scaled_ != absent || layer_.spec.pool; }
   std::int64_t groups(const Run& run) const { return by_image() ? run.images : 1; }
   std::int64_t group_rows(const Run& run) const { return by_image() ? x_.pixels() : run.images * x_.pixels(); }
 
@@ -121,13 +114,6 @@ class PointwiseStep final : public Step {
     return blocks;
   }
 
-  void scale_weights(const Run& run, std::int64_t first, std::int64_t panels, const float* gate, T* to) const {
-    for (std::int64_t panel = first; panel < first + panels; ++panel) {
-      run.kernels.of<T>().scale_panel(layer_.matrix.template panel<T>(panel), gate, to, layer_.matrix.inner);
-      to += layer_.matrix.panel_floats * size_of(Type::f32) / size_of(type_of<T>);
-    }
-  }
-
   void pool(const Run& run, Gemm<T>& gemm, T* mean) const {
     alignas(64) float sums[panels_together * panel_columns] = {};
     gemm.sums = sums;
@@ -138,7 +124,7 @@ class PointwiseStep final : public Step {
   const Layer& layer_;
   const Place x_, y_;
   const std::optional<Place> residual_;
-  const std::int64_t gate_;
+  const std::int64_t scaled_;
 };
 
 template <class T>
@@ -256,10 +242,12 @@ class SqueezeStep final : public Step {
   const std::int64_t images_;
 };
 
+template <class T>
 class ExciteStep final : public Step {
  public:
-  ExciteStep(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate)
-      : Step("excite"), layer_(layer), map_(map), hidden_(hidden), gate_(gate) {}
+  ExciteStep(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate, const Layer* next,
+             std::int64_t scaled)
+      : Step("excite"), layer_(layer), map_(map), hidden_(hidden), gate_(gate), next_(next), scaled_(scaled) {}
 
   // A work item has several panels, because one takes only a fraction of a microsecond.
   std::int64_t items(const Run&) const override { return ceil_div(layer_.expand.panel_count(), panels_per_item); }
@@ -288,14 +276,32 @@ class ExciteStep final : public Step {
         run.kernels.gate_f32(run.at(gate_) + image * pitch + column, gemm.columns, layer_.spec.excitation.gate);
       }
     }
+    if (next_ == nullptr) return;
+    const std::int64_t first = item * panels_per_item * panel_columns;
+    const std::int64_t count = std::min(layer_.expand.out - first, panels_per_item * panel_columns);
+    for (std::int64_t image = 0; image < run.images; ++image) {
+      scale_weights(run, first, count, run.at(gate_) + image * pitch + first, scaled_ + image * next_->matrix.floats());
+    }
   }
 
  private:
   static constexpr std::int64_t panels_per_item = 4;
 
+  // Scales the next layer's weights of these input channels, in all its panels.
+  void scale_weights(const Run& run, std::int64_t first, std::int64_t count, const float* gate, std::int64_t to) const {
+    const PackedMatrix& matrix = next_->matrix;
+    for (std::int64_t panel = 0; panel < matrix.panel_count(); ++panel) {
+      const std::int64_t offset = first * panel_columns;
+      run.kernels.of<T>().scale_panel(matrix.template panel<T>(panel) + offset, gate,
+                                      run.at<T>(to + panel * matrix.panel_floats) + offset, count);
+    }
+  }
+
   const Layer& layer_;
   const Place map_;
   const std::int64_t hidden_, gate_;
+  const Layer* next_;
+  const std::int64_t scaled_;
 };
 
 template <class T>
@@ -320,8 +326,8 @@ class ScaleStep final : public Step {
 
 template <class T>
 std::unique_ptr<Step> pointwise_step(const Layer& layer, const Place& x, const Place& y,
-                                     const std::optional<Place>& residual, std::int64_t gate) {
-  return std::make_unique<PointwiseStep<T>>(layer, x, y, residual, gate);
+                                     const std::optional<Place>& residual, std::int64_t scaled) {
+  return std::make_unique<PointwiseStep<T>>(layer, x, y, residual, scaled);
 }
 
 template <class T>
@@ -335,8 +341,10 @@ std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::in
   return std::make_unique<SqueezeStep>(layer, map, sums, hidden, images);
 }
 
-std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate) {
-  return std::make_unique<ExciteStep>(layer, map, hidden, gate);
+template <class T>
+std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate,
+                                  const Layer* next, std::int64_t scaled) {
+  return std::make_unique<ExciteStep<T>>(layer, map, hidden, gate, next, scaled);
 }
 
 template <class T>
@@ -348,6 +356,8 @@ std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) {
   template std::unique_ptr<Step> pointwise_step<T>(const Layer&, const Place&, const Place&,                           \
                                                    const std::optional<Place>&, std::int64_t);                         \
   template std::unique_ptr<Step> dense_step<T>(const Layer&, const Place&, const Place&, const std::optional<Place>&); \
+  template std::unique_ptr<Step> excite_step<T>(const Layer&, const Place&, std::int64_t, std::int64_t, const Layer*,  \
+                                                std::int64_t);                                                         \
   template std::unique_ptr<Step> scale_step<T>(const Place&, std::int64_t);
 EFFNET_STEPS(float)
 EFFNET_STEPS(Bf16)

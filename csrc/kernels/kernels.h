@@ -36,7 +36,6 @@ struct Gemm {
   // Packed, panel after panel: [inner dimension, 16], and for Bf16 [segments, pairs of a segment, 16, 2], where the
   // last pair of an odd segment ends in a zero.
   const T* b;
-  const T* next_b;       // the panel that is read after these; null where that one follows them in memory
   const float* bias;     // [columns], rounded up to 16
   const Y* residual;     // as y; may be null
   Y* y;                  // [rows, columns]; may be null where sums is not

@@ -32,29 +32,21 @@ EFFNET_INLINE U<L> without_denormals(U<L> bits) {
   return (bits & 0x7f800000u) != 0 ? bits : bits & 0x80000000u;
 }
 
-// The upper halves, rounded to nearest even. A NaN keeps its sign and the upper bits of its payload, and becomes quiet.
+// Rounded to nearest even. A NaN keeps its sign and the upper bits of its payload, and becomes quiet.
 template <int L>
-EFFNET_INLINE U<L> rounded_to_bf16(F<L> value) {
+EFFNET_INLINE typename Lanes<L>::H rounded_to_bf16(F<L> value) {
+#if defined(__AVX512BF16__)
+  if constexpr (L == 16) return (typename Lanes<L>::H)_mm512_cvtneps_pbh((__m512)value);
+  if constexpr (L == 8) return (typename Lanes<L>::H)_mm256_cvtneps_pbh((__m256)value);
+#endif
   const U<L> bits = without_denormals<L>(as_bits<L>(value));
   const U<L> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded;
+  return converted<typename Lanes<L>::H>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 
 template <int L>
 EFFNET_INLINE void store(Bf16* to, F<L> value) {
-#if defined(__AVX512BF16__)
-  if constexpr (L == 16) {
-    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
-    memcpy(to, &halves, sizeof halves);
-    return;
-  }
-  if constexpr (L == 8) {
-    const __m128bh halves = _mm256_cvtneps_pbh((__m256)value);
-    memcpy(to, &halves, sizeof halves);
-    return;
-  }
-#endif
-  const auto halves = converted<typename Lanes<L>::H>(rounded_to_bf16<L>(value));
+  const auto halves = rounded_to_bf16<L>(value);
   memcpy(to, &halves, sizeof halves);
 }
 

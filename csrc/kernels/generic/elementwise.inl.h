@@ -51,9 +51,9 @@ void scale_panel(const Bf16* x, const float* factors, Bf16* y, std::int64_t inne
     const F<L> even = broadcast<L>(factors[k]), odd = broadcast<L>(k + 1 < inner ? factors[k + 1] : 0.0f);
     for (int i = 0; i < columns; i += L) {
       const U<L> pairs = load_pairs<L>(x + 2 * i);
-      const U<L> lower = rounded_to_bf16<L>(as_floats<L>(pairs << 16) * even);
-      const U<L> upper = rounded_to_bf16<L>(as_floats<L>(pairs & 0xffff0000u) * odd);
-      const U<L> scaled = lower | upper << 16;
+      const auto lower = rounded_to_bf16<L>(as_floats<L>(pairs << 16) * even);
+      const auto upper = rounded_to_bf16<L>(as_floats<L>(pairs & 0xffff0000u) * odd);
+      const U<L> scaled = converted<U<L>>(lower) | converted<U<L>>(upper) << 16;
       memcpy(y + 2 * i, &scaled, sizeof scaled);
     }
   }

@@ -132,9 +132,7 @@ EFFNET_NOINLINE void gemm_tile(const effnet::Gemm<T, Y>& gemm, std::int64_t colu
   const T* b = gemm.b + column * Inner::count;
   // The next panels are prefetched line by line while these are used, because weights are read once for a few rows and
   // are often not in cache.
-  const std::intptr_t next_panel =
-      gemm.next_b != nullptr ? reinterpret_cast<std::intptr_t>(gemm.next_b) - reinterpret_cast<std::intptr_t>(gemm.b)
-                             : static_cast<std::intptr_t>(sizeof(T)) * panels * size;
+  const std::intptr_t next_panel = static_cast<std::intptr_t>(sizeof(T)) * panels * size;
   // So are the next tile's rows, if they follow in memory.
   const T* next_rows = place.a + Rows * stride;
   for (std::int64_t segment = 0; segment < gemm.segments; ++segment) {
