@@ -5,20 +5,19 @@
 namespace effnet {
 namespace {
 
-// The inner dimension is (channel, tap row, tap column) in a weight, and (tap row, tap column, channel) in the packed
-// matrix, where a row of taps is a segment.
+// The inner dimension is (channel, tap row, tap column) in a weight, and (tap row, tap column, padded channel) in the
+// packed matrix, where a row of taps is a segment.
 void pack_elements(const Weights& weight, std::int64_t out, std::int64_t channels, std::int64_t kernel, Type type,
                    PackedMatrix& matrix) {
-  const std::int64_t taps = kernel * kernel, segment = kernel * channels;
+  const std::int64_t taps = kernel * kernel, pixel = padded_channels(type, channels);
   const std::int64_t count = type == Type::bf16 ? 2 : 1;  // numbers of the inner dimension that lie side by side
   for (std::int64_t row = 0; row < out; ++row) {
     float* panel = matrix.panels.get() + row / panel_columns * matrix.panel_floats;
     for (std::int64_t tap = 0; tap < taps; ++tap) {
       for (std::int64_t channel = 0; channel < channels; ++channel) {
         const float value = weight.at(row, (row * channels + channel) * taps + tap);
-        const std::int64_t in_segment = tap % kernel * channels + channel;
-        const std::int64_t step = tap / kernel * ceil_div(segment, count) + in_segment / count;
-        const std::int64_t index = (step * panel_columns + row % panel_columns) * count + in_segment % count;
+        const std::int64_t k = tap * pixel + channel;
+        const std::int64_t index = (k / count * panel_columns + row % panel_columns) * count + k % count;
         if (type == Type::bf16) {
           reinterpret_cast<Bf16*>(panel)[index] = to_bf16(value);
         } else {
@@ -34,9 +33,8 @@ PackedMatrix pack_matrix(const Weights& weight, const float* bias, std::int64_t 
   PackedMatrix matrix;
   matrix.out = out;
   matrix.inner = channels * kernel * kernel;
-  // A pair of bfloat16 numbers is as large as a float.
-  const std::int64_t steps = type == Type::bf16 ? kernel * ceil_div(kernel * channels, 2) : matrix.inner;
-  matrix.panel_floats = steps * panel_columns;
+  const std::int64_t numbers = kernel * kernel * padded_channels(type, channels) * panel_columns;
+  matrix.panel_floats = numbers * size_of(type) / size_of(Type::f32);
   matrix.panels = allocate_zeros(matrix.panel_count() * matrix.panel_floats);
   matrix.bias = allocate_zeros(matrix.panel_count() * panel_columns);
   pack_elements(weight, out, channels, kernel, type, matrix);

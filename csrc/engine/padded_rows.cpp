@@ -9,33 +9,33 @@ namespace {
 
 template <class From, class To>
 void copy(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin, std::int64_t rows, To* to) {
-  const std::int64_t channels = shape.channels;
-  const std::int64_t pitch = shape.padded_width() * channels;
+  const std::int64_t channels = shape.channels, to_pixel = padded_channels(type_of<To>, channels);
+  const std::int64_t pitch = shape.padded_width() * to_pixel;
   for (std::int64_t row = begin; row < begin + rows; ++row, to += pitch) {
     if (row < 0 || row >= shape.height) {
       std::fill(to, to + pitch, To{});
       continue;
     }
-    std::fill(to, to + shape.left * channels, To{});
-    std::fill(to + (shape.left + shape.width) * channels, to + pitch, To{});
-    To* inside = to + shape.left * channels;
+    To* inside = to + shape.left * to_pixel;
+    std::fill(to, to_pixel == channels ? inside : to + pitch, To{});
+    std::fill(inside + shape.width * to_pixel, to + pitch, To{});
     const From* from = map.at<const From>(image * map.image + row * map.row);
     if (map.channel == 1) {
       for (std::int64_t x = 0; x < shape.width; ++x) {
         const From* pixel = from + x * map.pixel;
-        for (std::int64_t c = 0; c < channels; ++c) inside[x * channels + c] = convert<To>(pixel[c]);
+        for (std::int64_t c = 0; c < channels; ++c) inside[x * to_pixel + c] = convert<To>(pixel[c]);
       }
     } else if (channels == 3) {
       const From *red = from, *green = from + map.channel, *blue = from + 2 * map.channel;
       for (std::int64_t x = 0; x < shape.width; ++x) {
-        inside[3 * x] = convert<To>(red[x * map.pixel]);
-        inside[3 * x + 1] = convert<To>(green[x * map.pixel]);
-        inside[3 * x + 2] = convert<To>(blue[x * map.pixel]);
+        inside[x * to_pixel] = convert<To>(red[x * map.pixel]);
+        inside[x * to_pixel + 1] = convert<To>(green[x * map.pixel]);
+        inside[x * to_pixel + 2] = convert<To>(blue[x * map.pixel]);
       }
     } else {
       for (std::int64_t c = 0; c < channels; ++c) {
         for (std::int64_t x = 0; x < shape.width; ++x) {
-          inside[x * channels + c] = convert<To>(from[c * map.channel + x * map.pixel]);
+          inside[x * to_pixel + c] = convert<To>(from[c * map.channel + x * map.pixel]);
         }
       }
     }

@@ -139,7 +139,8 @@ class DenseStep final : public Step {
         y_(y),
         residual_(residual),
         shape_(conv_shape(layer.spec, x.height, x.width)),
-        pitch_(shape_.padded_width() * layer.spec.in_channels) {
+        pixel_(padded_channels(type_of<T>, layer.spec.in_channels)),
+        pitch_(shape_.padded_width() * pixel_) {
     const std::int64_t rows = std::max<std::int64_t>(1, block_bytes / (pitch_ * size_of(type_of<T>)) - shape_.kernel);
     most_rows_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
   }
@@ -161,10 +162,10 @@ class DenseStep final : public Step {
     T* padded = reinterpret_cast<T*>(scratch);
     copy_padded_rows(run.map(x_), image, shape_, shape_.in_row(begin), rows, padded);
     Gemm<T> gemm{};
-    gemm.a_row = shape_.stride * layer_.spec.in_channels;
+    gemm.a_row = shape_.stride * pixel_;
     gemm.a_segment = pitch_;
     gemm.segments = shape_.kernel;
-    gemm.segment_length = shape_.kernel * layer_.spec.in_channels;
+    gemm.segment_length = shape_.kernel * pixel_;
     gemm.y_row = y_.pitch();
     gemm.y_panel = panel_columns;
     gemm.rows = y_.width;
@@ -193,7 +194,7 @@ class DenseStep final : public Step {
   const Place x_, y_;
   const std::optional<Place> residual_;
   const ConvShape shape_;
-  const std::int64_t pitch_;
+  const std::int64_t pixel_, pitch_;  // numbers of a pixel and of a padded row
   std::int64_t most_rows_;
 };
 

@@ -38,7 +38,10 @@ class DepthwiseStep final : public Step {
     chunk_rows_ = std::max<std::int64_t>(1, (rows - shape_.kernel) / shape_.stride + 1);
     chunk_rows_ = std::min(chunk_rows_, shape_.out_height);
     ring_rows_ = (chunk_rows_ - 1) * shape_.stride + shape_.kernel;
-    if (dense_producer_) source_pitch_ = source_shape_.padded_width() * producer->spec.in_channels;
+    if (dense_producer_) {
+      source_pixel_ = padded_channels(type_of<T>, producer->spec.in_channels);
+      source_pitch_ = source_shape_.padded_width() * source_pixel_;
+    }
   }
 
   // A work item is the whole map of a group of panels, as long as every thread gets the same number of them; the maps
@@ -122,8 +125,11 @@ class DepthwiseStep final : public Step {
         load_rows(run, image, first_panel, next, rows, scratch);
         next += rows;
       }
-      for (std::int64_t index = 0; index < panels(first_panel); ++index) {
-        convolve(run, image, first_panel + index, chunk, chunk_end, scratch + index * ring_rows_ * pitch_);
+      // All panels of a row in turn, because two of them share the cache lines of the output.
+      for (std::int64_t row = chunk; row < chunk_end; ++row) {
+        for (std::int64_t index = 0; index < panels(first_panel); ++index) {
+          convolve(run, image, first_panel + index, row, scratch + index * ring_rows_ * pitch_);
+        }
       }
     }
   }
@@ -165,10 +171,10 @@ class DepthwiseStep final : public Step {
     T* padded = reinterpret_cast<T*>(ring + group_panels_ * ring_rows_ * pitch_);
     copy_padded_rows(run.map(x_), image, source_shape_, source_shape_.in_row(row),
                      (rows - 1) * source_shape_.stride + source_shape_.kernel, padded);
-    gemm.a_row = source_shape_.stride * producer_->spec.in_channels;
+    gemm.a_row = source_shape_.stride * source_pixel_;
     gemm.a_segment = source_pitch_;
     gemm.segments = source_shape_.kernel;
-    gemm.segment_length = source_shape_.kernel * producer_->spec.in_channels;
+    gemm.segment_length = source_shape_.kernel * source_pixel_;
     gemm.rows = shape_.width;
     for (std::int64_t index = 0; index < panels(first_panel); index += panels_together) {
       for (std::int64_t i = 0; i < rows; ++i) {
@@ -199,29 +205,26 @@ class DepthwiseStep final : public Step {
     }
   }
 
-  void convolve(const Run& run, std::int64_t image, std::int64_t panel, std::int64_t begin, std::int64_t end,
-                const float* ring) const {
+  void convolve(const Run& run, std::int64_t image, std::int64_t panel, std::int64_t row, const float* ring) const {
     const float* rows[8];
     DepthwiseRow<T> call{};
     call.x = rows;
+    const std::int64_t first = shape_.in_row(row);
+    call.tap_begin = std::min(shape_.kernel, std::max<std::int64_t>(0, -first));
+    call.tap_end = std::max(call.tap_begin, std::min(shape_.kernel, shape_.height - first));
+    for (std::int64_t tap = call.tap_begin; tap < call.tap_end; ++tap) {
+      rows[tap] = ring + (first + tap) % ring_rows_ * pitch_;
+    }
     call.packed = layer_.panel_taps(panel);
+    call.y = run.at<T>(y_) + (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
+    call.y_pixel = y_.pitch();
     call.width = y_.width;
     call.channels = columns(panel);
+    call.sums = sums_ == absent ? nullptr : row_sums(run, image, panel, row);
     call.stride = shape_.stride;
     call.kernel = static_cast<std::int32_t>(shape_.kernel);
     call.act = layer_.spec.act;
-    call.y_pixel = y_.pitch();
-    for (std::int64_t row = begin; row < end; ++row) {
-      const std::int64_t first = shape_.in_row(row);
-      call.tap_begin = std::min(shape_.kernel, std::max<std::int64_t>(0, -first));
-      call.tap_end = std::max(call.tap_begin, std::min(shape_.kernel, shape_.height - first));
-      for (std::int64_t tap = call.tap_begin; tap < call.tap_end; ++tap) {
-        rows[tap] = ring + (first + tap) % ring_rows_ * pitch_;
-      }
-      call.sums = sums_ == absent ? nullptr : row_sums(run, image, panel, row);
-      call.y = run.at<T>(y_) + (image * y_.pixels() + row * y_.width) * y_.pitch() + panel * panel_columns;
-      run.kernels.of<T>().depthwise_row_bias_act_sum(call);
-    }
+    run.kernels.of<T>().depthwise_row_bias_act_sum(call);
   }
 
   // Each shard of rows has sums of its own, which its first row clears, so that they do not depend on how the rows are
@@ -249,7 +252,7 @@ class DepthwiseStep final : public Step {
   std::int64_t items_per_divided_map_ = 1;
   ConvShape source_shape_{}, shape_{};
   bool dense_producer_ = false;  // whether the producer reads padded rows, as any but a 1 x 1 convolution
-  std::int64_t pitch_ = 0, source_pitch_ = 0;
+  std::int64_t pitch_ = 0, source_pixel_ = 0, source_pitch_ = 0;
   std::int64_t group_panels_ = 1;  // panels of a work item
   std::int64_t chunk_rows_ = 1;    // output rows between two fills of the ring
   std::int64_t ring_rows_ = 1;

@@ -33,8 +33,8 @@ struct Gemm {
   std::int64_t a_segment;                 // numbers from a segment to the next
   std::int64_t segments, segment_length;  // the inner dimension is their product, less k_tail_padding
   std::int64_t k_tail_padding;            // numbers at the end of the last segment that do not take part; 0 for Bf16
-  // Packed, panel after panel: [inner dimension, 16], and for Bf16 [segments, pairs of a segment, 16, 2], where the
-  // last pair of an odd segment ends in a zero.
+  // Packed, panel after panel: [inner dimension, 16], and for Bf16 [segments, pairs of a segment, 16, 2]. The last pair
+  // of a single, odd segment ends in a zero.
   const T* b;
   const float* bias;     // [columns], rounded up to 16
   const Y* residual;     // as y; may be null
