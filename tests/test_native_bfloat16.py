@@ -38,8 +38,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
 def product_by_amx(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """What the instruction tdpbf16ps of AMX makes of them, called for 16 pairs of k at a time.
 
-    Each call adds up the products of the first numbers of all pairs, and those of the second ones, and adds both sums to
-    the tile of sums. The bias comes last.
+    Each call adds up the products of the first numbers of all pairs, and those of the second ones, and adds both sums
+    to the tile of sums. The bias comes last.
     """
     half = a.shape[1] % 2
     a, b = torch.cat([a, a.new_zeros(len(a), half)], 1), torch.cat([b, b.new_zeros(half, b.shape[1])])
@@ -54,12 +54,6 @@ def product_by_amx(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
             halves.append(half)
         sums = without_denormals(sums + without_denormals(halves[0] + halves[1]))
     return without_denormals(sums + bias.float())
-
-
-def expected(isa: str, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """The model of the instruction that multiplies these: AMX takes neither half a pair nor a map of one pixel."""
-    by_amx = isa in ("amx_bf16", "emulated_amx") and a.shape[1] % 2 == 0 and len(a) > 1
-    return (product_by_amx if by_amx else product)(a, b, bias).to(BF16)
 
 
 def multiply(isa: str, a: Tensor, b: Tensor, bias: Tensor, in_place: bool = False) -> Tensor:

@@ -46,7 +46,7 @@ def freeze(
         features_only: whether the engine returns feature maps, as a backbone does: the last map of each resolution, the
             finest first, without the head. Models that return maps themselves keep to their own choice.
         dtype: of weights, images and outputs; the model's own if None. float32, float16 or bfloat16 on a GPU; float32
-            or bfloat16 on the CPU, which needs the instruction set AVX512-BF16 for it. In bfloat16 on the CPU, maps
+            or bfloat16 on the CPU, which needs AVX512-BF16 for it and takes AMX if it can. In bfloat16 on the CPU, maps
             and weights are rounded; products are summed in float32, and activations, depthwise convolutions and
             squeeze-and-excitation are computed in it. Images may be bfloat16 or float32, and logits, features and maps
             are of the image's dtype, with the values of bfloat16 in either.
