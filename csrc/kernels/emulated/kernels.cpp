@@ -80,7 +80,7 @@ void gemm_amx_or_3x4(const effnet::Gemm<Bf16, Y>& gemm) {
   }
 }
 
-constexpr effnet::MapKernels<Bf16> amx_bf16_kernels = {
+constexpr effnet::MapKernels<Bf16> tile_kernels = {
     gemm_amx_or_3x4<Bf16>, gemm_amx_or_3x4<float>,        depthwise_row_16<Bf16>,      scale_rows<16, Bf16>,
     scale_panel<16>,       multiply_add_amx<EmulatedAmx>, multiply_adds_per_amx_round,
 };
@@ -97,4 +97,4 @@ const effnet::Kernels effnet::emulated16_kernels =
     kernels_of_lanes<16>("emulated16", true, sixteen_lanes, &bf16_kernels);
 
 const effnet::Kernels effnet::emulated_amx_kernels =
-    kernels_of_lanes<16>("emulated_amx", true, sixteen_lanes, &amx_bf16_kernels);
+    kernels_of_lanes<16>("emulated_amx", true, sixteen_lanes, &tile_kernels);
