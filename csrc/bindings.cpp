@@ -18,7 +18,7 @@ namespace {
 
 // Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's
 // arguments change.
-constexpr int interface_version = 5;
+constexpr int interface_version = 6;
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -234,10 +234,10 @@ struct PooledBytes {
 
 effnet::Type type_of(bool bf16) { return bf16 ? effnet::Type::bf16 : effnet::Type::f32; }
 
-effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
+effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type of_weights) {
   const auto number = [&](const char* key) { return given[key].cast<std::int64_t>(); };
   const auto address = [&](const char* key) { return pointer<const float>(given[key].cast<std::uintptr_t>()); };
-  const auto weights = [&](const char* key) { return effnet::Weights{address(key), type}; };
+  const auto weights = [&](const char* key) { return effnet::Weights{address(key), of_weights}; };
   effnet::LayerSpec spec;
   spec.kind = given["depthwise"].cast<bool>() ? effnet::LayerKind::depthwise : effnet::LayerKind::conv;
   spec.in_channels = number("in_channels");
@@ -268,10 +268,13 @@ effnet::LayerSpec layer_spec(const py::dict& given, effnet::Type type) {
   return spec;
 }
 
-std::unique_ptr<effnet::Network> make_network(const py::list& given, std::vector<std::int64_t> outputs, bool bf16) {
+std::unique_ptr<effnet::Network> make_network(const py::list& given, std::vector<std::int64_t> outputs, bool bf16,
+                                              bool bf16_weights) {
   const effnet::Type type = type_of(bf16);
   std::vector<effnet::Layer> layers;
-  for (const auto& layer : given) layers.push_back(effnet::pack(layer_spec(layer.cast<py::dict>(), type), type));
+  for (const auto& layer : given) {
+    layers.push_back(effnet::pack(layer_spec(layer.cast<py::dict>(), type_of(bf16_weights)), type));
+  }
   return std::make_unique<effnet::Network>(std::move(layers), std::move(outputs), type);
 }
 
@@ -391,7 +394,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     effnet::release_memory();
   });
   py::class_<effnet::Network>(m, "Network")
-      .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"), py::arg("bf16"))
+      .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"), py::arg("bf16"),
+           py::arg("bf16_weights"))
       .def("run", &run_network, py::arg("image"), py::arg("batch"), py::arg("height"), py::arg("width"),
            py::arg("outputs"), py::arg("bf16"), py::arg("threads"), py::arg("profiled") = false,
            py::arg("isa") = py::none())

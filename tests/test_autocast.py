@@ -1,4 +1,8 @@
-"""Autocast and bfloat16 on the CPU: the native kernels in float32 under autocast, torch in channels-last without it."""
+"""Autocast and bfloat16 on the CPU.
+
+Under autocast the native kernels compute in float32, and packed networks in bfloat16 where the processor has kernels
+for it. Models in bfloat16 infer by packed networks, and run as torch has them, in channels-last strides, elsewhere.
+"""
 
 import copy
 from collections.abc import Callable
@@ -102,8 +106,12 @@ def test_without_gradients(training: bool) -> None:
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             outputs.append(called(x))
         assert_buffers_close(called, block)
-    assert torch.equal(outputs[0], outputs[2].bfloat16())
-    torch.testing.assert_close(outputs[1], outputs[0])
+    assert torch.equal(outputs[1], outputs[2].bfloat16())
+    if training:
+        assert torch.equal(outputs[0], outputs[1])
+    else:
+        # Packed networks compute in bfloat16 where they can.
+        assert relative_rms(outputs[0], outputs[2]) < 1e-2
 
 
 def test_switched_off_inside() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from block_cases import BLOCKS
-from conftest import assert_close, randomize
+from conftest import assert_close, randomize, relative_rms
 from native_cases import kernel_isas, needs_native, running
 from torch import Tensor, nn
 
@@ -17,13 +17,17 @@ from effnet_kernels.modules.fused_module import FusedModule
 
 pytestmark = needs_native
 
+BF16 = torch.bfloat16
+# The instruction where the processor has it, and elsewhere its emulation.
+BF16_ISAS = kernel_isas(BF16)[-1:]
 
-def block(name: str = "expand") -> tuple[FusedModule, Tensor]:
+
+def block(name: str = "expand", dtype: torch.dtype = torch.float32) -> tuple[FusedModule, Tensor]:
     torch.manual_seed(0)
     make, shape = BLOCKS[name]
-    module = randomize(make()).eval().requires_grad_(False)
+    module = randomize(make()).eval().requires_grad_(False).to(dtype)
     assert isinstance(module, FusedModule)
-    return module, torch.randn(shape)
+    return module, torch.randn(shape).to(dtype)
 
 
 def eager(module: nn.Module, x: Tensor) -> Tensor:
@@ -32,10 +36,14 @@ def eager(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_packed(module: FusedModule) -> bool:
+    return bool(packed_dtypes(module))
+
+
+def packed_dtypes(module: FusedModule) -> set[torch.dtype]:
     spec = module.lowered()
     assert not isinstance(spec, str)
     assert spec.packed is not None
-    return any(packed.network is not None for packed in spec.packed._packed.values())
+    return {dtype for (_, dtype), packed in spec.packed._packed.items() if packed.network is not None}
 
 
 def add(t: Tensor) -> None:
@@ -56,7 +64,7 @@ def other_memory(t: Tensor) -> None:
 
 def other_strides(t: Tensor) -> None:
     changed = t.data + 0.01
-    t.data = torch.empty(2 * t.numel())[::2].view(t.shape).copy_(changed)
+    t.data = torch.empty(2 * t.numel(), dtype=t.dtype)[::2].view(t.shape).copy_(changed)
 
 
 def swapped(t: Tensor) -> None:
@@ -128,6 +136,58 @@ def test_threads_share_a_packed_chain() -> None:
     assert len(found) == 4
     for y in found:
         assert_close(y, expected)
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_in_bfloat16(name: str, autocast: bool, isa: str) -> None:
+    """A model in bfloat16, or one in float32 under autocast, without gradients: as near to float64 as torch is."""
+    module, x = block(name, torch.float32 if autocast else BF16)
+    x = x.to(BF16)
+    exact = eager(copy.deepcopy(module).double(), x.double())
+    with running(isa, 1), torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
+        y, theirs = module(x), eager(module, x)
+    assert y.dtype == theirs.dtype == BF16
+    assert packed_dtypes(module) == {BF16}
+    assert relative_rms(y, exact) <= 1.25 * relative_rms(theirs, exact)
+    # Each instruction set has its own answer.
+    with running("scalar", 1), torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
+        assert relative_rms(module(x), exact) <= 1.25 * relative_rms(theirs, exact)
+    assert packed_dtypes(module) == ({BF16, torch.float32} if autocast else {BF16})
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+@pytest.mark.parametrize("change", [add, in_data, other_memory, other_strides])
+def test_every_change_is_seen_in_bfloat16(change: Callable[[Tensor], None], isa: str) -> None:
+    module, x = block("no expand, residual", BF16)
+    floating = [(name, t) for name, t in module.state_dict(keep_vars=True).items() if t.is_floating_point()]
+    with running(isa, 1), torch.no_grad():
+        for key, tensor in floating:
+            before = module(x)
+            change(tensor)
+            y = module(x)
+            assert relative_rms(y, eager(module, x)) < 2e-2
+            assert not torch.equal(y, before), key
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+def test_what_torch_computes_in_bfloat16(isa: str) -> None:
+    """Gradients, batch statistics, channels that cannot be packed and weights of another dtype."""
+    module, x = block("expand", BF16)
+    with running(isa, 1):
+        with torch.enable_grad():
+            assert torch.equal(module(x), eager(module, x))
+        with torch.no_grad():
+            assert {row.backend for row in ek.explain(module, x)} == {"cpu"}
+            trained = copy.deepcopy(module).train()
+            assert {row.backend for row in ek.explain(trained, x)} == {"torch"}
+            statistics = trained.state_dict()["block.0.1.running_mean"].clone()
+            trained(x)
+            assert not torch.equal(trained.state_dict()["block.0.1.running_mean"], statistics)
+            with pytest.raises(RuntimeError, match="type"):
+                module.float()(x)
+        assert not is_packed(module)
 
 
 @pytest.mark.parametrize("isa", kernel_isas())

@@ -168,13 +168,19 @@ def _traces_eager_path() -> bool:
     return version < (2, 11) or (version < (2, 14) and not torch._dynamo.config.assume_static_by_default)
 
 
-def is_left_to_torch(x: Tensor) -> bool:
-    """Whether ``x`` is in bfloat16 on the CPU without autocast, which torch computes, fastest in channels-last strides.
+def is_in_bf16(x: Tensor) -> bool:
+    """Whether ``x`` is in bfloat16 on the CPU without autocast or a forced backend.
 
-    A module asks this first: to find out why takes several times as long, which a small network in bfloat16 notices.
+    Packed networks infer in it (:func:`infers_in_bf16`), and torch computes the rest, fastest in channels-last strides.
+    A module asks this first: to find out more takes several times as long, which a small network in bfloat16 notices.
     """
     bfloat16 = x.dtype is torch.bfloat16 and x.is_cpu
     return bfloat16 and not torch.is_autocast_enabled("cpu") and forced() is None
+
+
+def infers_in_bf16() -> bool:
+    """Whether packed networks compute in bfloat16 on this CPU, and autograd does not record what they would not."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and cpu.runs_bf16()
 
 
 def prefers_channels_last(x: Tensor) -> bool:
@@ -184,7 +190,7 @@ def prefers_channels_last(x: Tensor) -> bool:
     force = forced()
     if force is not None:
         return force != "torch"
-    if is_left_to_torch(x):
+    if is_in_bf16(x):
         return True
     call = Call.of(x)
     return fallback_reason(backend_for(call, None), call) is None
@@ -317,6 +323,13 @@ def _cpu_fallback_reason(call: Call) -> str | None:
         return f"the native kernels compute in float32, not {str(call.dtype).removeprefix('torch.')}"
     reason = _missing("cpu")
     return None if reason is None else f"the native extension is missing: {reason.splitlines()[0]}"
+
+
+def bf16_fallback_reason(call: Call) -> str | None:
+    """Why packed networks cannot infer in bfloat16 on the CPU, or None."""
+    if infers_in_bf16() and not torch.is_autocast_enabled("cpu"):
+        return call.unusual
+    return _cpu_fallback_reason(call)
 
 
 _FALLBACK_REASONS: dict[PrimitivesBackend, Callable[[Call], str | None]] = {

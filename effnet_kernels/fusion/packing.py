@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends import profiling
-from effnet_kernels.backends.cpu.memory import fingerprint, released_with_memory
+from effnet_kernels.backends.cpu.memory import fingerprint, released_with_memory, runs_bf16
 from effnet_kernels.backends.cpu.network import Network
 from effnet_kernels.fusion.spec import Chain
 
@@ -23,7 +23,7 @@ class _Packed(NamedTuple):
 
 
 class PackedChains:
-    """The packed forms of one chain: of its output, and of its pooled output.
+    """The packed forms of one chain: of its output and of its pooled output, in float32 and in bfloat16.
 
     Parameters may change at any time, and not every change can be seen: ``parameter.data.copy_()`` leaves no trace. So
     each call hashes them, which takes the time of reading them once, and packs them again where the hash is another.
@@ -31,15 +31,21 @@ class PackedChains:
 
     def __init__(self, chain: Chain) -> None:
         self._tensors = chain.tensors()
-        self._packed: dict[bool, _Packed] = {}
+        self._packed: dict[tuple[bool, torch.dtype], _Packed] = {}
         released_with_memory(self)
 
     def infer(self, chain: Chain, x: Tensor) -> Tensor | None:
-        """The chain of x [N, C, H, W], channels-last, float32, on the CPU; None where the primitives have to run."""
-        packed, layout = self._packed.get(chain.pool), _layout(self._tensors)
+        """The chain of x [N, C, H, W], channels-last, on the CPU, float32 or bfloat16, and in its dtype.
+
+        None where the chain is none that a packed network computes, or the instruction set has no kernels for bfloat16.
+        """
+        if x.dtype is torch.bfloat16 and not runs_bf16():
+            return None
+        form = chain.pool, x.dtype
+        packed, layout = self._packed.get(form), _layout(self._tensors)
         if packed is None or packed.layout != layout or packed.is_stale(self._tensors):
             # Threads that come here at once each pack their own, and the last is kept.
-            packed = self._packed[chain.pool] = _pack(chain, self._tensors, layout)
+            packed = self._packed[form] = _pack(chain, self._tensors, layout, x.dtype)
         if packed.network is None:
             return None
         if profiling.enabled() and chain.layers[0].kind == "dense":
@@ -48,6 +54,13 @@ class PackedChains:
         (y,) = packed.network.run(x, torch.channels_last)
         # A tensor of its own, as every output is.
         return y.flatten(1).clone() if chain.pool else y
+
+    def is_refused(self, dtype: torch.dtype) -> bool:
+        """Whether the last call in this dtype found that the chain, as its tensors are now, cannot be packed."""
+        return any(
+            form[1] is dtype and packed.network is None and packed.layout == _layout(self._tensors)
+            for form, packed in self._packed.items()
+        )
 
     def forget(self) -> None:
         """Frees the packed weights; the next call packs them again."""
@@ -58,13 +71,14 @@ def _layout(tensors: list[Tensor]) -> list[object]:
     return [(t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in tensors]
 
 
-def _pack(chain: Chain, tensors: list[Tensor], layout: list[object]) -> _Packed:
-    if not all(t.dtype is torch.float32 and t.is_cpu and not t.is_neg() and _is_dense(t) for t in tensors):
+def _pack(chain: Chain, tensors: list[Tensor], layout: list[object], dtype: torch.dtype) -> _Packed:
+    dtypes = {torch.float32, dtype}
+    if not all(t.dtype in dtypes and t.is_cpu and not t.is_neg() and _is_dense(t) for t in tensors):
         return _Packed(None, layout, 0)
     # Before packing: a change in between is seen at the next call.
     hashed = fingerprint(tensors)
     try:
-        return _Packed(Network([chain], [0], winograd=False), layout, hashed)
+        return _Packed(Network([chain], [0], dtype, winograd=False), layout, hashed)
     except ValueError:
         return _Packed(None, layout, hashed)
 

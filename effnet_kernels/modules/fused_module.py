@@ -49,16 +49,23 @@ class FusedModule(nn.Module):
 
         With ``pool`` the output's mean over all pixels, [N, K]. Further arguments go to stochastic depth.
         """
-        if select.is_left_to_torch(input):
+        in_bf16 = select.is_in_bf16(input)
+        if in_bf16 and not select.infers_in_bf16():
             return None
         decision = self.choose(input)
         if decision.spec is None or decision.backend == "torch":
             return None
         x = input.contiguous(memory_format=torch.channels_last)
         chain = decision.spec.chain._replace(pool=True) if pool else decision.spec.chain
-        drop_path_scale = decision.spec.drop_path_scale(x, *arguments, **named)
-        y = autograd.run(decision.backend, chain, x, drop_path_scale, decision.spec.packed)
-        return y.contiguous(memory_format=memory_format(input)) if self.keeps_memory_format and not pool else y
+        y: Tensor | None
+        if in_bf16:
+            y = autograd.infer_packed(chain, x, decision.spec.packed)
+        else:
+            drop_path_scale = decision.spec.drop_path_scale(x, *arguments, **named)
+            y = autograd.run(decision.backend, chain, x, drop_path_scale, decision.spec.packed)
+        if y is None or pool or not self.keeps_memory_format:
+            return y
+        return y.contiguous(memory_format=memory_format(input))
 
     def choose(self, x: Tensor) -> Decision:
         """What runs the module on ``x``, and why."""
@@ -81,7 +88,9 @@ class FusedModule(nn.Module):
             return Decision("torch", spec)
         backend = select.backend_for(call, force)
         reason = select.fallback_reason(backend, call)
-        if reason is None and backend == "cpu" and torch.is_autocast_enabled("cpu"):
+        if reason is not None and force is None and call.dtype is torch.bfloat16 and backend == "cpu":
+            reason = select.bf16_fallback_reason(call) or _unpacked(spec)
+        elif reason is None and backend == "cpu" and torch.is_autocast_enabled("cpu"):
             # Without autocast parameters of another dtype than the input's are an error of the caller's.
             reason = _parameters_of_other_dtypes(spec.chain)
         if reason is not None and force == backend:
@@ -117,6 +126,17 @@ def _missing_kernel(backend: PrimitivesBackend, chain: Chain) -> str | None:
     for layer in chain.layers:
         if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
             return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
+    return None
+
+
+def _unpacked(spec: ChainSpec) -> str | None:
+    """Why no packed network infers a chain in bfloat16, or None; the native primitives do not compute in it."""
+    if spec.chain.batch_statistics:
+        return "the native kernels compute in float32, not bfloat16, where BatchNorm takes the batch's statistics"
+    if any(layer.weight.dtype != torch.bfloat16 for layer in spec.chain.layers):
+        return "the input is in bfloat16, and weights are not"
+    if spec.packed is None or spec.packed.is_refused(torch.bfloat16):
+        return "the native kernels compute in float32, not bfloat16, what cannot be packed"
     return None
 
 

@@ -30,7 +30,7 @@ class StepProfile(NamedTuple):
 
 
 class Network:
-    """Chains that run in one native call, in the dtype of the weights: float32 or bfloat16. Weights are packed here.
+    """Chains that run in one native call, in float32 or bfloat16. Weights are packed here.
 
     In bfloat16 every map is rounded to it, what a layer computes between two maps is not.
 
@@ -40,22 +40,30 @@ class Network:
         chains: each reads the output of the one before; norms are those of eval mode, and are folded. A fully connected
             layer is a 1x1 convolution of one pixel.
         outputs: the numbers of the chains whose outputs are returned, ascending.
+        dtype: of the maps; that of the weights if None. Weights that are not of it are rounded once, after the norms
+            are folded.
         winograd: whether Winograd's transforms may be used, which take sums in another order.
 
-    Raises ValueError where the layers do not fit together, and for weights in bfloat16 where the instruction set in use
-    has no kernels for it.
+    Raises ValueError where the layers do not fit together, and for bfloat16 where the instruction set in use has no
+    kernels for it.
     """
 
-    def __init__(self, chains: Sequence[Chain], outputs: Sequence[int], winograd: bool = True) -> None:
-        first = chains[0].layers[0]
-        self._channels = first.in_channels
-        # The maps are of the type of the weights.
-        bf16 = first.weight.dtype == torch.bfloat16
+    def __init__(
+        self,
+        chains: Sequence[Chain],
+        outputs: Sequence[int],
+        dtype: torch.dtype | None = None,
+        winograd: bool = True,
+    ) -> None:
+        layers = [layer for chain in chains for layer in chain.layers]
+        self._channels = layers[0].in_channels
+        bf16_weights = all(layer.weight.dtype == torch.bfloat16 for layer in layers)
+        bf16 = bf16_weights if dtype is None else dtype == torch.bfloat16
         if bf16:
             check_bf16()
         self._dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
         # The name holds the tensors until they are packed: the extension takes addresses alone.
-        held = [_canonical(chain, self._dtypes[-1]) for chain in chains]
+        held = [_canonical(chain, torch.bfloat16 if bf16_weights else torch.float32) for chain in chains]
         vectors: list[Tensor] = []
         winograd = winograd and os.environ.get("EFFNET_KERNELS_WINOGRAD") != "0"
         described: list[dict[str, object]] = []
@@ -66,7 +74,7 @@ class Network:
             described += [_describe(layer, vectors) | {"winograd": winograd} for layer in chain.layers]
             described[-1] |= {"residual": begin if chain.residual else -1, "pool": chain.pool}
             ends.append(len(described))
-        self._native = extension().Network(described, [ends[index] for index in outputs], bf16)
+        self._native = extension().Network(described, [ends[index] for index in outputs], bf16, bf16_weights)
 
     def run(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
         """The outputs [N, K, H', W'] for images x [N, C, H, W] on the CPU, in any strides, and in the image's dtype.
@@ -105,7 +113,7 @@ class Network:
 
 
 def _canonical(chain: Chain, dtype: torch.dtype) -> Chain:
-    """The chain with its parameters as the extension reads them: weights of the network's dtype, vectors in float32."""
+    """The chain with its parameters as the extension reads them: weights of one dtype, vectors in float32."""
 
     def canonical(t: Tensor) -> Tensor:
         return as_contiguous(t.detach().to("cpu", torch.float32 if t.dim() == 1 else dtype))
