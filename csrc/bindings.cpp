@@ -394,8 +394,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     effnet::release_memory();
   });
   py::class_<effnet::Network>(m, "Network")
-      .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"), py::arg("bf16"),
-           py::arg("bf16_weights"))
+      .def(py::init(&make_network), py::arg("layers"), py::arg("outputs"), py::arg("bf16"), py::arg("bf16_weights"))
       .def("run", &run_network, py::arg("image"), py::arg("batch"), py::arg("height"), py::arg("width"),
            py::arg("outputs"), py::arg("bf16"), py::arg("threads"), py::arg("profiled") = false,
            py::arg("isa") = py::none())

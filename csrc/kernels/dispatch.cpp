@@ -25,14 +25,25 @@ std::string joined(const std::vector<std::string>& names) {
 }
 #endif
 
+#if defined(EFFNET_HAVE_AVX512_BF16) && defined(EFFNET_HAVE_AMX_BF16)
+[[maybe_unused]] MapKernels<Bf16> with_amx(MapKernels<Bf16> kernels) {
+  kernels.gemm_bias_act_residual_sum = amx_bf16_gemm;
+  kernels.gemm_to_floats = amx_bf16_gemm_to_floats;
+  kernels.multiply_add = amx_bf16_multiply_add;
+  kernels.multiply_adds_per_round = amx_bf16_multiply_adds_per_round;
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 const std::vector<const Kernels*>& kernel_table() {
 #if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
   static const Kernels avx512_bf16 = avx512_with("avx512_bf16", avx512_bf16_kernels);
 #endif
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AMX_BF16)
-  static const Kernels amx_bf16 = avx512_with("amx_bf16", amx_bf16_kernels);
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16) && defined(EFFNET_HAVE_AMX_BF16)
+  static const MapKernels<Bf16> by_amx = with_amx(avx512_bf16_kernels);
+  static const Kernels amx_bf16 = avx512_with("amx_bf16", by_amx);
 #endif
   static const std::vector<const Kernels*> table = {
       &scalar_kernels,
@@ -51,7 +62,7 @@ const std::vector<const Kernels*>& kernel_table() {
 #if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
       &avx512_bf16,
 #endif
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AMX_BF16)
+#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16) && defined(EFFNET_HAVE_AMX_BF16)
       &amx_bf16,
 #endif
   };

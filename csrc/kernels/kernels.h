@@ -236,7 +236,10 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 // Of processors with AVX512-BF16, whose other kernels are those of AVX-512.
 extern const MapKernels<Bf16> avx512_bf16_kernels;
-// Of processors that have AMX too.
-extern const MapKernels<Bf16> amx_bf16_kernels;
+// Those of them that processors with AMX have in their own way.
+void amx_bf16_gemm(const Gemm<Bf16>& gemm);
+void amx_bf16_gemm_to_floats(const Gemm<Bf16, float>& gemm);
+float amx_bf16_multiply_add(std::int64_t rounds);
+constexpr int amx_bf16_multiply_adds_per_round = 4 * 16 * 32 * 16;
 
 }  // namespace effnet

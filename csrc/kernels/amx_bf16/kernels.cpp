@@ -1,7 +1,5 @@
-// The kernels for bfloat16 of processors with AMX, which multiplies matrices of it.
-#include "kernels/generic/elementwise.inl.h"
+// The matrix products for bfloat16 of processors with AMX.
 #include "kernels/generic/gemm_amx.inl.h"
-#include "kernels/generic/sixteen_lanes.inl.h"
 
 namespace {
 
@@ -55,23 +53,12 @@ class Amx {
   }
 };
 
-template <class Y>
-void gemm(const effnet::Gemm<Bf16, Y>& call) {
-  if (suits_amx(call)) {
-    gemm_amx<Amx>(call);
-  } else {
-    gemm_12x2(call);
-  }
-}
-
 }  // namespace
 
-const effnet::MapKernels<effnet::Bf16> effnet::amx_bf16_kernels = {
-    gemm<Bf16>,
-    gemm<float>,
-    depthwise_row_16<Bf16>,
-    scale_rows<16, Bf16>,
-    scale_panel<16>,
-    multiply_add_amx<Amx>,
-    multiply_adds_per_amx_round,
-};
+void effnet::amx_bf16_gemm(const Gemm<Bf16>& gemm) {
+  gemm_amx<Amx>(gemm, avx512_bf16_kernels.gemm_bias_act_residual_sum);
+}
+void effnet::amx_bf16_gemm_to_floats(const Gemm<Bf16, float>& gemm) {
+  gemm_amx<Amx>(gemm, avx512_bf16_kernels.gemm_to_floats);
+}
+float effnet::amx_bf16_multiply_add(std::int64_t rounds) { return multiply_add_amx<Amx>(rounds); }

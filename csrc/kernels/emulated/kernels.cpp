@@ -21,8 +21,8 @@ constexpr effnet::MapKernels<Bf16> bf16_kernels = {
     scale_panel<16>,           multiply_add_bf16<16>,      2 * 16 * peak_chains,
 };
 
-// What AMX's instructions compute, of tiles in memory: a product adds up the first numbers of all pairs, then the second
-// ones, and adds both sums to the tile of sums. Denormal numbers count as zero throughout.
+// What AMX's instructions compute, of tiles in memory: a product adds up the first numbers of all pairs, then the
+// second ones, and adds both sums to the tile of sums. Denormal numbers count as zero throughout.
 class EmulatedAmx {
  public:
   explicit EmulatedAmx(const AmxShape& shape) : shape_(shape) {}
@@ -34,29 +34,11 @@ class EmulatedAmx {
   template <int I>
   void load_tile(const Bf16* from, std::int64_t row_bytes) {
     const bool is_a = I == amx_a || I == amx_last_a;
-    const int rows = is_a ? shape_.rows : pairs(I);
-    for (int row = 0; row < rows; ++row) {
-      memcpy(operands_[I - amx_sums][row], from + row * row_bytes / std::int64_t{sizeof(Bf16)},
-             sizeof(std::uint32_t) * (is_a ? pairs(I) : effnet::panel_columns));
-    }
+    load_rows(operands_[I - amx_sums], from, row_bytes, is_a ? shape_.rows : pairs(I), is_a ? pairs(I) : amx_rows);
   }
   template <int Sums, int A, int B>
   void multiply() {
-    for (int row = 0; row < shape_.rows; ++row) {
-      F<16> first{}, second{};
-      for (int pair = 0; pair < pairs(B); ++pair) {
-        const U<16> a = U<16>{} + operands_[A - amx_sums][row][pair];
-        U<16> b;
-        memcpy(&b, operands_[B - amx_sums][pair], sizeof b);
-        // The lower half of a pair is its first number; with zeros as the other, only its product is added.
-        first = dot<16>(first, a << 16, b << 16);
-        second = dot<16>(second, a & 0xffff0000u, b & 0xffff0000u);
-      }
-      const auto add = [](F<16> x, F<16> y) {
-        return as_floats<16>(without_denormals<16>(as_bits<16>(x + y)));
-      };
-      store<16>(sums_[Sums][row], add(load<16>(sums_[Sums][row]), add(first, second)));
-    }
+    multiply_rows(sums_[Sums], operands_[A - amx_sums], operands_[B - amx_sums], pairs(B));
   }
   template <int I>
   void store_tile(float* to) {
@@ -64,25 +46,52 @@ class EmulatedAmx {
   }
 
  private:
+  using Sums = float[amx_rows][effnet::panel_columns];
+  using Pairs = std::uint32_t[amx_rows][amx_pairs];
+
   int pairs(int index) const { return index == amx_a || index == amx_b ? amx_pairs : shape_.last_pairs; }
 
+  EFFNET_NOINLINE static void load_rows(Pairs& to, const Bf16* from, std::int64_t row_bytes, int rows, int pairs) {
+    for (int row = 0; row < rows; ++row) {
+      const Bf16* begin = from + row * row_bytes / std::int64_t{sizeof(Bf16)};
+      memcpy(to[row], begin, sizeof(std::uint32_t) * static_cast<std::size_t>(pairs));
+    }
+  }
+
+  EFFNET_NOINLINE void multiply_rows(Sums& sums, const Pairs& a, const Pairs& b, int pairs) const {
+    const auto add = [](F<16> x, F<16> y) { return as_floats<16>(without_denormals<16>(as_bits<16>(x + y))); };
+    for (int row = 0; row < shape_.rows; ++row) {
+      F<16> first{}, second{};
+      for (int pair = 0; pair < pairs; ++pair) {
+        const U<16> left = U<16>{} + a[row][pair];
+        U<16> right;
+        memcpy(&right, b[pair], sizeof right);
+        // The lower half of a pair is its first number; with zeros as the other, only its product is added.
+        first = dot<16>(first, left << 16, right << 16);
+        second = dot<16>(second, left & 0xffff0000u, right & 0xffff0000u);
+      }
+      store<16>(sums[row], add(load<16>(sums[row]), add(first, second)));
+    }
+  }
+
   const AmxShape shape_;
-  float sums_[amx_sums][amx_rows][effnet::panel_columns];
-  std::uint32_t operands_[4][amx_rows][effnet::panel_columns];  // pairs
+  Sums sums_[amx_sums];
+  Pairs operands_[4];
 };
 
 template <class Y>
-void gemm_amx_or_3x4(const effnet::Gemm<Bf16, Y>& gemm) {
-  if (suits_amx(gemm)) {
-    gemm_amx<EmulatedAmx>(gemm);
-  } else {
-    gemm_16<3, 4>(gemm);
-  }
+void gemm_by_tiles(const effnet::Gemm<Bf16, Y>& gemm) {
+  gemm_amx<EmulatedAmx>(gemm, gemm_16<3, 4, Bf16, Y>);
 }
 
 constexpr effnet::MapKernels<Bf16> tile_kernels = {
-    gemm_amx_or_3x4<Bf16>, gemm_amx_or_3x4<float>,        depthwise_row_16<Bf16>,      scale_rows<16, Bf16>,
-    scale_panel<16>,       multiply_add_amx<EmulatedAmx>, multiply_adds_per_amx_round,
+    gemm_by_tiles<Bf16>,
+    gemm_by_tiles<float>,
+    depthwise_row_16<Bf16>,
+    scale_rows<16, Bf16>,
+    scale_panel<16>,
+    multiply_add_amx<EmulatedAmx>,
+    effnet::amx_bf16_multiply_adds_per_round,
 };
 
 constexpr Tiles sixteen_lanes = {gemm_16<3, 4, float, float>, depthwise_row_16<float>, weight_gradient<16, 2, 1>,
