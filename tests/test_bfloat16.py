@@ -44,13 +44,17 @@ def _fastest() -> Iterator[None]:
     [("efficientnet_b0", 96), ("tf_efficientnet_lite0", 65), ("efficientnet_v2_s", 64), ("efficientnet_b4", 64)],
 )
 def test_as_accurate_as_torch_in_bfloat16(name, size):
-    model, x = randomize(getattr(ek, name)(num_classes=10)).eval(), torch.randn(2, 3, size, size)
-    engine = engine_of(model)
-    exact = in_float64(model, x)
-    with torch.inference_mode(), ek.use_backend("torch"):
-        theirs = model.to(BF16)(x.to(BF16))
-    # Both round as often. Which of them has more luck differs by network, by a fifth.
-    assert relative_rms(engine(x), exact) <= 1.25 * relative_rms(theirs, exact)
+    ours, theirs = [], []
+    # Both round as often, and which of them has more luck differs by the weights.
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x = randomize(getattr(ek, name)(num_classes=10)).eval(), torch.randn(2, 3, size, size)
+        engine = engine_of(model)
+        exact = in_float64(model, x)
+        ours.append(relative_rms(engine(x), exact))
+        with torch.inference_mode(), ek.use_backend("torch"):
+            theirs.append(relative_rms(model.to(BF16)(x.to(BF16)), exact))
+    assert sum(ours) <= sum(theirs)
 
 
 def test_accuracy_of_an_untrained_network():
@@ -175,7 +179,10 @@ with cpu.use_isa("{isa}"):
 def test_refused_where_the_instruction_is_missing():
     model, x = small(), torch.randn(2, 3, 33, 47)
     engine = engine_of(model)
-    message = r"dtype: expected an .* that multiplies in bfloat16 \(avx512_bf16 or amx_bf16\), got 'scalar'; .*scalar"
+    message = (
+        r"dtype: expected an instruction set that multiplies in bfloat16 \(avx512_bf16 or amx_bf16\), "
+        r"got 'scalar'; .*scalar"
+    )
     with cpu.use_isa("scalar"):
         with pytest.raises(ValueError, match=message):
             engine_of(model)

@@ -158,6 +158,17 @@ def test_in_bfloat16(name: str, autocast: bool, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", BF16_ISAS)
+def test_channels_that_cannot_be_packed_in_bfloat16(isa: str) -> None:
+    timm_blocks = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
+    module = randomize(ek.accelerate(timm_blocks.InvertedResidual(12, 12, exp_ratio=3.0))).eval().to(BF16)
+    x = torch.randn(2, 12, 9, 9).to(BF16)
+    with running(isa, 1), torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(module(x), eager(module, x))
+            assert {row.backend for row in ek.explain(module, x)} == {"torch"}
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
 @pytest.mark.parametrize("change", [add, in_data, other_memory, other_strides])
 def test_every_change_is_seen_in_bfloat16(change: Callable[[Tensor], None], isa: str) -> None:
     module, x = block("no expand, residual", BF16)
@@ -173,7 +184,7 @@ def test_every_change_is_seen_in_bfloat16(change: Callable[[Tensor], None], isa:
 
 @pytest.mark.parametrize("isa", BF16_ISAS)
 def test_what_torch_computes_in_bfloat16(isa: str) -> None:
-    """Gradients, batch statistics, channels that cannot be packed and weights of another dtype."""
+    """Gradients, batch statistics, other devices and weights of another dtype."""
     module, x = block("expand", BF16)
     with running(isa, 1):
         with torch.enable_grad():
@@ -185,6 +196,10 @@ def test_what_torch_computes_in_bfloat16(isa: str) -> None:
             statistics = trained.state_dict()["block.0.1.running_mean"].clone()
             trained(x)
             assert not torch.equal(trained.state_dict()["block.0.1.running_mean"], statistics)
+            elsewhere = copy.deepcopy(module).to("meta")
+            assert {row.backend for row in ek.explain(elsewhere, x.to("meta"))} == {"torch"}
+            assert elsewhere(x.to("meta")).shape == module(x).shape
+            ek.release_memory()
             with pytest.raises(RuntimeError, match="type"):
                 module.float()(x)
         assert not is_packed(module)

@@ -326,10 +326,8 @@ def _cpu_fallback_reason(call: Call) -> str | None:
 
 
 def bf16_fallback_reason(call: Call) -> str | None:
-    """Why packed networks cannot infer in bfloat16 on the CPU, or None."""
-    if infers_in_bf16() and not torch.is_autocast_enabled("cpu"):
-        return call.unusual
-    return _cpu_fallback_reason(call)
+    """Why packed networks cannot infer a call in bfloat16, or None: they take what the primitives take in float32."""
+    return _cpu_fallback_reason(call._replace(dtype=torch.float32) if infers_in_bf16() else call)
 
 
 _FALLBACK_REASONS: dict[PrimitivesBackend, Callable[[Call], str | None]] = {
