@@ -19,12 +19,6 @@ struct Padding {
   bool any() const { return left != 0 || right != 0 || top != 0 || bottom != 0; }
 };
 
-// Numbers of a pixel in the operand of a dense convolution: pairs for bfloat16, the last one filled up with a zero, so
-// that no pair has numbers of two pixels.
-constexpr std::int64_t padded_channels(Type type, std::int64_t channels) {
-  return type == Type::bf16 ? round_up(channels, 2) : channels;
-}
-
 // Panels that a matrix product reads together.
 constexpr std::int64_t panels_together = 2;
 

@@ -1,7 +1,6 @@
 // Rows of a map with zeros left and right of them, so that a convolution over them has no border.
 #pragma once
 
-#include "engine/layer.h"
 #include "engine/view.h"
 #include "kernels/conv_shape.h"
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/kernels.h"
+#include "platform/buffer.h"
 
 namespace effnet {
 
@@ -14,6 +15,12 @@ template <class T>
 constexpr Type type_of = sizeof(T) == sizeof(Bf16) ? Type::bf16 : Type::f32;
 
 constexpr std::int64_t size_of(Type type) { return type == Type::bf16 ? sizeof(Bf16) : sizeof(float); }
+
+// Numbers of a pixel in the operand of a dense convolution: pairs for bfloat16, the last one filled up with a zero, so
+// that no pair has numbers of two pixels.
+inline std::int64_t padded_channels(Type type, std::int64_t channels) {
+  return type == Type::bf16 ? round_up(channels, 2) : channels;
+}
 
 // Sizes of one image's map.
 struct MapSize {

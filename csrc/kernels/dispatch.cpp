@@ -14,10 +14,12 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
-#if defined(EFFNET_HAVE_AVX512)
+// A compiler that takes the flags of one of these instruction sets takes those of the ones before it, too: AVX-512,
+// AVX512-BF16, AMX.
+#if defined(EFFNET_HAVE_AVX512_BF16)
 // The kernels of AVX-512 with others for bfloat16. Made here, because code that is compiled for an instruction set must
 // not run where it is missing, not even to initialise a table.
-[[maybe_unused]] Kernels avx512_with(const char* isa, const MapKernels<Bf16>& bf16) {
+Kernels avx512_with(const char* isa, const MapKernels<Bf16>& bf16) {
   Kernels kernels = avx512_kernels;
   kernels.isa = isa;
   kernels.bf16 = &bf16;
@@ -25,8 +27,8 @@ std::string joined(const std::vector<std::string>& names) {
 }
 #endif
 
-#if defined(EFFNET_HAVE_AVX512_BF16) && defined(EFFNET_HAVE_AMX_BF16)
-[[maybe_unused]] MapKernels<Bf16> with_amx(MapKernels<Bf16> kernels) {
+#if defined(EFFNET_HAVE_AMX_BF16)
+MapKernels<Bf16> with_amx(MapKernels<Bf16> kernels) {
   kernels.gemm_bias_act_residual_sum = amx_bf16_gemm;
   kernels.gemm_to_floats = amx_bf16_gemm_to_floats;
   kernels.multiply_add = amx_bf16_multiply_add;
@@ -38,10 +40,10 @@ std::string joined(const std::vector<std::string>& names) {
 }  // namespace
 
 const std::vector<const Kernels*>& kernel_table() {
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
+#if defined(EFFNET_HAVE_AVX512_BF16)
   static const Kernels avx512_bf16 = avx512_with("avx512_bf16", avx512_bf16_kernels);
 #endif
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16) && defined(EFFNET_HAVE_AMX_BF16)
+#if defined(EFFNET_HAVE_AMX_BF16)
   static const MapKernels<Bf16> by_amx = with_amx(avx512_bf16_kernels);
   static const Kernels amx_bf16 = avx512_with("amx_bf16", by_amx);
 #endif
@@ -59,10 +61,10 @@ const std::vector<const Kernels*>& kernel_table() {
 #if defined(EFFNET_HAVE_AVX512)
       &avx512_kernels,
 #endif
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16)
+#if defined(EFFNET_HAVE_AVX512_BF16)
       &avx512_bf16,
 #endif
-#if defined(EFFNET_HAVE_AVX512) && defined(EFFNET_HAVE_AVX512_BF16) && defined(EFFNET_HAVE_AMX_BF16)
+#if defined(EFFNET_HAVE_AMX_BF16)
       &amx_bf16,
 #endif
   };

@@ -240,6 +240,7 @@ extern const MapKernels<Bf16> avx512_bf16_kernels;
 void amx_bf16_gemm(const Gemm<Bf16>& gemm);
 void amx_bf16_gemm_to_floats(const Gemm<Bf16, float>& gemm);
 float amx_bf16_multiply_add(std::int64_t rounds);
+// Four products of 16 rows, 32 numbers of the inner dimension and 16 columns.
 constexpr int amx_bf16_multiply_adds_per_round = 4 * 16 * 32 * 16;
 
 }  // namespace effnet

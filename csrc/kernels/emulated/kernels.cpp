@@ -46,7 +46,7 @@ class EmulatedAmx {
   }
 
  private:
-  using Sums = float[amx_rows][effnet::panel_columns];
+  using Floats = float[amx_rows][effnet::panel_columns];
   using Pairs = std::uint32_t[amx_rows][amx_pairs];
 
   int pairs(int index) const { return index == amx_a || index == amx_b ? amx_pairs : shape_.last_pairs; }
@@ -58,7 +58,7 @@ class EmulatedAmx {
     }
   }
 
-  EFFNET_NOINLINE void multiply_rows(Sums& sums, const Pairs& a, const Pairs& b, int pairs) const {
+  EFFNET_NOINLINE void multiply_rows(Floats& sums, const Pairs& a, const Pairs& b, int pairs) const {
     const auto add = [](F<16> x, F<16> y) { return as_floats<16>(without_denormals<16>(as_bits<16>(x + y))); };
     for (int row = 0; row < shape_.rows; ++row) {
       F<16> first{}, second{};
@@ -75,7 +75,7 @@ class EmulatedAmx {
   }
 
   const AmxShape shape_;
-  Sums sums_[amx_sums];
+  Floats sums_[amx_sums];
   Pairs operands_[4];
 };
 

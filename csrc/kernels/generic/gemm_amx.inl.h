@@ -118,12 +118,10 @@ void amx_blocks(const effnet::Gemm<Bf16, Y> (&panels)[N]) {
   alignas(64) AmxSums sums;
   for (std::int64_t begin = 0; begin < rows; begin += height * amx_rows) {
     // The last block has the least height that covers its rows.
-    const std::int64_t tiles = (rows - begin + amx_rows - 1) / amx_rows;
-    const std::int64_t end = tiles > height ? begin + height * amx_rows : rows;
+    const std::int64_t end = begin + height * amx_rows < rows ? begin + height * amx_rows : rows;
+    const std::int64_t tiles = (end - begin + amx_rows - 1) / amx_rows;
     unrolled<1, height + 1>([&](auto h) EFFNET_INLINE_LAMBDA {
-      if (h.value == height ? tiles >= height : tiles == h.value) {
-        amx_products<Amx, h.value>(amx, shape, panels, begin, sums);
-      }
+      if (tiles == h.value) amx_products<Amx, h.value>(amx, shape, panels, begin, sums);
     });
     amx_results(shape, panels, begin, end, sums, place);
   }
