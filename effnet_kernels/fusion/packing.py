@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends import profiling
-from effnet_kernels.backends.cpu.memory import fingerprint, released_with_memory, runs_bf16
+from effnet_kernels.backends.cpu.memory import fingerprint, released_with_memory
 from effnet_kernels.backends.cpu.network import Network
 from effnet_kernels.fusion.spec import Chain
 
@@ -35,12 +35,10 @@ class PackedChains:
         released_with_memory(self)
 
     def infer(self, chain: Chain, x: Tensor) -> Tensor | None:
-        """The chain of x [N, C, H, W], channels-last, on the CPU, float32 or bfloat16, and in its dtype.
+        """The chain of x [N, C, H, W], channels-last, on the CPU, in the dtype of x; None where it cannot be packed.
 
-        None where the chain is none that a packed network computes, or the instruction set has no kernels for bfloat16.
+        That is float32, or bfloat16 where the instruction set has kernels for it (``cpu.runs_bf16()``).
         """
-        if x.dtype is torch.bfloat16 and not runs_bf16():
-            return None
         form = chain.pool, x.dtype
         packed, layout = self._packed.get(form), _layout(self._tensors)
         if packed is None or packed.layout != layout or packed.is_stale(self._tensors):
