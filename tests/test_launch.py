@@ -1,5 +1,8 @@
 """Launches, with a driver that compiles kernels and does not run them."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run_python
@@ -69,7 +72,7 @@ def test_a_kernel_compiled_ahead_is_the_one_that_a_launch_looks_for() -> None:
     assert compile_for(binary_of(launch), gpu_target(90)).hash == compiled.hash
 
 
-def test_kernels_compile_in_processes_of_their_own() -> None:
+def test_kernels_compile_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from effnet_kernels.backends.triton.compilation import compile_in_parallel, distinct, gpu_target
     from effnet_kernels.backends.triton.launch import capture_launches
 
@@ -78,8 +81,15 @@ def test_kernels_compile_in_processes_of_their_own() -> None:
         bn_act_add(x)
         bn_act_add(x.half())
     compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
-    with pytest.raises(RuntimeError, match="1 of 1 compiling processes failed"):
-        compile_in_parallel(distinct(launches)[:1], gpu_target(1), processes=1)
+    with pytest.raises(RuntimeError, match="expected 2 kernels to compile, but 2 failed: bn_act_add_kernel fp16"):
+        compile_in_parallel(distinct(launches)[::-1], gpu_target(1), processes=1)
+    # The system ends a process that takes too much memory.
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(RuntimeError, match=r"bn_act_add_kernel .*: its process ended with status -9"):
+        compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
 
 
 class OnDevice(torch.Tensor):

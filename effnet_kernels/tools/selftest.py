@@ -11,7 +11,7 @@ from effnet_kernels.backends import select
 from effnet_kernels.backends.select import Backend
 from effnet_kernels.interop.verification import without_tf32
 from effnet_kernels.tools import timing
-from effnet_kernels.tools.warmup import warmup
+from effnet_kernels.tools.warmup import Step, compile_steps
 
 
 class Check(NamedTuple):
@@ -94,14 +94,15 @@ def _compile(model: nn.Module, resolution: int, batch: int) -> None:
     """All kernels at once in parallel, rather than one by one as they are met."""
     few, many = (4, 3, resolution, resolution), (batch, 3, resolution, resolution)
     half = copy.deepcopy(model).half()
-    for network, shape, train, dtype in (
-        (model, few, True, None),
-        (model, few, False, None),
-        (half, few, False, None),
-        (half, many, False, None),
-        (model, many, True, torch.float16),
-    ):
-        warmup(network, shape, train, dtype, smaller_batches=False)
+    compile_steps(
+        [
+            Step(model, few),
+            Step(model, few, train=False),
+            Step(half, few, train=False),
+            Step(half, many, train=False),
+            Step(model, many, dtype=torch.float16),
+        ]
+    )
 
 
 def _device() -> dict[str, str]:

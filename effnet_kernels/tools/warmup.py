@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,25 @@ def warmup(
         BackendError: the kernels cannot run here.
         ValueError: the model is not on a GPU, or a shape that is not [N, C, H, W].
     """
+    _check_shape(shape)
+    # Configurations differ by the power of two above a batch.
+    batches = [2**power for power in range((shape[0] - 1).bit_length())] if smaller_batches else []
+    return compile_steps([Step(model, (batch, *shape[1:]), train, dtype) for batch in (shape[0], *batches)], processes)
+
+
+class Step(NamedTuple):
+    """A step of a network whose kernels are to be compiled: the arguments of :func:`warmup`."""
+
+    model: nn.Module
+    shape: Sequence[int]
+    train: bool = True
+    dtype: torch.dtype | None = None
+
+
+def compile_steps(steps: Sequence[Step], processes: int | None = None) -> int:
+    """Compiles the kernels of several steps on one GPU, all at once, and returns how many they are."""
     with select.use_backend("triton"):
-        device = next(_tensors(model)).device
+        device = next(_tensors(steps[0].model)).device
         if device.type != "cuda":
             raise ValueError(f"expected a model on a GPU, got one on {device}")
         from effnet_kernels.backends.triton.compilation import compile_in_parallel, distinct, gpu_target
@@ -52,12 +69,7 @@ def warmup(
 
         target = device_target(device)
         with use_target(target):
-            launches = launches_of_step(model, shape, train, dtype)
-            # Configurations differ by the power of two above a batch.
-            batches = [2**power for power in range((shape[0] - 1).bit_length())] if smaller_batches else []
-            for batch in batches:
-                launches += launches_of_step(model, (batch, *shape[1:]), train, dtype)
-            binaries = distinct(launches)
+            binaries = distinct(launch for step in steps for launch in launches_of_step(*step))
         compile_in_parallel(binaries, gpu_target(target.architecture), processes)
     return len(binaries)
 
@@ -71,8 +83,7 @@ def launches_of_step(
     """
     from effnet_kernels.backends.triton.launch import capture_launches
 
-    if len(shape) != 4:
-        raise ValueError(f"shape: expected [N, C, H, W], got {tuple(shape)}")
+    _check_shape(shape)
     hollow = without_data(model).train(train)
     own = next(t.dtype for t in _tensors(hollow) if t.is_floating_point())
     x = torch.empty(*shape, dtype=own, device="meta").contiguous(memory_format=torch.channels_last)
@@ -88,6 +99,11 @@ def launches_of_step(
             outputs = [y] if isinstance(y, Tensor) else list(y)
             torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
     return launches
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) != 4:
+        raise ValueError(f"shape: expected [N, C, H, W], got {tuple(shape)}")
 
 
 @contextlib.contextmanager

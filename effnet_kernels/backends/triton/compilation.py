@@ -1,11 +1,14 @@
 """The binaries of a launch trace, compiled ahead of time, for the GPU of this machine or for any other."""
 
+import collections
+import contextlib
 import importlib
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -112,30 +115,73 @@ def compile_for(binary: Binary, target: GPUTarget) -> Any:
         config._active = active
 
 
-def compile_in_parallel(binaries: list[Binary], target: GPUTarget, processes: int | None = None) -> None:
-    """Fills Triton's cache with the binaries, where later launches find them."""
+def compile_in_parallel(binaries: Sequence[Binary], target: GPUTarget, processes: int | None = None) -> None:
+    """Fills Triton's cache with the binaries, where later launches find them.
+
+    Raises RuntimeError, after all that compile are there, naming those that do not.
+    """
+    # The slowest first, because one that is begun last would keep a single process busy: up to twenty seconds for a
+    # depthwise convolution's backward, whose K x K products are unrolled.
+    pending = collections.deque(sorted(binaries, key=lambda binary: dict(binary.constants).get("K", 0), reverse=True))
     count = min(len(binaries), processes or os.cpu_count() or 1)
-    # Separate interpreters, because multiprocessing would import the caller's script again.
+    with ThreadPoolExecutor(max(count, 1)) as pool:
+        workers = [pool.submit(_compile_in_process, pending, target) for _ in range(count)]
+        errors = [error for worker in workers for error in worker.result()]
+    if errors:
+        failed = "; ".join(errors)
+        raise RuntimeError(f"expected {len(binaries)} kernels to compile, but {len(errors)} failed: {failed}")
+
+
+def _compile_in_process(pending: "collections.deque[Binary]", target: GPUTarget) -> list[str]:
+    """Lets one other process compile binaries for as long as any are pending; what went wrong."""
+    # An interpreter of its own, because multiprocessing would import the caller's script again.
     command = [sys.executable, "-c", "from effnet_kernels.backends.triton.compilation import work; work()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(count)]
-    for index, worker in enumerate(workers):
+    errors = []
+    with (
+        # What a process that has died was not sent.
+        contextlib.suppress(BrokenPipeError),
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as worker,
+    ):
         assert worker.stdin is not None
-        pickle.dump((binaries[index::count], tuple(target.__dict__.values())), worker.stdin)
-        worker.stdin.close()
-    failed = [worker.returncode for worker in workers if worker.wait() != 0]
-    if failed:
-        raise RuntimeError(f"expected the kernels to compile, but {len(failed)} of {count} compiling processes failed")
+        assert worker.stdout is not None
+        while True:
+            try:
+                binary = pending.popleft()
+            except IndexError:
+                break
+            try:
+                pickle.dump((binary, tuple(target.__dict__.values())), worker.stdin)
+                worker.stdin.flush()
+                error = pickle.load(worker.stdout)
+            except (EOFError, OSError):
+                errors.append(f"{binary}: its process ended with status {worker.wait()}")
+                break
+            if error is not None:
+                errors.append(f"{binary}: {error}")
+    return errors
 
 
 def work() -> None:
-    """The work of one process of :func:`compile_in_parallel`: compiles the binaries that it receives."""
-    binaries, target = pickle.load(sys.stdin.buffer)
-    for binary in binaries:
-        compiled = compile_for(binary, GPUTarget(*target))
-        if torch.cuda.is_available():
-            # Up to 3.6 Triton also compiles a launcher in C for each signature, and keeps it in the same cache.
-            triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+    """The work of a process of :func:`compile_in_parallel`: compiles each binary that it receives, and says how."""
+    # Whatever prints goes to stderr, so that the answers are alone.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            binary, target = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        error = None
+        try:
+            compiled = compile_for(binary, GPUTarget(*target))
+            if torch.cuda.is_available():
+                # Up to 3.6 Triton also compiles a launcher in C for each signature, and keeps it in the same cache.
+                triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"[:500]
+        pickle.dump(error, answers)
+        answers.flush()
 
 
 def _restored(module: str, name: str, *fields: Any) -> Binary:
