@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -184,6 +185,27 @@ def test_batches_of_gradients(name: str, training: bool) -> None:
     for what, gradients in found.items():
         for g, right in zip(gradients, found["one by one"], strict=True):
             assert torch.equal(g, right), what
+
+
+def test_batches_of_gradients_in_another_thread() -> None:
+    """Autograd computes the gradients of a GPU in a thread of its own."""
+    from torch._vmap_internals import _vmap
+
+    from effnet_kernels.fusion.first_order import first_order
+
+    def scaled(ctx: None, g: Tensor, factor: Tensor) -> tuple[Tensor, None]:
+        return g * factor.sum(), None
+
+    def elsewhere(g: Tensor) -> Tensor:
+        with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+            # Grad mode is the thread's, too.
+            found: Tensor = pool.submit(torch.no_grad()(first_order(scaled)), None, g, torch.ones(3)).result()[0]
+        return found
+
+    for grads in (torch.randn(5, 4), torch.randn(1, 4)):
+        assert torch.equal(_vmap(elsewhere)(grads), grads * 3)
+    grads = torch.randn(2, 5, 4)
+    assert torch.equal(_vmap(_vmap(elsewhere))(grads), grads * 3)
 
 
 def test_batches_of_gradients_of_the_public_operators() -> None:

@@ -43,9 +43,8 @@ def _looped(backward: Backward, grads: Gradients) -> Gradients:
     # There are two kinds of batches: those of torch.autograd's own loop and those of torch.vmap.
     legacy = any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads)
     if legacy:
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
-        unbatched = [g if g is None or not _is_batched(g) else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+        level = max(level for g in grads if g is not None for level in _legacy_levels(g))
+        unbatched = [g if g is None or level not in _legacy_levels(g) else _split_off(g, level) for g in grads]
     else:
         level = max(_functorch.maybe_get_level(g) for g in grads if g is not None)
         unbatched = [g if g is None else _moved_to_front(g, level) for g in grads]
@@ -60,6 +59,23 @@ def _looped(backward: Backward, grads: Gradients) -> Gradients:
     return tuple(
         None if column[0] is None else add(torch.stack(column), 0, level) for column in zip(*items, strict=True)
     )
+
+
+def _legacy_levels(g: Tensor) -> list[int]:
+    """The levels at which a gradient is a batch of torch.autograd's own loop; they count from one, up to 64.
+
+    torch's counter of levels belongs to the thread that asked for the gradients, and autograd computes those of a GPU
+    in another.
+    """
+    if not _functorch.is_legacy_batchedtensor(g):
+        return []
+    # Where there is no batch, torch makes one of the size that it is given.
+    return [n for n in range(1, 65) if _split_off(g, n, size=1).shape[0] == _split_off(g, n, size=2).shape[0]]
+
+
+def _split_off(g: Tensor, level: int, size: int = 1) -> Tensor:
+    split: Tensor = torch._remove_batch_dim(g, level, size, 0)
+    return split
 
 
 def _moved_to_front(g: Tensor, level: int) -> Tensor:

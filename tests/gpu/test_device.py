@@ -41,7 +41,7 @@ def step(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def assert_same_step(model: nn.Module, other: nn.Module) -> None:
-    """Bit for bit, as the kernels repeat themselves."""
+    """Bit for bit, as the kernels repeat themselves; torch's dense convolutions do so in one thread and one layout."""
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
@@ -81,7 +81,7 @@ def test_two_threads() -> None:
         for future in [pool.submit(run, model, x) for model, x in zip(models, images, strict=True)]:
             future.result()
     for model, other in zip(models, expected, strict=True):
-        assert_same_step(model, other)
+        assert_gradients_close(model, other)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -127,7 +127,9 @@ def test_a_first_launch_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPa
     model, x = network().eval(), channels_last(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
-        monkeypatch.setattr(launch, "_handles", {})
+        # Launchers hold the dictionary itself; as a patched item it gets its entries back.
+        for key in list(launch._handles):
+            monkeypatch.delitem(launch._handles, key)
         with (
             pytest.raises(RuntimeError, match="first launch before a CUDA graph is captured"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
@@ -166,7 +168,8 @@ def test_saved_tensors_in_pinned_memory() -> None:
     step(other, x)
     with torch.autograd.graph.save_on_cpu(pin_memory=True):
         step(model, x)
-    assert_same_step(model, other)
+    # What is saved loses its strides, for which torch computes its dense convolutions in another way.
+    assert_gradients_close(model, other)
 
 
 def test_ddp(tmp_path: Path) -> None:
