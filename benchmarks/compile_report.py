@@ -4,9 +4,9 @@
 
 The launches of whole steps are captured on meta tensors of full size, with each target's launch configurations, in
 training and at inference, at batches of 1, 64 and 256. Every distinct binary is compiled and disassembled: registers,
-spills, shared memory and the width of accesses to maps. The script fails where a binary does not compile, spills (on
-NVIDIA's and on AMD's data center targets), exceeds the target's shared memory, or where a pointwise convolution reads
-or writes maps in less than 16 bytes a thread.
+spills, shared memory and the width of accesses to maps. The script fails where a binary does not compile, spills more
+than ``SPILLS`` allows (on NVIDIA's and on AMD's data center targets), exceeds the target's shared memory, or where a
+pointwise convolution reads or writes maps in less than 16 bytes a thread.
 
 For an H100 the script also estimates, launch by launch, how near the code can come to the limit of device memory, and
 whether enough loads are in flight to reach it. This is a model, not a measurement. "bound" is the time to move each
@@ -46,6 +46,8 @@ MULTIPROCESSORS: dict[int | str, int] = {
     "gfx942": 304,
     "gfx1100": 96,
 }
+# The bytes of spills that cost less than what avoids them, as an H200 measured.
+SPILLS = {"excite_kernel": 96, "excite_backward_kernel": 48}
 MODELS = ("efficientnet_b0", "efficientnet_b4", "efficientnet_v2_s")
 BATCHES = (1, 64, 256)
 # Faults of these targets are reported, but are no failure: the rules are not made for AMD's consumer GPUs.
@@ -107,7 +109,7 @@ def faults(binary: Binary, code: Code | str, architecture: int | str) -> list[st
     found = []
     if code.shared > SHARED_LIMITS[architecture]:
         found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_LIMITS[architecture]}")
-    if code.spills:
+    if code.spills > SPILLS.get(binary.kernel.__name__, 0):
         found.append(f"{code.spills} bytes of spills")
     if binary.kernel.__name__.startswith("pointwise_conv") and _wide(binary) and code.access < 16:
         found.append(f"accesses to maps of {code.access} bytes")

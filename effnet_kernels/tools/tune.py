@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "gemm": {
         "block_m": (32, 64, 128),
-        "block_n": (32, 64, 128),
+        "block_n": (16, 32, 64, 128),
+        "block_k": (16, 32, 64),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
-    "weight_gradient": {"block_n": (64, 128), "block_k": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "weight_gradient": {"block_n": (32, 64, 128), "block_k": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
     "depthwise": {"width": (4, 7, 8), "strips": (4, 8), "num_warps": (2, 4)},
     "depthwise_backward": {"width": (2, 4, 7), "strips": (4, 8), "num_warps": (2, 4)},
 }

@@ -25,7 +25,8 @@ launch_merge_statistics = launcher(merge_statistics_kernel)
 
 # The most partial results of a channel that a pass over a map leaves; the kernels on vectors merge them.
 MAX_PARTIALS = 256
-_BLOCK_PARTIALS, _BLOCK_VECTOR = 64, 16
+# So that all partial results of a channel are loaded at once, and there are programs enough to load them.
+_BLOCK_PARTIALS, _BLOCK_VECTOR, _WARPS_VECTOR = 256, 8, 8
 
 
 def channel_statistics(y: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def merge_statistics(partials: Tensor) -> Tensor:
         C=channels,
         BLOCK_P=_BLOCK_PARTIALS,
         BLOCK_C=_BLOCK_VECTOR,
-        num_warps=4,
+        num_warps=_WARPS_VECTOR,
     )
     return stats
 
@@ -166,7 +167,7 @@ def finalize_batch_norm(
         SKIP_NONFINITE=skip_nonfinite,
         BLOCK_P=_BLOCK_PARTIALS,
         BLOCK_C=_BLOCK_VECTOR,
-        num_warps=4,
+        num_warps=_WARPS_VECTOR,
     )
     return folded
 
@@ -198,6 +199,6 @@ def finalize_batch_norm_backward(
         BATCH_STATISTICS=batch_statistics,
         BLOCK_P=_BLOCK_PARTIALS,
         BLOCK_C=_BLOCK_VECTOR,
-        num_warps=4,
+        num_warps=_WARPS_VECTOR,
     )
     return coefficients, dweight, dbias

@@ -145,6 +145,7 @@ def pointwise_conv_backward_data(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        SUM_ROWS=config.sum_rows(like.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
@@ -213,18 +214,18 @@ def pointwise_conv_backward(
 
 
 def sum_partials(partials: Tensor) -> Tensor:
-    """The sum over the first dimension, in order: [P, ...] to [...], fp32; nothing is launched for a single partial."""
+    """The sum over the first dimension: [P, ...] to [...], fp32; nothing is launched for a single partial."""
     if partials.shape[0] == 1:
         return partials[0]
     total = torch.empty(partials.shape[1:], dtype=torch.float32, device=partials.device)
-    block = 512
-    grid = (-(-total.numel() // block), 1, 1)
+    block = 128
     launch_sum_partials(
-        grid,
+        (-(-total.numel() // block), 1, 1),
         partials_ptr=partials,
         out_ptr=total,
         P=partials.shape[0],
         size=total.numel(),
+        BLOCK_P=16,
         BLOCK=block,
         num_warps=4,
     )

@@ -112,6 +112,7 @@ def excite(
         BLOCK_S=config.block_s,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return gate, mean, hidden
 
@@ -165,6 +166,7 @@ def excite_backward(
         BLOCK_S=config.block_s,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return offset, grad_logits, grad_hidden, norm_sums
 

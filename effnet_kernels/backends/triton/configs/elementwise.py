@@ -20,7 +20,8 @@ class StreamConfig(NamedTuple):
 def stream(groups: int, rows: int, channels: int, target: Target, partials: int | None = None) -> StreamConfig:
     """For ``groups`` (samples, or 1) of ``rows`` pixels: about eight programs a multiprocessor.
 
-    ``partials`` bounds the programs of a group, where each of them writes a partial result.
+    ``partials`` bounds the programs of a group, where each of them writes a partial result. Where it leaves fewer than
+    four a multiprocessor, tiles are twice as high, so that as many bytes are on their way.
     """
     block_c = 64 if channels > 32 else 32
     block_m = 4096 // block_c
@@ -28,6 +29,8 @@ def stream(groups: int, rows: int, channels: int, target: Target, partials: int 
     tiles = -(-rows // block_m)
     wanted = max(1, 8 * target.multiprocessors // (groups * blocks))
     num_programs = min(tiles, wanted if partials is None else min(wanted, partials))
+    if groups * blocks * num_programs < 4 * target.multiprocessors and tiles >= 2 * num_programs:
+        block_m *= 2
     return StreamConfig(block_m, block_c, num_programs, target.max_registers())
 
 
@@ -41,7 +44,8 @@ class ExcitationConfig(NamedTuple):
     block_s: int
     block_c: int
     num_programs: int
-    num_warps: int = 8
+    num_warps: int
+    max_registers: int | None
 
 
 @cached_rule
@@ -50,4 +54,5 @@ def excitation(samples: int, channels: int, squeezed: int, target: Target) -> Ex
     block_s = next(size for size in (16, 64, 256, MAX_SQUEEZED) if squeezed <= size)
     block_c = {16: 256, 64: 128, 256: 32, 1024: 16}[block_s]
     num_programs = min(-(-channels // block_c), max(1, target.multiprocessors // samples))
-    return ExcitationConfig(block_s, block_c, num_programs)
+    warps = 4 if block_s <= 64 else 8
+    return ExcitationConfig(block_s, block_c, num_programs, warps, target.max_registers())

@@ -169,6 +169,16 @@ def output_gradient(
     return tl.where(mask, dy, 0.0)
 
 
+@triton.jit
+def sum_within_threads(t, SUM_ROWS: tl.constexpr):
+    """The sums [SUM_ROWS, BLOCK_N] of every SUM_ROWS-th row of a tile t [BLOCK_M, BLOCK_N].
+
+    With as many rows as all threads of a program hold at once, each thread adds up its own values, and threads need not
+    exchange theirs until the last tile.
+    """
+    return tl.sum(tl.reshape(t, [t.shape[0] // SUM_ROWS, SUM_ROWS, t.shape[1]]), axis=0)
+
+
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
 def pointwise_conv_backward_data_kernel(
     grad_ptr,
@@ -201,6 +211,7 @@ def pointwise_conv_backward_data_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
 ):
     """dq[m, n] = sum over k of dy[m, k] * weight[k, n], the gradient of the activated and gated input.
 
@@ -219,6 +230,8 @@ def pointwise_conv_backward_data_kernel(
         grad_scale = sum of dq * u' * (x - mean)
         slope = sum of u'
         centred_slope = sum of u' * (x - mean)
+
+    Until the last tile they are sums of every SUM_ROWS-th row, see :func:`sum_within_threads`.
     """
     N = in_quotient * IN_DIVISOR
     K = out_quotient * OUT_DIVISOR
@@ -227,11 +240,11 @@ def pointwise_conv_backward_data_kernel(
     n_inside = n < N
     m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     tiles = tl.cdiv(rows, BLOCK_M)
-    grad_gate = tl.zeros([BLOCK_N], tl.float32)
-    grad_shift = tl.zeros([BLOCK_N], tl.float32)
-    grad_scale = tl.zeros([BLOCK_N], tl.float32)
-    slope = tl.zeros([BLOCK_N], tl.float32)
-    centred_slope = tl.zeros([BLOCK_N], tl.float32)
+    grad_gate = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
+    grad_shift = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
+    grad_scale = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
+    slope = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
+    centred_slope = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
     for tile in range(tl.program_id(1), groups * tiles, tl.num_programs(1)):
         group = owner * groups + tile // tiles
         start = (tile % tiles) * BLOCK_M
@@ -274,12 +287,12 @@ def pointwise_conv_backward_data_kernel(
             u, derivative = activate_and_differentiate(x * scale[None, :] + shift[None, :], ACT)  # [BLOCK_M, BLOCK_N]
             # dq is zero in rows past the end, but the derivative is not.
             derivative = tl.where(mask, derivative, 0.0)
-            grad_gate += tl.sum(dq * u, axis=0)
-            slope += tl.sum(derivative, axis=0)
-            centred_slope += tl.sum(derivative * centred, axis=0)
+            grad_gate += sum_within_threads(dq * u, SUM_ROWS)
+            slope += sum_within_threads(derivative, SUM_ROWS)
+            centred_slope += sum_within_threads(derivative * centred, SUM_ROWS)
             dz = derivative * dq  # [BLOCK_M, BLOCK_N], without the gate
-            grad_shift += tl.sum(dz, axis=0)
-            grad_scale += tl.sum(dz * centred, axis=0)
+            grad_shift += sum_within_threads(dz, SUM_ROWS)
+            grad_scale += sum_within_threads(dz * centred, SUM_ROWS)
             if APPLY_ACT_GRAD:
                 dx = dz * load_row(gate_ptr, group, N, n, n_inside, 1.0)[None, :]
         if grad_residual_ptr is not None:
@@ -287,11 +300,11 @@ def pointwise_conv_backward_data_kernel(
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
         sums = sums_ptr + (owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 5 * N + n  # [BLOCK_N]
-        tl.store(sums, grad_gate, mask=n_inside)
-        tl.store(sums + N, grad_shift, mask=n_inside)
-        tl.store(sums + 2 * N, grad_scale, mask=n_inside)
-        tl.store(sums + 3 * N, slope, mask=n_inside)
-        tl.store(sums + 4 * N, centred_slope, mask=n_inside)
+        tl.store(sums, tl.sum(grad_gate, axis=0), mask=n_inside)
+        tl.store(sums + N, tl.sum(grad_shift, axis=0), mask=n_inside)
+        tl.store(sums + 2 * N, tl.sum(grad_scale, axis=0), mask=n_inside)
+        tl.store(sums + 3 * N, tl.sum(slope, axis=0), mask=n_inside)
+        tl.store(sums + 4 * N, tl.sum(centred_slope, axis=0), mask=n_inside)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -375,11 +388,13 @@ def pointwise_conv_backward_weight_kernel(
 
 
 @triton.jit(do_not_specialize=["P", "size"])
-def sum_partials_kernel(partials_ptr, out_ptr, P, size, BLOCK: tl.constexpr):
-    """out[i] = sum over p, in order, of partials[p, i]: partials [P, size], out [size]."""
+def sum_partials_kernel(partials_ptr, out_ptr, P, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = sum over p of partials[p, i], in the same order at every call: partials [P, size], out [size]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = i < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for p in range(P):
-        total += tl.load(partials_ptr + p.to(tl.int64) * size + i, mask=inside, other=0.0)
-    tl.store(out_ptr + i, total, mask=inside)
+    totals = tl.zeros([BLOCK_P, BLOCK], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        at = partials_ptr + p.to(tl.int64)[:, None] * size + i[None, :]  # [BLOCK_P, BLOCK]
+        totals += tl.load(at, mask=(p < P)[:, None] & inside[None, :], other=0.0)
+    tl.store(out_ptr + i, tl.sum(totals, axis=0), mask=inside)

@@ -1,6 +1,6 @@
 """The kernels of :mod:`effnet_kernels.backends.triton.squeeze_excite`.
 
-N samples, C channels, S squeezed channels. Pooled sums over an image's pixels come as T partial sums, in order.
+N samples, C channels, S squeezed channels. Pooled sums over an image's pixels come as T partial sums.
 """
 
 import triton
@@ -72,12 +72,18 @@ def mean_of_sums_kernel(sums_ptr, mean_ptr, T, C, reciprocal_count, BLOCK_C: tl.
     tl.store(mean_ptr + sample * C + channels, total * reciprocal_count, mask=inside)
 
 
+# Partial sums that are loaded at once; one after the other, each load would wait for the one before.
+_BLOCK_T = tl.constexpr(8)
+
+
 @triton.jit
 def sum_of_partials(ptr, T, stride, channels, inside):
-    """The sum [BLOCK_C] of T partial sums that are ``stride`` elements apart, in order."""
+    """The sum [BLOCK_C] of T partial sums that are ``stride`` elements apart, in the same order at every call."""
     total = tl.zeros(channels.shape, tl.float32)
-    for t in range(T):
-        total += tl.load(ptr + t * stride + channels, mask=inside, other=0.0)
+    for start in range(0, T, _BLOCK_T):
+        t = start + tl.arange(0, _BLOCK_T)  # [BLOCK_T]
+        at = ptr + t[:, None] * stride + channels[None, :]  # [BLOCK_T, BLOCK_C]
+        total += tl.sum(tl.load(at, mask=(t < T)[:, None] & inside[None, :], other=0.0), axis=0)
     return total
 
 
