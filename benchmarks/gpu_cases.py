@@ -150,7 +150,7 @@ def _networks(
 def compile_ahead(model: nn.Module, x: Tensor, train: bool, autocast: torch.dtype | None = None) -> None:
     """All kernels of a step at once in parallel, which would take minutes one by one; a simulator has none."""
     if not simulated():
-        ek.warmup(model.train(train), x.shape, train, autocast)
+        ek.warmup(model.train(train), x.shape, train, autocast, smaller_batches=False)
 
 
 def network(name: str, toy: bool) -> nn.Module:

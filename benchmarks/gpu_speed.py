@@ -144,8 +144,12 @@ def _kernels(call: gpu_cases.Call, rounds: int) -> Row:
         for _ in range(rounds):
             call()
         timing.synchronize()
-    # An operator on the host has the time of its kernels, too, which would count twice.
-    kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    # An operator on the host has the time of its kernels, too, which would count twice, and so has a named range.
+    kernels = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     kernels.sort(key=lambda event: event.self_device_time_total, reverse=True)
     return {
         "kernels": sum(event.count for event in kernels) / rounds,
