@@ -8,7 +8,8 @@
 #   5  compute-sanitizer
 #   dry  the commands of all stages at toy sizes on a machine without a GPU (benchmarks/without_gpu.py)
 # Results go to $OUT (gpu_day by default), each written as it comes. A step that fails or takes too long does not stop
-# the next, and the exit status says whether one did. Python is $PYTHON.
+# the next, and the exit status says whether one did. Python is $PYTHON. TRITON_CACHE_DIR may name kernels that
+# benchmarks/gpu_prepare.py has compiled before, without which compiling takes most of the time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

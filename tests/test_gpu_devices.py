@@ -72,3 +72,30 @@ def test_tensors_on_two_devices_are_noticed(tmp_path: Path) -> None:
     planted.write_text(PLANTED)
     result = run_on_fake_gpu(planted)
     assert "5 failed, 1 passed" in result.stdout, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_what_a_day_on_a_gpu_launches_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the launches of Triton kernels")
+    import gpu_prepare
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # the script sets it
+    monkeypatch.setattr(sys, "argv", ["gpu_prepare.py", str(cache), "--toy"])
+    found = []
+
+    def compile_nothing(binaries: list, target: object, processes: int | None) -> None:
+        assert os.environ["TRITON_CACHE_DIR"] == str(cache)
+        found.extend(binaries)
+        for name in ("kernel.ttir", "kernel.cubin", "kernel.json"):
+            (cache / "key").mkdir(parents=True, exist_ok=True)
+            (cache / "key" / name).write_text("text")
+
+    monkeypatch.setattr(gpu_prepare, "compile_in_parallel", compile_nothing)
+    assert gpu_prepare.main() == 0
+    assert {"pointwise_conv_backward_weight_kernel", "excite_kernel"} <= {b.kernel.__name__ for b in found}, "a step's"
+    assert {"relu6", "hardswish"} <= {dict(b.constants).get("ACT") for b in found}, "those of the tests"
+    assert {path.name: path.stat().st_size for path in (cache / "key").iterdir()} == {
+        "kernel.ttir": 0,
+        "kernel.cubin": 4,
+        "kernel.json": 4,
+    }

@@ -76,20 +76,25 @@ def test_kernels_compile_in_processes_of_their_own(tmp_path: Path, monkeypatch: 
     from effnet_kernels.backends.triton.compilation import compile_in_parallel, distinct, gpu_target
     from effnet_kernels.backends.triton.launch import capture_launches
 
-    x = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    x, scale = torch.randn(2, 16, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(16)
     with capture_launches() as launches:
-        bn_act_add(x)
-        bn_act_add(x.half())
-    compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
-    with pytest.raises(RuntimeError, match="expected 2 kernels to compile, but 2 failed: bn_act_add_kernel fp16"):
-        compile_in_parallel(distinct(launches)[::-1], gpu_target(1), processes=1)
+        for given in (x, x.half(), x.bfloat16()):
+            bn_act_add(given)
+            bn_act_add(given, scale)
+    binaries = distinct(launches)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    compile_in_parallel(binaries, gpu_target(90), processes=2)
+    with pytest.raises(RuntimeError, match="expected 6 kernels to compile, but 6 failed: bn_act_add_kernel bf16"):
+        compile_in_parallel(binaries, gpu_target(1), processes=2)
     # The system ends a process that takes too much memory.
     killed = tmp_path / "python"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(RuntimeError, match=r"bn_act_add_kernel .*: its process ended with status -9"):
-        compile_in_parallel(distinct(launches), gpu_target(90), processes=2)
+        compile_in_parallel(binaries, gpu_target(80), processes=2)
+    # What is in the cache needs no process.
+    compile_in_parallel(binaries, gpu_target(90), processes=2)
 
 
 class OnDevice(torch.Tensor):
