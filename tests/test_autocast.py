@@ -21,7 +21,9 @@ import effnet_kernels as ek
 from effnet_kernels import ops
 from effnet_kernels.backends.cpu.memory import cast_map
 from effnet_kernels.backends.select import BackendError
+from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.spec import Prologue
+from effnet_kernels.modules import FusedMBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 HALVES = [torch.bfloat16, torch.float16]
@@ -45,8 +47,9 @@ def step(block: nn.Module, x: Tensor, grad: Tensor, autocast: torch.dtype | None
 @pytest.mark.parametrize("autocast", HALVES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", BLOCKS | THIRD_PARTY_BLOCKS)
-def test_blocks(name: str, training: bool, autocast: torch.dtype) -> None:
+def test_blocks(name: str, training: bool, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is that of float32, rounded once at its end: output, every gradient, running statistics."""
+    monkeypatch.setattr(autograd, "runs_bf16", lambda: False)
     make, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
     block = randomize(make()).train(training)
     for dtype in (torch.float32, autocast):
@@ -72,6 +75,46 @@ def test_blocks(name: str, training: bool, autocast: torch.dtype) -> None:
         for ours, theirs in zip(cast.buffers(), single.buffers(), strict=True):
             assert torch.equal(ours, theirs)
         assert_buffers_close(cast, exact.float())
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_dense_convolutions_in_bfloat16(
+    ratio: int, residual: bool, training: bool, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a processor has instructions for bfloat16, they are as exact as torch's own under autocast.
+
+    Or as exact as their output is rounded: torch leaves the sum with a residual in float32.
+    """
+    rounding = torch.finfo(torch.bfloat16).eps
+    monkeypatch.setattr(autograd, "runs_bf16", lambda: True)
+    config = FusedMBConvConfig(ratio, 3, 1 if residual else 2, 16, 16 if residual else 24, 1)
+    block, x = randomize(config.block(config, 0.0, nn.BatchNorm2d)).train(training), channels_last(4, 16, 14, 12)
+    with ek.use_backend("torch"), torch.no_grad():
+        grad = torch.randn_like(copy.deepcopy(block)(x))
+    ours, theirs, exact = (copy.deepcopy(block) for _ in range(3))
+    with ek.use_backend("torch"):
+        right = step(exact.double(), x.double(), grad.double())
+        bounds = step(theirs, x, grad, torch.bfloat16)
+    if not recorded:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = ours(x)
+        assert relative_rms(y, right[0]) <= max(2 * relative_rms(bounds[0], right[0]), rounding)
+        return
+    found = step(ours, x, grad, torch.bfloat16)
+    assert (found[0].dtype, found[1].dtype) == (torch.bfloat16, torch.float32)
+    for own, other, value in zip(found, bounds, right, strict=True):
+        assert relative_rms(own, value) <= max(2 * relative_rms(other, value), rounding)
+    for (key, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32, key
+        assert relative_rms(p.grad, r.grad) <= 2 * relative_rms(q.grad, r.grad), key
+    weight = "block.0.0.weight"
+    single = copy.deepcopy(block)
+    step(single, x, grad)
+    pairs = dict(ours.named_parameters())[weight].grad, dict(single.named_parameters())[weight].grad
+    assert not torch.allclose(*pairs, rtol=1e-5, atol=1e-6), "float32 throughout"
 
 
 @pytest.mark.parametrize("name", ["expand", "fused", "stem", "head"])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.base import PrimitivesBackend
+from effnet_kernels.backends.cpu.dense import convolves_patches
 from effnet_kernels.backends.cpu.memory import cast_map, runs_bf16
 from effnet_kernels.backends.operands import as_map, in_memory
 from effnet_kernels.backends.select import primitives_of
@@ -29,7 +30,7 @@ def run(
     """The chain of x [N, C, H, W] on a backend's primitives, called or traced, with autograd where it is recording.
 
     The output is in channels-last strides, the operands may have any. Under autocast the input is cast once, here, and
-    the output has autocast's dtype; kernels cast weights as they load them. Maps of lower precision go with float32
+    the output has autocast's dtype; primitives cast weights as they load them. Maps of lower precision go with float32
     weights, as under autocast.
 
     Raises ValueError where the channels, the device or the dtype are not those of the weights, which a kernel would not
@@ -60,7 +61,8 @@ def _run(
             parameters = chain.parameters()
             if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
                 return ChainFunction.apply(backend, chain, dtypes, x, drop_path_scale, *parameters)
-        computed, returned = dtypes
+        returned = dtypes[1]
+        computed = _dtype_of_input(backend, chain, dtypes)
         with profiling.profiled(f"chain of {len(chain.layers)}"):
             if drop_path_scale is None and not chain.batch_statistics:
                 if packed is not None and backend == "cpu":
@@ -112,8 +114,8 @@ class ChainFunction(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         computed, returned = dtypes
-        ctx.chain, ctx.backend, ctx.input_dtype = chain, backend, x.dtype
-        x = _cast(backend, x, computed)
+        ctx.chain, ctx.backend, ctx.computed, ctx.input_dtype = chain, backend, computed, x.dtype
+        x = _cast(backend, x, _dtype_of_input(backend, chain, dtypes))
         out, saved = forward(primitives_of(backend), chain, x, drop_path_scale)
         kept: list[Tensor | None] = list(flatten(saved))
         if _recomputes(chain, x):
@@ -131,7 +133,7 @@ class ChainFunction(torch.autograd.Function):
             [t if t is None or not t.is_neg() else in_memory(t) for t in rest[: len(needs)]]
         )
         kept = rest[len(needs) :]
-        primitives, grad = primitives_of(ctx.backend), _cast(ctx.backend, grad, x.dtype)
+        primitives, grad = primitives_of(ctx.backend), _cast(ctx.backend, grad, ctx.computed)
         # A backward pass may be started under autocast too.
         with select.without_autocast(x):
             if kept[0] is None:
@@ -141,6 +143,20 @@ class ChainFunction(torch.autograd.Function):
             )
         grad_x = None if grad_x is None else _cast(ctx.backend, grad_x, ctx.input_dtype)
         return None, None, None, grad_x, None, *gradients
+
+
+def _dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch.dtype, torch.dtype]) -> torch.dtype:
+    """The dtype of a chain's input: the one that it is computed in, except before a dense convolution.
+
+    Under autocast on a CPU with instructions for bfloat16 that convolution and its gradients are computed in it, by
+    torch, in a fraction of float32's time; its output and all behind it are in float32.
+    """
+    computed, returned = dtypes
+    if backend != "cpu" or returned is not torch.bfloat16:
+        return computed
+    first = chain.layers[0]
+    in_bf16 = first.kind == "dense" and not convolves_patches(first.weight) and runs_bf16()
+    return returned if in_bf16 else computed
 
 
 def _cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:

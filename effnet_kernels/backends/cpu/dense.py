@@ -4,12 +4,13 @@ A stem's patches are as many numbers as its output, and a product with them runs
 library's convolution wants more channels to be fast.
 """
 
+import torch
 from torch import Tensor
 
 from effnet_kernels.backends import dense, profiling
 from effnet_kernels.backends.cpu import batch_norm
 from effnet_kernels.backends.cpu.extension import extension
-from effnet_kernels.backends.cpu.memory import empty_map, execution, map_address, written
+from effnet_kernels.backends.cpu.memory import cast_map, empty_map, execution, map_address, written
 from effnet_kernels.backends.cpu.pointwise import pointwise_conv, pointwise_conv_backward
 from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.fusion.geometry import output_map
@@ -22,8 +23,11 @@ _MOST_PATCH = 64
 def dense_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding, reduction: Reduction
 ) -> tuple[Tensor, Tensor | None]:
-    """x [N, C, H, W], weight [K, C, k, k], bias [K] to y [N, K, H', W'], and partial statistics [P, 3, K] of it."""
-    if _is_small(weight):
+    """x [N, C, H, W], weight [K, C, k, k], bias [K] to y [N, K, H', W'], and partial statistics [P, 3, K] of it.
+
+    torch's convolution is in the dtype of x, which may be bfloat16; y is in float32.
+    """
+    if convolves_patches(weight):
         if profiling.enabled():
             profiling.record_convolution(x.shape, weight, stride, padding)
         y, partials = pointwise_conv(
@@ -31,7 +35,7 @@ def dense_conv(
         )
         assert y is not None
         return y, partials
-    y = dense.conv(x, weight, bias, stride, padding)
+    y = _in_dtype(dense.conv(x, weight, bias, stride, padding), torch.float32)
     return y, batch_norm.channel_statistics(y) if reduction == "statistics" else None
 
 
@@ -45,9 +49,9 @@ def dense_conv_backward(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x, plus ``residual``, and of the weight."""
-    if needs_input or not _is_small(weight):
-        dy = batch_norm.apply_gradient(gradient, None)
+    """The gradients of x, plus ``residual``, and of the weight; by torch they are in the dtype of x."""
+    if needs_input or not convolves_patches(weight):
+        dy = _in_dtype(batch_norm.apply_gradient(gradient, None), x.dtype)
         return dense.conv_backward(dy, x, weight, stride, padding, residual, needs_input, needs_weight)
     if not needs_weight:
         return None, None
@@ -60,8 +64,13 @@ def dense_conv_backward(
     return None, dweight.view(outputs, kernel, kernel, channels).permute(0, 3, 1, 2)
 
 
-def _is_small(weight: Tensor) -> bool:
+def convolves_patches(weight: Tensor) -> bool:
+    """Whether the convolution is a product with patches, in float32, instead of torch's."""
     return weight[0].numel() <= _MOST_PATCH
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else cast_map(x, dtype)
 
 
 def _matrix(weight: Tensor) -> Tensor:
