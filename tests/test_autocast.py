@@ -21,7 +21,7 @@ import effnet_kernels as ek
 from effnet_kernels import ops
 from effnet_kernels.backends.cpu.memory import cast_map
 from effnet_kernels.backends.select import BackendError
-from effnet_kernels.fusion import autograd
+from effnet_kernels.fusion import forward
 from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.modules import FusedMBConvConfig
 
@@ -49,7 +49,7 @@ def step(block: nn.Module, x: Tensor, grad: Tensor, autocast: torch.dtype | None
 @pytest.mark.parametrize("name", BLOCKS | THIRD_PARTY_BLOCKS)
 def test_blocks(name: str, training: bool, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is that of float32, rounded once at its end: output, every gradient, running statistics."""
-    monkeypatch.setattr(autograd, "runs_bf16", lambda: False)
+    monkeypatch.setattr(forward, "runs_bf16", lambda: False)
     make, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
     block = randomize(make()).train(training)
     for dtype in (torch.float32, autocast):
@@ -89,7 +89,7 @@ def test_dense_convolutions_in_bfloat16(
     Or as exact as their output is rounded: torch leaves the sum with a residual in float32.
     """
     rounding = torch.finfo(torch.bfloat16).eps
-    monkeypatch.setattr(autograd, "runs_bf16", lambda: True)
+    monkeypatch.setattr(forward, "runs_bf16", lambda: True)
     config = FusedMBConvConfig(ratio, 3, 1 if residual else 2, 16, 16 if residual else 24, 1)
     block, x = randomize(config.block(config, 0.0, nn.BatchNorm2d)).train(training), channels_last(4, 16, 14, 12)
     with ek.use_backend("torch"), torch.no_grad():

@@ -211,8 +211,8 @@ def chain_dtypes(backend: PrimitivesBackend, x: Tensor) -> tuple[torch.dtype, to
     """The dtype in which a backend computes a chain of ``x``, and that of the output.
 
     Both are the dtype of ``x``, or what autocast makes of it. The native kernels compute in float32 under autocast too,
-    which is more exact and, on most processors, faster than torch in 16 bits. :mod:`effnet_kernels.fusion.autograd`
-    has two exceptions: packed networks, and dense convolutions.
+    which is more exact and, on most processors, faster than torch in 16 bits. There are two exceptions: packed
+    networks, and the input of :func:`effnet_kernels.fusion.forward.dtype_of_input`.
     """
     autocast = autocast_dtype(x)
     if autocast is None:

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.base import PrimitivesBackend
-from effnet_kernels.backends.cpu.dense import convolves_patches
 from effnet_kernels.backends.cpu.memory import cast_map, runs_bf16
 from effnet_kernels.backends.operands import as_map, in_memory
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.first_order import first_order
-from effnet_kernels.fusion.forward import convolve, flatten, forward, infer, unflatten
+from effnet_kernels.fusion.forward import convolve, dtype_of_input, flatten, forward, infer, unflatten
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, Prologue
 
@@ -62,7 +61,7 @@ def _run(
             if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
                 return ChainFunction.apply(backend, chain, dtypes, x, drop_path_scale, *parameters)
         returned = dtypes[1]
-        computed = _dtype_of_input(backend, chain, dtypes)
+        computed = dtype_of_input(backend, chain, dtypes)
         with profiling.profiled(f"chain of {len(chain.layers)}"):
             if drop_path_scale is None and not chain.batch_statistics:
                 if packed is not None and backend == "cpu":
@@ -115,7 +114,7 @@ class ChainFunction(torch.autograd.Function):
     ) -> Tensor:
         computed, returned = dtypes
         ctx.chain, ctx.backend, ctx.computed, ctx.input_dtype = chain, backend, computed, x.dtype
-        x = _cast(backend, x, _dtype_of_input(backend, chain, dtypes))
+        x = _cast(backend, x, dtype_of_input(backend, chain, dtypes))
         out, saved = forward(primitives_of(backend), chain, x, drop_path_scale)
         kept: list[Tensor | None] = list(flatten(saved))
         if _recomputes(chain, x):
@@ -143,20 +142,6 @@ class ChainFunction(torch.autograd.Function):
             )
         grad_x = None if grad_x is None else _cast(ctx.backend, grad_x, ctx.input_dtype)
         return None, None, None, grad_x, None, *gradients
-
-
-def _dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch.dtype, torch.dtype]) -> torch.dtype:
-    """The dtype of a chain's input: the one that it is computed in, except before a dense convolution.
-
-    Under autocast on a CPU with instructions for bfloat16 that convolution and its gradients are computed in it, by
-    torch, in a fraction of float32's time; its output and all behind it are in float32.
-    """
-    computed, returned = dtypes
-    if backend != "cpu" or returned is not torch.bfloat16:
-        return computed
-    first = chain.layers[0]
-    in_bf16 = first.kind == "dense" and not convolves_patches(first.weight) and runs_bf16()
-    return returned if in_bf16 else computed
 
 
 def _cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:

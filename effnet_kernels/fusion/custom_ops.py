@@ -17,7 +17,7 @@ from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.operands import as_map
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
-from effnet_kernels.fusion.forward import flatten, forward, infer, unflatten
+from effnet_kernels.fusion.forward import dtype_of_input, flatten, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 from effnet_kernels.fusion.synchronisation import is_synchronised
@@ -35,8 +35,8 @@ _library.define(
 
 def run(backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """:func:`effnet_kernels.fusion.autograd.run` as registered operators."""
-    computed, returned = select.chain_dtypes(backend, x)
-    x = x.to(computed)
+    dtypes = select.chain_dtypes(backend, x)
+    x, returned = x.to(dtype_of_input(backend, chain, dtypes)), dtypes[1]
     text, parameters, running = encode(backend, chain)
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in parameters))
     if not recorded and drop_path_scale is None and not chain.batch_statistics:
@@ -94,8 +94,8 @@ class Decoded:
     """What a text of :func:`encode` says."""
 
     def __init__(self, text: str) -> None:
-        backend, self.residual, self.pool, self.layers = ast.literal_eval(text)
-        self.primitives: Primitives = primitives_of(backend)
+        self.backend, self.residual, self.pool, self.layers = ast.literal_eval(text)
+        self.primitives: Primitives = primitives_of(self.backend)
         self.present = [p for *_, present in self.layers for p in present[:PARAMETERS_OF_A_LAYER]]
 
     def chain(self, parameters: Sequence[Tensor], running: Sequence[Tensor]) -> Chain:
@@ -173,13 +173,15 @@ def _backward(
     grad_x, gradients = backward(
         decoded.primitives, chain, grad, x, drop_path_scale, unflatten(chain, saved), needs[0], needs_parameters
     )
+    grad_x = None if grad_x is None else grad_x.to(x.dtype)
     own = [g for g, p in zip(gradients, decoded.present, strict=True) if p]
     return [grad.new_empty(0) if g is None else g for g in (grad_x, *own)]
 
 
-def _fake_maps(x: Tensor, chain: Chain) -> list[Tensor]:
-    """The raw outputs of the layers."""
+def _fake_maps(x: Tensor, chain: Chain, backend: PrimitivesBackend) -> list[Tensor]:
+    """The raw outputs of the layers; on a CPU they are in float32, whatever a dense convolution is computed in."""
     maps: list[Tensor] = []
+    x = x.float() if backend == "cpu" else x
     for layer in chain.layers:
         height, width = output_map(x.shape[2], x.shape[3], layer.kernel_size, layer.stride, layer.padding)
         x = x.new_empty((x.shape[0], layer.out_channels, height, width)).contiguous(memory_format=torch.channels_last)
@@ -192,8 +194,9 @@ def _fake_output(chain: Chain, last: Tensor) -> Tensor:
 
 
 def _fake_inference(x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], text: str) -> Tensor:
-    chain = _decode(text).chain(parameters, running)
-    return _fake_output(chain, _fake_maps(x, chain)[-1])
+    decoded = _decode(text)
+    chain = decoded.chain(parameters, running)
+    return _fake_output(chain, _fake_maps(x, chain, decoded.backend)[-1])
 
 
 def _fake_forward(
@@ -203,8 +206,9 @@ def _fake_forward(
     running: Sequence[Tensor],
     text: str,
 ) -> list[Tensor]:
-    chain = _decode(text).chain(parameters, running)
-    maps = _fake_maps(x, chain)
+    decoded = _decode(text)
+    chain = decoded.chain(parameters, running)
+    maps = _fake_maps(x, chain, decoded.backend)
     saved: list[Tensor] = []
     dtype = accumulation_dtype(x.dtype)
     for layer, y in zip(chain.layers, maps, strict=True):

@@ -12,9 +12,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends.base import Primitives
+from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.batch_norm import check_batch, scale_and_shift
+from effnet_kernels.backends.cpu.dense import convolves_patches
+from effnet_kernels.backends.cpu.memory import runs_bf16
 from effnet_kernels.backends.operands import as_contiguous
+from effnet_kernels.backends.select import constant_when_traced
 from effnet_kernels.fusion.geometry import output_map, resolve_padding
 from effnet_kernels.fusion.spec import (
     BatchNorm,
@@ -136,6 +139,27 @@ def forward(
     if chain.pool:
         return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]).to(x.dtype), saved
     return primitives.bn_act_add(x, prologue, residual, drop_path_scale), saved
+
+
+def dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch.dtype, torch.dtype]) -> torch.dtype:
+    """The dtype of a chain's input: the one in which it is computed, except before a dense convolution.
+
+    ``dtypes`` are those of :func:`.select.chain_dtypes`. Under autocast on a CPU with instructions for bfloat16 that
+    convolution and its gradients are computed in it, by torch, in a fraction of float32's time; its output and all
+    behind it are in float32.
+    """
+    computed, returned = dtypes
+    if backend != "cpu" or returned is not torch.bfloat16:
+        return computed
+    first = chain.layers[0]
+    in_bf16 = first.kind == "dense" and not convolves_patches(first.weight) and has_bf16()
+    return returned if in_bf16 else computed
+
+
+@constant_when_traced
+def has_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16."""
+    return runs_bf16()
 
 
 def contiguous(chain: Chain) -> Chain:
