@@ -123,8 +123,8 @@ def compile_in_parallel(binaries: Sequence[Binary], target: GPUTarget, processes
 
     Raises RuntimeError, after all that compile are there, naming those that do not.
     """
-    # The slowest first, because one that is begun last would keep a single process busy: up to twenty seconds for a
-    # depthwise convolution's backward, whose K x K products are unrolled.
+    # The slowest first, because one that is begun last would keep a single process busy: depthwise convolutions, whose
+    # K x K products are unrolled.
     pending = collections.deque(sorted(binaries, key=lambda binary: dict(binary.constants).get("K", 0), reverse=True))
     errors = _compile_while_cached(pending, target)
     count = min(len(pending), processes or os.cpu_count() or 1)
