@@ -23,7 +23,8 @@ def as_contiguous(t: Tensor) -> Tensor:
 
 def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient in its parameter's dtype, shape and strides, as autograd's own are."""
-    gradient = gradient.to(parameter.dtype).reshape(parameter.shape)
+    if gradient.dtype is not parameter.dtype or gradient.shape != parameter.shape:
+        gradient = gradient.to(parameter.dtype).reshape(parameter.shape)
     if gradient.stride() == parameter.stride():
         return gradient
     if gradient.is_contiguous() and parameter.is_contiguous():
