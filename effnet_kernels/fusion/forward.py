@@ -15,7 +15,7 @@ from torch import Tensor
 from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.batch_norm import check_batch, scale_and_shift
 from effnet_kernels.backends.cpu.dense import convolves_patches
-from effnet_kernels.backends.cpu.memory import runs_bf16
+from effnet_kernels.backends.cpu.memory import cast_map, runs_bf16
 from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.backends.select import constant_when_traced
 from effnet_kernels.fusion.geometry import output_map, resolve_padding
@@ -95,7 +95,7 @@ def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
         else:
             prologue = Prologue(epilogue.scale, epilogue.shift, epilogue.act, None, epilogue.statistics)
             y, _ = primitives.dense_conv(x, layer.weight, bias, layer.stride, padding_for(layer, x), "none")
-            y = primitives.bn_act_add(y, prologue, residual if last else None, None)
+            y = primitives.bn_act_add(y, prologue, _beside(residual, y) if last else None, None)
         if layer.excitation is not None:
             if sums is None:
                 sums = primitives.squeeze(y, Prologue())
@@ -138,7 +138,7 @@ def forward(
         x = y
     if chain.pool:
         return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]).to(x.dtype), saved
-    return primitives.bn_act_add(x, prologue, residual, drop_path_scale), saved
+    return primitives.bn_act_add(x, prologue, _beside(residual, x), drop_path_scale), saved
 
 
 def dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch.dtype, torch.dtype]) -> torch.dtype:
@@ -154,6 +154,11 @@ def dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch
     first = chain.layers[0]
     in_bf16 = first.kind == "dense" and not convolves_patches(first.weight) and has_bf16()
     return returned if in_bf16 else computed
+
+
+def _beside(residual: Tensor | None, y: Tensor) -> Tensor | None:
+    """The residual in the dtype of the map that it is added to, which need not be :func:`dtype_of_input`."""
+    return residual if residual is None or residual.dtype is y.dtype else cast_map(residual, y.dtype)
 
 
 @constant_when_traced

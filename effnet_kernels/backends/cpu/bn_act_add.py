@@ -1,12 +1,10 @@
 """The end of a chain on the CPU: its last norm, the stochastic-depth factor, the residual."""
 
-import torch
 from torch import Tensor
 
 from effnet_kernels.backends.cpu.extension import extension
 from effnet_kernels.backends.cpu.memory import (
     address,
-    cast_map,
     empty_map,
     execution,
     folded,
@@ -18,12 +16,7 @@ from effnet_kernels.fusion.spec import Prologue
 
 
 def bn_act_add(x: Tensor, prologue: Prologue, residual: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
-    """``drop_path_scale[n] * act(scale * x + shift) * gate + residual``: [N, C, H, W] to the same, float32.
-
-    ``residual`` may be in another dtype.
-    """
-    if residual is not None and residual.dtype is not torch.float32:
-        residual = cast_map(residual, torch.float32)
+    """``drop_path_scale[n] * act(scale * x + shift) * gate + residual``: [N, C, H, W] to the same."""
     samples, channels, height, width = x.shape
     out = empty_map(samples, channels, height, width)
     prologue = folded(prologue)
