@@ -7,7 +7,7 @@ with those of the GPU's machine. The cache's files name each other by path: ther
 path, and TRITON_CACHE_DIR has to name it. What only the compiler reads is emptied, which leaves about 20 KB a kernel.
 
 The kernels are those of tests/gpu, of B0 as ``gpu_cases.py`` and the self-test run it, and of the tuner's candidates,
-for an H100 or an H200. Hours of a GPU's machine fit into minutes: a launch of a compiled kernel takes a millisecond.
+for an H100 or an H200.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from launch_trace import DTYPES, trace_step
 
 import effnet_kernels as ek
 from effnet_kernels.backends.triton import launch
-from effnet_kernels.backends.triton.compilation import Binary, binary_of, compile_in_parallel, distinct, gpu_target
+from effnet_kernels.backends.triton.compilation import Binary, compile_in_parallel, distinct, gpu_target
 from effnet_kernels.backends.triton.configs import H100, use_target
 from effnet_kernels.backends.triton.launch import Launch
 from effnet_kernels.tools import tune
@@ -42,12 +42,11 @@ def pytest_configure() -> None:
     """As a plugin after ``gpu.fake_gpu``, whose launches do nothing: records the binary of each."""
     run = launch._run
 
-    def record(key: Any, kernel: Any, grid: Any, parameters: Sequence[Any], constants: Any, options: Any) -> None:
-        run(key, kernel, grid, parameters, constants, options)
-        names = kernel.arg_names
-        arguments = dict(zip(names, parameters, strict=False))
-        by_name = dict(zip(names[len(parameters) :], constants, strict=True))
-        _recorded[binary_of(Launch(kernel, grid, arguments, by_name, launch._named(options)))] = None
+    def record(key: Any, *asked: Any) -> None:
+        run(key, *asked)
+        captured: list[Launch] = []
+        launch._capture(captured, *asked)
+        _recorded.update(dict.fromkeys(distinct(captured)))
 
     launch._run = record
 
@@ -80,10 +79,10 @@ def of_networks(toy: bool) -> Iterator[Launch]:
                 yield from [*step.forward.launches, *(step.backward.launches if step.backward else [])]
 
 
-def of_tuner(fields: int, toy: bool) -> Iterator[Launch]:
+def of_tuner(fields: int) -> Iterator[Launch]:
     """The launches of the tuner's candidates."""
-    model, shape = ek.create_model("efficientnet_b0"), (2, 3, 32, 32) if toy else (256, 3, 224, 224)
-    for trials in tune.Tuning(fields).rounds(lambda: tune._launches(model, shape, torch.float16)):
+    model = ek.create_model("efficientnet_b0")
+    for trials in tune.Tuning(fields).rounds(lambda: tune._launches(model, (256, 3, 224, 224), torch.float16)):
         for trial in trials:
             yield from (each for each, _ in trial.launches)
 
@@ -104,7 +103,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = str(options.directory.resolve())
     with use_target(H100):
-        launches = [*of_networks(options.toy), *([] if options.toy else of_tuner(options.fields, options.toy))]
+        launches = [*of_networks(options.toy), *([] if options.toy else of_tuner(options.fields))]
         binaries = dict.fromkeys(distinct(launches))
     binaries |= dict.fromkeys(of_tests(["-k", "test_activations"] if options.toy else []))
     print(f"{len(binaries)} kernels", flush=True)

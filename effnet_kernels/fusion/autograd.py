@@ -146,7 +146,7 @@ class ChainFunction(torch.autograd.Function):
 
 def _cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A map, or a pooled one, in another dtype, without autograd."""
-    return cast_map(x, dtype) if backend == "cpu" and x.dim() == 4 and x.dtype is not dtype else x.to(dtype)
+    return cast_map(x, dtype) if backend == "cpu" and x.dim() == 4 else x.to(dtype)
 
 
 def _check_input(chain: Chain, x: Tensor) -> None:

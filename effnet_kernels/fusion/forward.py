@@ -158,7 +158,7 @@ def dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch
 
 def _beside(residual: Tensor | None, y: Tensor) -> Tensor | None:
     """The residual in the dtype of the map that it is added to, which need not be :func:`dtype_of_input`."""
-    return residual if residual is None or residual.dtype is y.dtype else cast_map(residual, y.dtype)
+    return None if residual is None else cast_map(residual, y.dtype)
 
 
 @constant_when_traced

@@ -35,7 +35,7 @@ def dense_conv(
         )
         assert y is not None
         return y, partials
-    y = _in_dtype(dense.conv(x, weight, bias, stride, padding), torch.float32)
+    y = cast_map(dense.conv(x, weight, bias, stride, padding), torch.float32)
     return y, batch_norm.channel_statistics(y) if reduction == "statistics" else None
 
 
@@ -51,7 +51,7 @@ def dense_conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x, plus ``residual``, and of the weight; by torch they are in the dtype of x."""
     if needs_input or not convolves_patches(weight):
-        dy = _in_dtype(batch_norm.apply_gradient(gradient, None), x.dtype)
+        dy = cast_map(batch_norm.apply_gradient(gradient, None), x.dtype)
         return dense.conv_backward(dy, x, weight, stride, padding, residual, needs_input, needs_weight)
     if not needs_weight:
         return None, None
@@ -67,10 +67,6 @@ def dense_conv_backward(
 def convolves_patches(weight: Tensor) -> bool:
     """Whether the convolution is a product with patches, in float32, instead of torch's."""
     return weight[0].numel() <= _MOST_PATCH
-
-
-def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else cast_map(x, dtype)
 
 
 def _matrix(weight: Tensor) -> Tensor:

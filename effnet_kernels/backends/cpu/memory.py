@@ -68,10 +68,13 @@ def empty_map(samples: int, channels: int, height: int, width: int, dtype: torch
 
 
 def cast_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A map [N, C, H, W], on the CPU, in another dtype and in channels-last strides; without autograd.
+    """A map [N, C, H, W], on the CPU, in another dtype and in channels-last strides; itself where it has that dtype.
 
-    Its memory comes from the pool: the system would clear that of a fresh tensor, which takes longer than the cast.
+    It is without autograd. Its memory comes from the pool: the system would clear that of a fresh tensor, which takes
+    longer than the cast.
     """
+    if x.dtype is dtype:
+        return x
     samples, channels, height, width = x.shape
     return empty_map(samples, channels, height, width, dtype).copy_(x)
 
