@@ -114,7 +114,8 @@ def depthwise_conv_backward(
     left, _, top, _ = padding
     # Strips begin at multiples of the stride, counted from the padding's corner, and so up to stride - 1 pixels early.
     rows, columns = height + top % stride, width + left % stride
-    config = launch_config.backward(samples, channels, rows, columns, kernel, stride, x.dtype, target_of(x))
+    activates = prologue.act != "none"
+    config = launch_config.backward(samples, channels, rows, columns, kernel, stride, activates, x.dtype, target_of(x))
     row_strips, column_strips = -(-rows // config.height), -(-columns // config.width)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     sums = None

@@ -64,6 +64,7 @@ def backward(
     width: int,
     kernel: int,
     stride: int,
+    activates: bool,
     dtype: torch.dtype,
     target: Target,
 ) -> StripConfig:
@@ -71,11 +72,13 @@ def backward(
 
     Registers hold two windows of ``kernel`` rows and the taps' gradients. Strips of two columns leave registers for
     more programs a multiprocessor, which on an H200 is worth more than the columns that neighbours compute again: 1.1
-    to 1.5 times. Programs walk over several strips, because each leaves a partial weight gradient.
+    to 1.5 times where the input is activated on load (``activates``). Programs walk over several strips, because each
+    leaves a partial weight gradient.
     """
     half = dtype != torch.float32
+    wide = kernel == 3 and not activates if half else kernel <= 5
     tile = {
-        "width": 7 if not half and stride == 1 and kernel <= 5 else 2,
+        "width": 7 if wide and stride == 1 else 2,
         "strips": 8 if half and kernel <= 5 else 4,
         "block_c": 32,
         "num_warps": 4,

@@ -75,8 +75,11 @@ def gemm(
         tile["block_m"] >= 2 * rows or programs(tile["block_n"], tile["block_m"]) < 2 * target.multiprocessors
     ):
         tile["block_m"] //= 2
-    if tile["block_m"] == 32 and dtype != torch.float32:
-        tile["num_warps"] = 4 if target.backend == "cuda" else 2  # so that each thread still loads 16 bytes
+    if tile["block_m"] == 32:
+        # So that each thread still loads 16 bytes.
+        tile["block_k"] = max(tile["block_k"], 32)
+        if dtype != torch.float32:
+            tile["num_warps"] = 4 if target.backend == "cuda" else 2
     sizes = {"owners": owners, "rows": groups * rows, "columns": columns, "inner": inner}
     sizes |= {"loads": computes_on_load, "stores": sums_on_store}
     tile = apply_tuned("gemm", dtype, target, sizes, tile)
@@ -110,7 +113,7 @@ def _hopper_tile(
     elif columns <= 64:
         block_m, block_n, block_k, stages = 128, 64, 32, 3
     elif computes_on_load or partials is None:
-        block_m, block_n, block_k, stages = 64, 128, 64 if inner > columns else 32, 3
+        block_m, block_n, block_k, stages = 64, 128, 64 if inner > columns and partials is None else 32, 3
     else:
         block_m, block_n, block_k, stages = 128, 64, 32 if inner <= 96 else 64, 3
     return {"block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
