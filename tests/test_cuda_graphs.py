@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from effnet_kernels import use_backend
 from effnet_kernels.inference.cuda_graphs import GraphCache
+from effnet_kernels.tools import timing
 
 
 class Event:
@@ -120,3 +122,18 @@ def test_several_threads(maps: Maps, captures: list) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_timed_graph_keeps_what_it_reads(captures: list) -> None:
+    class Step:
+        def __call__(self) -> None: ...
+
+    step = Step()
+    kept = weakref.ref(step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        replay = timing.graphed(step)
+    del step
+    assert kept() is not None
+    del replay
+    assert kept() is None

@@ -64,7 +64,10 @@ def host_milliseconds(call: Call, rounds: int = 5) -> float:
 
 
 def graphed(call: Call) -> Call:
-    """The call as a CUDA graph, which writes its gradients and outputs to the memory of its capture."""
+    """The call as a CUDA graph, which writes its gradients and outputs to the memory of its capture.
+
+    The graph reads the memory of what the call refers to, such as parameters, so that the call is kept with the graph.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -74,7 +77,11 @@ def graphed(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return functools.partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, captured: Call) -> None:
+    graph.replay()
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
