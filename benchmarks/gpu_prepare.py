@@ -45,7 +45,7 @@ def pytest_configure() -> None:
     def record(key: Any, *asked: Any) -> None:
         run(key, *asked)
         captured: list[Launch] = []
-        launch._capture(captured, *asked)
+        launch._capture(captured, key, *asked)
         _recorded.update(dict.fromkeys(distinct(captured)))
 
     launch._run = record

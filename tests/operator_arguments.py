@@ -10,7 +10,7 @@ from effnet_kernels import ops
 from effnet_kernels.backends import select
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion import custom_ops
-from effnet_kernels.fusion.forward import flatten, forward
+from effnet_kernels.fusion.forward import forward
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.modules import MBConvConfig
 
@@ -33,7 +33,7 @@ def operator_calls(config: MBConvConfig, x: Tensor, drop_path_scale: Tensor | No
         out, saved = forward(primitives_of(backend), chain, x, drop_path_scale)
         inputs = [t.detach() for t in parameters]
         needs = [True] * (1 + len(parameters))
-        arguments = (torch.randn_like(out), x, drop_path_scale, inputs, flatten(saved), text, needs)
+        arguments = (torch.randn_like(out), x, drop_path_scale, inputs, saved, text, needs)
         yield operators.chain_backward.default, arguments
 
     text, parameters, running = custom_ops.encode(backend, mbconv_chain(config, training=False))

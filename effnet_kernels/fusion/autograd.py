@@ -9,12 +9,13 @@ from torch import Tensor
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.base import PrimitivesBackend
 from effnet_kernels.backends.cpu.memory import cast_map, runs_bf16
-from effnet_kernels.backends.operands import as_map, in_memory
+from effnet_kernels.backends.operands import as_map
 from effnet_kernels.backends.select import primitives_of
+from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.first_order import first_order
-from effnet_kernels.fusion.forward import convolve, dtype_of_input, flatten, forward, infer, unflatten
+from effnet_kernels.fusion.forward import convolve, dtype_of_input, forward, infer
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, Prologue
 
@@ -25,6 +26,7 @@ def run(
     x: Tensor,
     drop_path_scale: Tensor | None,
     packed: PackedChains | None = None,
+    plans: Plans | None = None,
 ) -> Tensor:
     """The chain of x [N, C, H, W] on a backend's primitives, called or traced, with autograd where it is recording.
 
@@ -41,11 +43,16 @@ def run(
         drop_path_scale = drop_path_scale.float()
     if torch.compiler.is_compiling():
         return custom_ops.run(backend, chain, x, drop_path_scale)
-    return _run(backend, chain, x, drop_path_scale, packed)
+    return _run(backend, chain, x, drop_path_scale, packed, plans if backend == "triton" else None)
 
 
 def _run(
-    backend: PrimitivesBackend, chain: Chain, x: Tensor, drop_path_scale: Tensor | None, packed: PackedChains | None
+    backend: PrimitivesBackend,
+    chain: Chain,
+    x: Tensor,
+    drop_path_scale: Tensor | None,
+    packed: PackedChains | None,
+    plans: Plans | None,
 ) -> Tensor:
     """:func:`run` without its checks, called and not traced."""
     dtypes = select.chain_dtypes(backend, x)
@@ -59,7 +66,7 @@ def _run(
         if torch.is_grad_enabled():
             parameters = chain.parameters()
             if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
-                return ChainFunction.apply(backend, chain, dtypes, x, drop_path_scale, *parameters)
+                return ChainFunction.apply(backend, chain, dtypes, plans, x, drop_path_scale, *parameters)
         returned = dtypes[1]
         computed = dtype_of_input(backend, chain, dtypes)
         with profiling.profiled(f"chain of {len(chain.layers)}"):
@@ -69,9 +76,9 @@ def _run(
                         found = packed.infer(chain, _cast(backend, x, dtype))
                         if found is not None:
                             return _cast(backend, found, returned)
-                out = infer(primitives_of(backend), chain, _cast(backend, x, computed))
+                out = infer(primitives_of(backend), chain, _cast(backend, x, computed), plans)
             else:
-                out, _ = forward(primitives_of(backend), chain, _cast(backend, x, computed), drop_path_scale)
+                out, _ = forward(primitives_of(backend), chain, _cast(backend, x, computed), drop_path_scale, plans)
         return _cast(backend, out, returned)
 
 
@@ -108,15 +115,16 @@ class ChainFunction(torch.autograd.Function):
         backend: PrimitivesBackend,
         chain: Chain,
         dtypes: tuple[torch.dtype, torch.dtype],
+        plans: Plans | None,
         x: Tensor,
         drop_path_scale: Tensor | None,
         *parameters: Tensor | None,
     ) -> Tensor:
         computed, returned = dtypes
-        ctx.chain, ctx.backend, ctx.computed, ctx.input_dtype = chain, backend, computed, x.dtype
+        ctx.chain, ctx.backend, ctx.computed, ctx.input_dtype, ctx.plans = chain, backend, computed, x.dtype, plans
         x = _cast(backend, x, dtype_of_input(backend, chain, dtypes))
-        out, saved = forward(primitives_of(backend), chain, x, drop_path_scale)
-        kept: list[Tensor | None] = list(flatten(saved))
+        out, saved = forward(primitives_of(backend), chain, x, drop_path_scale, plans)
+        kept: list[Tensor | None] = list(saved)
         if _recomputes(chain, x):
             kept[0] = None
         ctx.save_for_backward(x, drop_path_scale, *parameters, *kept)
@@ -126,22 +134,20 @@ class ChainFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, drop_path_scale, *rest = ctx.saved_tensors
-        _, _, _, needs_input, _, *needs = ctx.needs_input_grad
-        # Hooks on saved tensors may give back any tensor of the same values; backward() brings the others in order.
-        chain = ctx.chain.with_parameters(
-            [t if t is None or not t.is_neg() else in_memory(t) for t in rest[: len(needs)]]
-        )
+        _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad
+        chain, parameters = ctx.chain, rest[: len(needs)]
         kept = rest[len(needs) :]
         primitives, grad = primitives_of(ctx.backend), _cast(ctx.backend, grad, ctx.computed)
         # A backward pass may be started under autocast too.
         with select.without_autocast(x):
             if kept[0] is None:
-                kept[0], _ = convolve(primitives, chain.layers[0], as_map(x), Prologue(), "none")
+                first = chain.with_parameters(parameters).layers[0]
+                kept[0], _ = convolve(primitives, first, as_map(x), Prologue(), "none")
             grad_x, gradients = backward(
-                primitives, chain, grad, x, drop_path_scale, unflatten(chain, kept), needs_input, needs
+                primitives, chain, parameters, grad, x, drop_path_scale, kept, needs_input, needs, ctx.plans
             )
         grad_x = None if grad_x is None else _cast(ctx.backend, grad_x, ctx.input_dtype)
-        return None, None, None, grad_x, None, *gradients
+        return None, None, None, None, grad_x, None, *gradients
 
 
 def _cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from effnet_kernels.backends.base import Primitives
-from effnet_kernels.backends.operands import as_contiguous, as_map, like_parameter
-from effnet_kernels.fusion.forward import Gating, Saved, contiguous, padding_for
+from effnet_kernels.backends.dense import conv_backward
+from effnet_kernels.backends.operands import as_contiguous, as_map, in_memory, like_parameter
+from effnet_kernels.backends.triton.plans import Plans
+from effnet_kernels.fusion.forward import Gating, Saved, contiguous, padding_for, unflatten
 from effnet_kernels.fusion.spec import (
     PARAMETERS_OF_A_LAYER,
     SUMS_OF_NORM,
@@ -23,7 +25,7 @@ from effnet_kernels.fusion.spec import (
     Prologue,
     accumulation_dtype,
 )
-from effnet_kernels.fusion.synchronisation import add_up, group_of
+from effnet_kernels.fusion.synchronisation import add_up, group_of, is_synchronised
 
 
 class Norm(NamedTuple):
@@ -50,16 +52,66 @@ class NormGradient(NamedTuple):
 def backward(
     primitives: Primitives,
     chain: Chain,
+    parameters: Sequence[Tensor | None],
+    grad: Tensor,
+    x: Tensor,
+    drop_path_scale: Tensor | None,
+    saved: Sequence[Tensor],
+    needs_input: bool,
+    needs_parameters: Sequence[bool],
+    plans: Plans | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of ``x`` and those of the parameters, where they are needed.
+
+    ``parameters`` take the places of the chain's, and ``saved`` are the tensors that :func:`.forward.forward` returned.
+    All of them and ``grad`` may come in other strides than they left in: hooks on saved tensors change them. ``plans``
+    are the chain's, on the Triton backend.
+    """
+    if chain.pool:
+        # Each pixel's share of the gradient of the mean.
+        grad = grad.to(accumulation_dtype(grad.dtype)) / (saved[-2].shape[2] * saved[-2].shape[3])
+    first = chain.layers[0]
+    # A plan has launches of kernels alone, and a dense convolution is torch's.
+    apart = plans is not None and first.kind == "dense"
+
+    def compute() -> list[Tensor | None]:
+        made = chain.with_parameters([None if t is None else in_memory(t) for t in parameters])
+        tensors = unflatten(chain, saved)
+        return _backward(primitives, made, grad, x, drop_path_scale, tensors, needs_input, needs_parameters, apart)
+
+    if plans is None or any(map(is_synchronised, chain.layers)):
+        results = compute()
+    else:
+        settings = "backward", chain.pool, needs_input, tuple(needs_parameters)
+        results = plans.run(settings, [grad, x, drop_path_scale, *saved, *parameters], compute)
+    grad_x, *gradients = results
+    if apart and grad_x is not None:
+        dy, x, weight = grad_x, as_map(x), parameters[0]
+        assert weight is not None
+        residual = as_map(grad) if chain.residual else None
+        padding = padding_for(first, x)
+        grad_x, made = conv_backward(
+            dy, x, in_memory(weight), first.stride, padding, residual, needs_input, needs_parameters[0]
+        )
+        gradients[0] = None if made is None else like_parameter(made, weight)
+    return grad_x, gradients
+
+
+def _backward(
+    primitives: Primitives,
+    chain: Chain,
     grad: Tensor,
     x: Tensor,
     drop_path_scale: Tensor | None,
     saved: Sequence[Saved],
     needs_input: bool,
     needs_parameters: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of ``x`` and those of the chain's parameters, where they are needed.
+    apart: bool,
+) -> list[Tensor | None]:
+    """The passes of :func:`backward`: the gradient of ``x``, then those of the parameters.
 
-    Gradients and saved tensors may come in other strides than they left in: hooks on saved tensors change them.
+    ``grad`` is that of the output, or with ``chain.pool`` of each of its pixels. With ``apart`` the first convolution's
+    gradients are left to the caller, who gets that of its raw output in place of that of ``x``.
     """
     given, chain = chain, contiguous(chain)
     grad = as_contiguous(grad) if chain.pool else as_map(grad)
@@ -82,7 +134,11 @@ def backward(
             # The batch's mean takes a constant out again.
             bias = coefficients[0] * norm_bias * (0.0 if layer.batch_statistics else 1.0)
         gradient = at_norm.gradient._replace(coefficients=coefficients)
-        if index == 0:
+        if index == 0 and apart:
+            weight = None
+            if needs_input or needs_weight:
+                grad_input = primitives.apply_gradient(gradient, None)
+        elif index == 0:
             residual = grad if chain.residual else None
             grad_input, weight = _first(primitives, layer, gradient, x, residual, needs_input, needs_weight)
         elif layer.kind == "depthwise":
@@ -95,7 +151,7 @@ def backward(
             )
         own[index] = weight, bias, norm_weight, norm_bias
     gradients = [g for pair in zip(own, of_excitations, strict=True) for row in pair for g in row]
-    return grad_input, [
+    return [grad_input] + [
         None if g is None or p is None or not needed else like_parameter(g, p)
         for g, p, needed in zip(gradients, given.parameters(), needs_parameters, strict=True)
     ]
@@ -129,8 +185,7 @@ def _at_the_end(
     act = chain.layers[-1].act
     gradient = OutputGradient(grad, y, drop_path_scale=drop_path_scale, scale=norm.scale, shift=norm.shift, act=act)
     if chain.pool:
-        offset = grad.to(accumulation_dtype(grad.dtype)) / (y.shape[2] * y.shape[3])
-        gradient = gradient._replace(grad=None, offset=offset)
+        gradient = gradient._replace(grad=None, offset=grad)
     return NormGradient(gradient, primitives.gradient_sums(gradient, norm.mean))
 
 

@@ -17,7 +17,7 @@ from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.operands import as_map
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
-from effnet_kernels.fusion.forward import dtype_of_input, flatten, forward, infer, unflatten
+from effnet_kernels.fusion.forward import dtype_of_input, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 from effnet_kernels.fusion.synchronisation import is_synchronised
@@ -154,7 +154,7 @@ def _forward(
 ) -> list[Tensor]:
     decoded = _decode(text)
     out, saved = forward(decoded.primitives, decoded.chain(parameters, running), as_map(x), drop_path_scale)
-    return [out, *(t.contiguous() if t.dim() < 4 else t for t in flatten(saved))]
+    return [out, *(t.contiguous() if t.dim() < 4 else t for t in saved)]
 
 
 def _backward(
@@ -171,7 +171,7 @@ def _backward(
     remaining = iter(needs[1:])
     needs_parameters = [p and next(remaining) for p in decoded.present]
     grad_x, gradients = backward(
-        decoded.primitives, chain, grad, x, drop_path_scale, unflatten(chain, saved), needs[0], needs_parameters
+        decoded.primitives, chain, chain.parameters(), grad, x, drop_path_scale, saved, needs[0], needs_parameters
     )
     grad_x = None if grad_x is None else grad_x.to(x.dtype)
     own = [g for g, p in zip(gradients, decoded.present, strict=True) if p]

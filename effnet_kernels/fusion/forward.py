@@ -7,7 +7,7 @@ pooled away.
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from effnet_kernels.backends.cpu.dense import convolves_patches
 from effnet_kernels.backends.cpu.memory import cast_map, runs_bf16
 from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.backends.select import constant_when_traced
+from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion.geometry import output_map, resolve_padding
 from effnet_kernels.fusion.spec import (
     BatchNorm,
@@ -66,12 +67,23 @@ def unflatten(chain: Chain, tensors: Sequence[Tensor]) -> list[Saved]:
     ]
 
 
-def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
+def infer(primitives: Primitives, chain: Chain, x: Tensor, plans: Plans | None = None) -> Tensor:
     """The chain at inference: every BatchNorm is folded into the epilogue of its convolution, from running statistics.
 
-    x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``.
+    x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``. ``plans`` are the chain's,
+    on the Triton backend.
     """
     chain = contiguous(chain)
+    if plans is None or chain.layers[0].kind == "dense":
+        out = _infer(primitives, chain, x)
+    else:
+        read = [x, *chain.all_tensors()]
+        (out,) = cast(list[Tensor], plans.run(("infer", chain.pool), read, lambda: [_infer(primitives, chain, x)]))
+    return out.to(x.dtype) if chain.pool else out
+
+
+def _infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
+    """:func:`infer`, but for a cast of pooled means from fp32."""
     residual = x if chain.residual else None
     gate, sums = None, None
     for index, layer in enumerate(chain.layers):
@@ -82,7 +94,7 @@ def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
             if last and chain.pool:
                 _, sums = primitives.pointwise_conv(x, layer.weight, bias, Prologue(gate=gate), epilogue, "pool")
                 assert sums is not None
-                return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3]).to(x.dtype)
+                return primitives.mean_of_sums(sums, x.shape[2] * x.shape[3])
             epilogue = epilogue._replace(residual=residual if last else None)
             y, _ = primitives.pointwise_conv(x, layer.weight, bias, Prologue(gate=gate), epilogue, "none")
             assert y is not None
@@ -102,31 +114,59 @@ def infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
             gate = _excite(primitives, layer, sums, y).gate
         x = y
     if chain.pool:
-        return primitives.mean_of_sums(primitives.squeeze(x, Prologue()), x.shape[2] * x.shape[3]).to(x.dtype)
+        return primitives.mean_of_sums(primitives.squeeze(x, Prologue()), x.shape[2] * x.shape[3])
     return x
 
 
 def forward(
-    primitives: Primitives, chain: Chain, x: Tensor, drop_path_scale: Tensor | None
-) -> tuple[Tensor, list[Saved]]:
-    """The chain in training: its output, and what backward needs.
+    primitives: Primitives, chain: Chain, x: Tensor, drop_path_scale: Tensor | None, plans: Plans | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The chain in training: its output, and what backward needs, the tensors of :class:`Saved` layer by layer.
 
     x [N, C, H, W] in channels-last strides, ``drop_path_scale`` [N], to :func:`infer`'s output. Running statistics are
-    updated where their norms track them.
+    updated where their norms track them. ``plans`` are the chain's, on the Triton backend.
 
     Raises ValueError where BatchNorm would normalise a single value a channel by itself.
     """
     chain = contiguous(chain)
     drop_path_scale = None if drop_path_scale is None else as_contiguous(drop_path_scale)
-    saved: list[Saved] = []
-    residual = x if chain.residual else None
-    prologue = Prologue()
     if chain.batch_statistics:
         _check_batch(chain, x)
         _count_batches(chain)
+    first = None
+    layer = chain.layers[0]
+    if plans is not None and layer.kind == "dense":
+        # A plan has launches of kernels alone, and this convolution is torch's.
+        first, _ = convolve(primitives, layer, x, Prologue(), "none")
+
+    def compute() -> list[Tensor | None]:
+        out, saved = _forward(primitives, chain, x, drop_path_scale, first)
+        return [out, *flatten(saved)]
+
+    if plans is None or any(map(is_synchronised, chain.layers)):
+        results = compute()
+    else:
+        read = [x, drop_path_scale, first, *chain.all_tensors()]
+        results = plans.run(("forward", chain.pool), read, compute)
+    _mark_running_statistics(chain)
+    out, *saved = cast(list[Tensor], results)
+    # Pooled means are in fp32.
+    return out.to(x.dtype) if chain.pool else out, saved
+
+
+def _forward(
+    primitives: Primitives, chain: Chain, x: Tensor, drop_path_scale: Tensor | None, first: Tensor | None
+) -> tuple[Tensor, list[Saved]]:
+    """The passes of :func:`forward`; ``first`` is the first layer's raw output, or None where it is to be computed."""
+    saved: list[Saved] = []
+    residual = x if chain.residual else None
+    prologue = Prologue()
     for layer in chain.layers:
         reduction: Literal["statistics", "none"] = "statistics" if layer.batch_statistics else "none"
-        y, partials = convolve(primitives, layer, x, prologue, reduction)
+        if first is not None and not saved:
+            y, partials = first, primitives.channel_statistics(first) if layer.batch_statistics else None
+        else:
+            y, partials = convolve(primitives, layer, x, prologue, reduction)
         norm = _normalise(primitives, layer, partials, y.dtype)
         scale, shift, *_ = norm.unbind()
         prologue = Prologue(scale, shift, layer.act)
@@ -137,7 +177,7 @@ def forward(
         saved.append(Saved(y, norm, gating))
         x = y
     if chain.pool:
-        return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]).to(x.dtype), saved
+        return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]), saved
     return primitives.bn_act_add(x, prologue, _beside(residual, x), drop_path_scale), saved
 
 
@@ -256,13 +296,24 @@ def _finalize(primitives: Primitives, norm: BatchNorm, partials: Tensor) -> Tens
     normalised = primitives.finalize_batch_norm(
         partials, norm.weight, norm.bias, moved_mean, moved_var, momentum, norm.eps, norm.skip_nonfinite
     )
-    if moved_mean is mean and moved_var is var:
-        # A kernel's writes are invisible to autograd unless it is told.
-        torch.autograd.graph.increment_version([mean, var])
-    else:
+    if moved_mean is not mean or moved_var is not var:
         mean.copy_(moved_mean)
         var.copy_(moved_var)
     return normalised
+
+
+def _mark_running_statistics(chain: Chain) -> None:
+    """Tells autograd that the running statistics have changed, which it does not see where kernels write."""
+    norms: list[BatchNorm] = [layer.norm for layer in chain.layers if layer.norm is not None]
+    moved = [
+        t
+        for norm in norms
+        if norm.batch_statistics and norm.tracks
+        for t in (norm.running_mean, norm.running_var)
+        if t is not None
+    ]
+    if moved:
+        torch.autograd.graph.increment_version(moved)
 
 
 def _check_batch(chain: Chain, x: Tensor) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.packing import PackedChains
@@ -19,11 +20,13 @@ class ChainSpec(NamedTuple):
         drop_path: draws stochastic depth's factors [N] for a call's arguments, or returns None where they would change
             nothing.
         packed: the chain as it was packed for inference on the CPU; None where nobody keeps the specification.
+        plans: what the chain's passes launch on a GPU, likewise.
     """
 
     chain: Chain
     drop_path: Callable[..., Tensor | None] | None = None
     packed: PackedChains | None = None
+    plans: Plans | None = None
 
     def drop_path_scale(self, *arguments: Any, **named: Any) -> Tensor | None:
         """Stochastic depth's factors [N] for a call; None where there is no residual for a sample to keep."""

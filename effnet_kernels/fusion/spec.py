@@ -260,6 +260,11 @@ class Chain(NamedTuple):
         ]
         return self._replace(layers=tuple(layers))
 
+    def all_tensors(self) -> list[Tensor | None]:
+        """All parameters, running statistics and counts of batches."""
+        norms = [layer.norm for layer in self.layers if layer.norm is not None]
+        return [*self.parameters(), *(t for norm in norms for t in norm[2:5])]
+
     def tensors(self) -> list[Tensor]:
         """All parameters and running statistics."""
         norms = [layer.norm for layer in self.layers if layer.norm is not None]

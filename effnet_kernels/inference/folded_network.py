@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.activation import activate, gate_of
 from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
+from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
@@ -39,6 +40,7 @@ class FoldedNetwork(nn.Module):
         # The chains' settings; their tensors are meta tensors here, and the buffers take their places.
         self._settings: list[Chain] = []
         self._assembled: tuple[list[Tensor | None], list[Chain]] | None = None
+        self._plans = [Plans() for _ in chains]
         layers = [layer for chain in chains for layer in chain.layers]
         self._depthwise = {(layer.kernel_size, layer.stride) for layer in layers if layer.kind == "depthwise"}
         number = 0
@@ -69,7 +71,7 @@ class FoldedNetwork(nn.Module):
         return self._assembled[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_assembled": None}
+        return {**self.__dict__, "_assembled": None, "_plans": [Plans() for _ in self._plans]}
 
     def _assemble(self) -> list[Chain]:
         number, found = 0, []
@@ -114,7 +116,7 @@ class FoldedNetwork(nn.Module):
                 assert bias is not None
                 x = F.linear(x, weight.flatten(1), bias.to(x.dtype))
             elif backend is not None:
-                x = autograd.run(backend, chain, x, None)
+                x = autograd.run(backend, chain, x, None, plans=self._plans[number])
             else:
                 x = _run_eagerly(chain, x)
             yield x, number in self.outputs

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from effnet_kernels.backends import cpu, select
 from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
 from effnet_kernels.backends.select import Backend, BackendError, Call
+from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
 from effnet_kernels.fusion.inspection import Unsupported
@@ -62,7 +63,8 @@ class FusedModule(nn.Module):
             y = autograd.infer_packed(chain, x, decision.spec.packed)
         else:
             drop_path_scale = decision.spec.drop_path_scale(x, *arguments, **named)
-            y = autograd.run(decision.backend, chain, x, drop_path_scale, decision.spec.packed)
+            spec = decision.spec
+            y = autograd.run(decision.backend, chain, x, drop_path_scale, spec.packed, spec.plans)
         if y is None or pool or not self.keeps_memory_format:
             return y
         return y.contiguous(memory_format=memory_format(input))
@@ -106,7 +108,7 @@ class FusedModule(nn.Module):
         if found is None:
             found = self._lower()
             if not isinstance(found, str):
-                found = found._replace(packed=PackedChains(found.chain))
+                found = found._replace(packed=PackedChains(found.chain), plans=Plans())
             _lowered.keep(self, found)
         return found
 

@@ -41,6 +41,22 @@ class Launch(NamedTuple):
 Options = tuple[int, int, int | None]
 """num_warps, num_stages and max_registers."""
 Key = tuple[Any, ...]
+Handle = tuple[int, Callable[..., None], Any, Any, Any]
+"""The device of a compiled binary, how Triton runs it, its function and metadata, and Triton's own object, at whose end
+the binary is unloaded."""
+
+
+class Recording(list[Launch]):
+    """A launch trace whose launches have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[Key | None] = []
+
+    def handles(self) -> list["Handle | None"]:
+        """How each is run again; None where no binary is kept."""
+        return [None if key is None else _handles.get(key) for key in self.keys]
+
 
 _TRITONS_FILE = inspect.getfile(JITFunction)
 _trace: ScopedValue[list[Launch]] = ScopedValue("launch_trace")
@@ -51,9 +67,8 @@ _OWN_NAMES = {
     *("traces", "current_trace", "trace", "capture", "simulated", "timers", "handles", "handle", "run", "type"),
     *("x", "y", "z", "fits", "device", "execute", "binary", "metadata", "cuda", "bindings", "_"),
 }
-# The device of each compiled binary, how Triton runs it, and Triton's own object, at whose end the binary is unloaded.
 # A binary's key has all that tells it from others.
-_handles: dict[Key, tuple[int, Callable[..., None], Any, Any, Any]] = {}
+_handles: dict[Key, Handle] = {}
 
 
 def launcher(kernel: JITFunction) -> Callable[..., None]:
@@ -84,12 +99,11 @@ def launcher(kernel: JITFunction) -> Callable[..., None]:
     listed = ", ".join(parameters), ", ".join(constants)
     source = f"""
 def {name}(grid, *, {", ".join(kernel.arg_names)}, num_warps=4, num_stages=2, max_registers=None):
-    if traces and (trace := current_trace()) is not None:
-        options = num_warps, num_stages, max_registers
-        return capture(trace, kernel, grid, ({listed[0]},), ({listed[1]},), options)
     {"; ".join(f"{address} = None if {ptr} is None else {ptr}.data_ptr()" for ptr, address in addresses.items())}
     constants, options = ({listed[1]},), (num_warps, num_stages, max_registers)
     key = None if simulated() else (function, options, constants, {", ".join(tokens)})
+    if traces and (trace := current_trace()) is not None:
+        return capture(trace, key, kernel, grid, ({listed[0]},), constants, options)
     if timers:
         return timers[-1](kernel, lambda: run(key, kernel, grid, ({listed[0]},), constants, options))
     handle = handles.get(key)
@@ -147,13 +161,14 @@ def _is_empty(kernel: JITFunction, grid: Grid) -> bool:
 
 def _capture(
     trace: list[Launch],
+    key: Key | None,
     kernel: JITFunction,
     grid: Grid,
     parameters: tuple[Argument, ...],
     constants: tuple[Any, ...],
     options: Options,
 ) -> None:
-    """Adds a launch to the trace that is being captured."""
+    """Adds a launch to the trace that is being captured, and runs it where it is only recorded."""
     if _is_empty(kernel, grid):
         return
     # Detached, because autograd copies a gradient that it hands over while another tensor refers to it.
@@ -161,6 +176,9 @@ def _capture(
     arguments = dict(zip(kernel.arg_names, detached, strict=False))
     by_name = dict(zip(kernel.arg_names[len(detached) :], constants, strict=True))
     trace.append(Launch(kernel, grid, arguments, by_name, _named(options)))
+    if isinstance(trace, Recording):
+        trace.keys.append(key)
+        _run(key, kernel, grid, parameters, constants, options)
 
 
 def _run(
@@ -247,9 +265,23 @@ def timed_by(timer: Timer) -> Iterator[None]:
         _timers.pop()
 
 
+@contextlib.contextmanager
+def record_launches() -> Iterator[Recording]:
+    """The launches of this thread in the ``with`` block, which run as ever."""
+    recording = Recording()
+    with _trace.bound_to(recording):
+        yield recording
+
+
 def is_capturing() -> bool:
     """Whether this thread captures a launch trace."""
-    return _trace.get() is not None
+    trace = _trace.get()
+    return trace is not None and not isinstance(trace, Recording)
+
+
+def runs_plainly() -> bool:
+    """Whether launches of this thread run on a GPU, and nobody captures, records or times them."""
+    return _trace.get() is None and not _timers and not simulated()
 
 
 def simulated() -> bool:

@@ -34,6 +34,7 @@ _NAMES_IN_FILE = {
 # For the whole process: on a GPU, autograd runs backward in a thread of its own, which does not see context variables.
 _overrides: list[ChooseTile] = []
 _cached_rules: list[Any] = []
+_cleared = 0
 
 
 def apply_tuned(kernel: str, dtype: torch.dtype, target: Target, sizes: Mapping[str, int | bool], tile: Tile) -> Tile:
@@ -60,9 +61,21 @@ def cached_rule(rule: Rule) -> Rule:
 
 def clear_caches() -> None:
     """Forgets the tuned configs and the answers of rules, so that the next launch reads the file again."""
+    global _cleared
+    _cleared += 1
     _configs.cache_clear()
     for rule in _cached_rules:
         rule.cache_clear()
+
+
+def generation() -> int:
+    """A number that changes where the rules' answers may."""
+    return _cleared
+
+
+def is_overridden() -> bool:
+    """Whether :func:`override` is in effect."""
+    return bool(_overrides)
 
 
 def key_of(kernel: str, dtype: torch.dtype, target: Target, sizes: Mapping[str, int | bool]) -> str:
