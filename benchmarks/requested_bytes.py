@@ -50,7 +50,7 @@ def _depthwise(launch: Launch) -> dict[str, float]:
 
 
 def _depthwise_backward(launch: Launch) -> dict[str, float]:
-    """The input is read once for the window of activations, and again for the derivative of the activation."""
+    """The input is read for the window of activations, and again for the derivative, which small kernels keep."""
     a, c = launch.arguments, launch.constants
     stride, before = c["STRIDE"], (c["K"] - 1) // c["STRIDE"]
     steps, strip = a["strip_height"] // stride + before, c["WIDTH"]
@@ -58,8 +58,9 @@ def _depthwise_backward(launch: Launch) -> dict[str, float]:
     columns = [a["pad_left"] // stride + i * strip // stride - before for i in range(a["column_strips"])]
     covered = _covered(rows, steps + 1, a["out_height"]) * _covered(columns, strip // stride + before, a["out_width"])
     times = covered / (a["out_height"] * a["out_width"])
+    keeps = c["ACT"] != "none" and (c["K"] == 3 or (c["K"] == 5 and a["x_ptr"].element_size() == 2))
     twice = a["scale_ptr"] is not None or a["shift_ptr"] is not None or a["mean_ptr"] is not None or c["ACT"] != "none"
-    return {"grad": times, "y": times, "x": 2 if twice else 1}
+    return {"grad": times, "y": times, "x": 2 if twice and not keeps else 1}
 
 
 def _covered(starts: list[int], length: int, limit: int) -> int:

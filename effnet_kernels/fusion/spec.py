@@ -99,8 +99,9 @@ class PixelSums(NamedTuple):
     centred_slope: Tensor  # of u' * (x - mean)
 
 
-# In the tensor of all five: those of BatchNorm's scale and shift, and those of the slopes, which belong to them.
-SUMS_OF_NORM, SUMS_OF_SLOPES = slice(1, 3), slice(3, 5)
+# In the tensor of all five: those of the gradient dq, among them those of BatchNorm's scale and shift, and those of the
+# slopes, which belong to them.
+SUMS_OF_GRADIENT, SUMS_OF_NORM, SUMS_OF_SLOPES = slice(0, 3), slice(1, 3), slice(3, 5)
 
 
 Reduction = Literal["none", "statistics", "pool"]

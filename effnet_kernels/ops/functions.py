@@ -18,7 +18,6 @@ from effnet_kernels.fusion.spec import (
     Gate,
     OutputGradient,
     Padding,
-    PixelSums,
     Prologue,
     Reduction,
 )
@@ -64,7 +63,7 @@ class PointwiseConv(torch.autograd.Function):
             gradient, weight, x, prologue, zero, None, not plain, needs_input, needs[1]
         )
         if sums is not None:
-            of_gate, of_shift, of_scale, _, _ = PixelSums(*sums.sum(dim=1).unbind(1))
+            of_gate, of_shift, of_scale, *_ = sums.sum(dim=1).unbind(1)
             factor = torch.ones_like(of_gate) if gate is None else gate
             grad_gate = of_gate
             grad_shift, grad_scale = (factor * of_shift).sum(dim=0), (factor * of_scale).sum(dim=0)

@@ -91,11 +91,12 @@ def test_pointwise_backward(accesses: list[np.ndarray]) -> None:
         "OUT_ACT": "none",
         "ACT": "silu",
         "APPLY_ACT_GRAD": True,
+        "NUM_SUMS": 3,
         "PRECISION": "ieee",
         "IN_DIVISOR": 8,
         "OUT_DIVISOR": 1,
     }
-    constants |= {"BLOCK_M": 16, "BLOCK_N": CHANNELS, "BLOCK_K": 16, "SUM_ROWS": 16}
+    constants |= {"BLOCK_M": 16, "BLOCK_N": CHANNELS, "BLOCK_K": 16}
     numbers = {"rows": 1, "groups": PIXELS, "in_quotient": PITCH // 8, "out_quotient": 1}
     # One output channel, so that the weight, whose rows are as far apart as the map's, has a single one.
     tensors = {"grad_ptr": ones(PIXELS, 1), "weight_ptr": ones(1, CHANNELS)}

@@ -16,7 +16,7 @@ from effnet_kernels.backends.cpu.memory import (
     with_both,
     written,
 )
-from effnet_kernels.fusion.spec import REDUCTIONS, Epilogue, OutputGradient, Prologue, Reduction
+from effnet_kernels.fusion.spec import REDUCTIONS, SUMS_OF_GRADIENT, Epilogue, OutputGradient, Prologue, Reduction
 
 
 def pointwise_conv(
@@ -81,8 +81,8 @@ def pointwise_conv_backward(
 
     With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, u' its
     derivative, dq the gradient of the gated u), the second result is partial :class:`PixelSums` of each image in one
-    tensor, [N, T, 5, C]. Returned is dq, or with ``apply_act_grad`` gate * dq * u'. The output's gradient is formed
-    once for both products.
+    tensor, [N, T, 5, C]. Returned is dq, or with ``apply_act_grad`` gate * dq * u', and the sums without the slopes,
+    [N, T, 3, C]. The output's gradient is formed once for both products.
     """
     samples, channels, height, width = x.shape
     outputs = weight.shape[0]
@@ -109,4 +109,4 @@ def pointwise_conv_backward(
         written(dweight),
         *execution(),
     )
-    return dx, sums, dweight
+    return dx, sums[:, :, SUMS_OF_GRADIENT] if sums is not None and apply_act_grad else sums, dweight

@@ -15,6 +15,7 @@ from effnet_kernels.backends.reference.operands import (
     rounded,
 )
 from effnet_kernels.fusion.spec import (
+    SUMS_OF_GRADIENT,
     Epilogue,
     OutputGradient,
     Padding,
@@ -53,7 +54,8 @@ def pointwise_conv_backward(
 
     With ``mean``, of the raw input ``x`` whose activation ``prologue`` describes (u the activated value, u' its
     derivative, dq the gradient of the gated u), the second result is the :class:`PixelSums` of each image in one
-    tensor, [N, 1, 5, C]. Returned is dq, or with ``apply_act_grad`` gate * dq * u'.
+    tensor, [N, 1, 5, C]. Returned is dq, or with ``apply_act_grad`` gate * dq * u', and the sums without the slopes,
+    [N, 1, 3, C].
     """
     dy = rounded(output_gradient(gradient), x.dtype)
     dx, sums, dweight = None, None, None
@@ -71,6 +73,7 @@ def pointwise_conv_backward(
             )
             sums = torch.stack([product.sum(dim=(2, 3)) for product in products], dim=1)[:, None]
             if apply_act_grad:
+                sums = sums[:, :, SUMS_OF_GRADIENT]
                 dx = dx * s if prologue.gate is None else dx * s * by_channel(prologue.gate)
         dx = _stored(dx, residual, x)
     return dx, sums, dweight

@@ -77,6 +77,7 @@ def gradient_sums(gradient: OutputGradient, mean: Tensor) -> Tensor:
         C_DIVISOR=divisor,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
+        SUM_ROWS=config.sum_rows(y.dtype),
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

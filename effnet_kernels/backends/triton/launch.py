@@ -298,6 +298,9 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
-def channel_divisor(channels: int) -> int:
-    """A divisor of ``channels`` that kernels are compiled for: 8, by which the compiler sees 16-byte accesses, or 1."""
-    return 8 if channels % 8 == 0 else 1
+def channel_divisor(channels: int, divisors: tuple[int, ...] = (8,)) -> int:
+    """The first of ``divisors`` that divides ``channels``, for which kernels are compiled, or 1.
+
+    By it the compiler sees how wide an access can be: by 8 that rows of maps in 16 bits begin at 16 bytes.
+    """
+    return next((divisor for divisor in divisors if channels % divisor == 0), 1)

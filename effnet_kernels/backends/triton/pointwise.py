@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+from effnet_kernels.backends.triton.batch_norm import apply_gradient
 from effnet_kernels.backends.triton.configs import target_of
+from effnet_kernels.backends.triton.configs.elementwise import stream
 from effnet_kernels.backends.triton.configs.pointwise import MAX_STATISTICS, MAX_SUMS, gemm, weight_gradient
 from effnet_kernels.backends.triton.kernels.pointwise import (
     pointwise_conv_backward_data_kernel,
     pointwise_conv_backward_weight_kernel,
     pointwise_conv_kernel,
+    slope_sums_kernel,
     sum_partials_kernel,
 )
 from effnet_kernels.backends.triton.launch import channel_divisor, dot_precision, launcher
@@ -17,6 +20,7 @@ from effnet_kernels.fusion.spec import Epilogue, OutputGradient, Prologue, Reduc
 launch_pointwise_conv = launcher(pointwise_conv_kernel)
 launch_pointwise_conv_backward_data = launcher(pointwise_conv_backward_data_kernel)
 launch_pointwise_conv_backward_weight = launcher(pointwise_conv_backward_weight_kernel)
+launch_slope_sums = launcher(slope_sums_kernel)
 launch_sum_partials = launcher(sum_partials_kernel)
 
 
@@ -97,7 +101,8 @@ def pointwise_conv_backward_data(
     Without ``x`` the input is a map as it is, and this is its gradient dq. With the raw output ``x``, the input is u
     times the gate, u = act(scale * x + shift) by ``prologue``, and dq is its gradient. The result is then dq, or with
     ``apply_act_grad`` the gradient of scale * x + shift, gate * dq * u', in which u' is the activation's derivative.
-    The second result is five partial sums over each image's pixels, [N, T, 5, C]:
+    The second result is five partial sums over each image's pixels, [N, T, 5, C], with ``apply_act_grad`` without the
+    last two, [N, T, 3, C]:
 
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
@@ -105,7 +110,7 @@ def pointwise_conv_backward_data(
         slope = sum of u'
         centred_slope = sum of u' * (x - mean)
 
-    One launch.
+    One launch or two.
     """
     like = gradient.grad if gradient.grad is not None else gradient.y
     assert like is not None
@@ -114,11 +119,13 @@ def pointwise_conv_backward_data(
     owners = samples if x is not None else 1
     groups, rows = _groups(like, x is not None or gradient.by_sample(), owners)
     limit = None if x is None else MAX_SUMS
-    config = gemm(owners, groups, rows, channels, outputs, limit, True, x is not None, like.dtype, target_of(like))
+    computes = gradient.y is not None
+    config = gemm(owners, groups, rows, channels, outputs, limit, computes, x is not None, like.dtype, target_of(like))
     dx = _empty_map(like, channels)
     sums = None
     if x is not None:
-        sums = torch.empty(samples, config.num_programs, 5, channels, dtype=torch.float32, device=like.device)
+        num_sums = 3 if apply_act_grad else 5
+        sums = torch.empty(samples, config.num_programs, num_sums, channels, dtype=torch.float32, device=like.device)
     in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv_backward_data(
         (-(-channels // config.block_n), config.num_programs, owners),
@@ -139,18 +146,45 @@ def pointwise_conv_backward_data(
         OUT_ACT=gradient.act,
         ACT=prologue.act,
         APPLY_ACT_GRAD=apply_act_grad,
+        NUM_SUMS=0 if sums is None else sums.shape[2],
         PRECISION=dot_precision(like.dtype),
         IN_DIVISOR=in_divisor,
         OUT_DIVISOR=out_divisor,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        SUM_ROWS=config.sum_rows(like.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
     )
+    if x is not None and sums is not None and not apply_act_grad:
+        _slope_sums(x, prologue, mean, sums)
     return dx, sums
+
+
+def _slope_sums(x: Tensor, prologue: Prologue, mean: Tensor | None, sums: Tensor) -> None:
+    """Writes the last two of ``sums`` [N, T, 5, C]. One launch."""
+    samples, channels, height, width = x.shape
+    programs = sums.shape[1]
+    config = stream(samples, height * width, channels, target_of(x), programs)
+    divisor = channel_divisor(channels)
+    launch_slope_sums(
+        (programs, -(-channels // config.block_c), samples),
+        x_ptr=x,
+        scale_ptr=prologue.scale,
+        shift_ptr=prologue.shift,
+        mean_ptr=mean,
+        sums_ptr=sums,
+        rows=height * width,
+        c_quotient=channels // divisor,
+        ACT=prologue.act,
+        C_DIVISOR=divisor,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        SUM_ROWS=config.sum_rows(x.dtype),
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
+    )
 
 
 def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue: Prologue) -> Tensor:
@@ -204,6 +238,8 @@ def pointwise_conv_backward(
     :func:`pointwise_conv_backward_weight`. With ``mean`` x is a raw output, whose ``prologue`` is differentiated.
     """
     dx, sums, dweight = None, None, None
+    if needs_weight and needs_input and _is_formed_first(gradient, weight):
+        gradient = OutputGradient(apply_gradient(gradient, None))
     if needs_weight:
         dweight = pointwise_conv_backward_weight(gradient, x, prologue)
     if needs_input:
@@ -211,6 +247,16 @@ def pointwise_conv_backward(
         differentiated = Prologue() if mean is None else prologue
         dx, sums = pointwise_conv_backward_data(gradient, weight, raw, differentiated, mean, residual, apply_act_grad)
     return dx, sums, dweight
+
+
+def _is_formed_first(gradient: OutputGradient, weight: Tensor) -> bool:
+    """Whether the gradient of the output is formed once, as a map, instead of on each load.
+
+    Each block of 64 input channels loads it, twice: for the data and for the weight gradient. Where outputs are few, as
+    those of project convolutions, their map is small beside the input's.
+    """
+    outputs, channels = weight.shape[:2]
+    return gradient.y is not None and channels >= 3 * outputs and channels >= 4 * 64
 
 
 def sum_partials(partials: Tensor) -> Tensor:

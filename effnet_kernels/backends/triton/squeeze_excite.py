@@ -50,6 +50,7 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         C_DIVISOR=divisor,
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
+        SUM_ROWS=config.sum_rows(x.dtype),
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -93,6 +94,7 @@ def excite(
     config = excitation(samples, channels, squeezed, target_of(sums))
     mean, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
+    divisor, squeezed_divisor = channel_divisor(channels), channel_divisor(squeezed, (4, 2))
     launch_excite(
         (samples, config.num_programs, 1),
         sums_ptr=sums,
@@ -104,11 +106,13 @@ def excite(
         mean_ptr=mean,
         hidden_ptr=hidden,
         T=partials,
-        C=channels,
-        S=squeezed,
+        c_quotient=channels // divisor,
+        s_quotient=squeezed // squeezed_divisor,
         reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
+        C_DIVISOR=divisor,
+        S_DIVISOR=squeezed_divisor,
         BLOCK_S=config.block_s,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
@@ -145,6 +149,8 @@ def excite_backward(
     norm_sums = None
     if num_sums == 5:
         norm_sums = torch.empty(samples, 2, channels, dtype=torch.float32, device=sums.device)
+    # By 2 alone: wider accesses would give the channels to few threads, which compute on each of them here.
+    divisor, squeezed_divisor = channel_divisor(channels, (2,)), channel_divisor(squeezed, (4, 2))
     launch_excite_backward(
         (samples, config.num_programs, 1),
         sums_ptr=sums,
@@ -157,12 +163,14 @@ def excite_backward(
         grad_hidden_ptr=grad_hidden,
         norm_sums_ptr=norm_sums,
         T=partials,
-        C=channels,
-        S=squeezed,
+        c_quotient=channels // divisor,
+        s_quotient=squeezed // squeezed_divisor,
         reciprocal_count=1.0 / count,
         ACT=act,
         GATE=kind,
         NUM_SUMS=num_sums,
+        C_DIVISOR=divisor,
+        S_DIVISOR=squeezed_divisor,
         BLOCK_S=config.block_s,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,

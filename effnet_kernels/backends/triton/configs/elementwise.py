@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 from effnet_kernels.backends.triton.configs import Target
 from effnet_kernels.backends.triton.configs.tuned_configs import cached_rule
 
@@ -14,6 +16,11 @@ class StreamConfig(NamedTuple):
     num_programs: int
     max_registers: int | None
     num_warps: int = 4
+
+    def sum_rows(self, dtype: torch.dtype) -> int:
+        """The rows of a tile that all threads hold at once, 16 bytes each, of maps of ``dtype``."""
+        elements = self.num_warps * 32 * (16 // dtype.itemsize)
+        return min(self.block_m, max(1, elements // self.block_c))
 
 
 @cached_rule

@@ -29,11 +29,6 @@ class GemmConfig(NamedTuple):
     num_stages: int
     max_registers: int | None
 
-    def sum_rows(self, dtype: torch.dtype) -> int:
-        """The rows of a tile that all threads hold at once, 16 bytes each, of maps of ``dtype``."""
-        elements = self.num_warps * 32 * (16 // dtype.itemsize)
-        return min(self.block_m, max(1, elements // self.block_n))
-
 
 @cached_rule
 def gemm(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from effnet_kernels.backends.triton.kernels.activation import merge_moments
-from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
+from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector, sum_within_threads
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])
@@ -60,6 +60,7 @@ def gradient_sums_kernel(
     C_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
 ):
     """sums [G * P, 2, C]: the sums over rows of dz and dz * (y - mean), see :func:`gradient_of_norm`.
 
@@ -78,24 +79,37 @@ def gradient_sums_kernel(
     scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
     shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
     mean = load_vector(mean_ptr, channels, inside, 0.0)  # [BLOCK_C]
-    total = tl.zeros([BLOCK_C], tl.float32)
-    centred = tl.zeros([BLOCK_C], tl.float32)
+    total = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    centred = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
     base = group.to(tl.int64) * rows
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         start = tile.to(tl.int64) * BLOCK_M
         row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
+        row_inside = (start + row < rows)[:, None]  # [BLOCK_M, 1]
+        mask = row_inside & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = gradient_of_norm(
-            grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT
+            grad_ptr,
+            y,
+            offsets,
+            mask,
+            gate_ptr,
+            gate,
+            drop_path_scale_ptr,
+            drop_path_scale,
+            offset_ptr,
+            offset,
+            scale,
+            shift,
+            ACT,
         )  # [BLOCK_M, BLOCK_C]
-        dz = tl.where(mask, dz, 0.0)
-        total += tl.sum(dz, axis=0)
-        centred += tl.sum(dz * (y - mean[None, :]), axis=0)
+        dz = tl.where(row_inside, dz, 0.0)
+        total += sum_within_threads(dz, SUM_ROWS)
+        centred += sum_within_threads(dz * (y - mean[None, :]), SUM_ROWS)
     out = sums_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channels
-    tl.store(out, total, mask=inside)
-    tl.store(out + C, centred, mask=inside)
+    tl.store(out, tl.sum(total, axis=0), mask=inside)
+    tl.store(out + C, tl.sum(centred, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])
@@ -143,7 +157,19 @@ def apply_gradient_kernel(
         if y_ptr is not None:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dy = gradient_of_norm(
-            grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT
+            grad_ptr,
+            y,
+            offsets,
+            mask,
+            gate_ptr,
+            gate,
+            drop_path_scale_ptr,
+            drop_path_scale,
+            offset_ptr,
+            offset,
+            scale,
+            shift,
+            ACT,
         )  # [BLOCK_M, BLOCK_C]
         if coefficients_ptr is not None:
             alpha = load_vector(coefficients_ptr, channels, inside, 0.0)  # [BLOCK_C]

@@ -23,11 +23,11 @@ def load_weights(weight_ptr, c, inside, TAPS: tl.constexpr):
 
 
 @triton.jit
-def zero_tiles(COUNT: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr):
+def zero_tiles(COUNT: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr, dtype: tl.constexpr = tl.float32):
     """A tuple of COUNT tiles [STRIPS, BLOCK_C] of zeros."""
     tiles = ()
     for _ in tl.static_range(COUNT):
-        tiles += (tl.zeros([STRIPS, BLOCK_C], tl.float32),)
+        tiles += (tl.zeros([STRIPS, BLOCK_C], dtype),)
     return tiles
 
 
@@ -36,15 +36,16 @@ def load_columns(strip_ptr, row, column, height, width, C, valid, COLUMNS: tl.co
     """COLUMNS neighbouring pixels of a row of each strip, from ``column`` on: a tuple of tiles [STRIPS, BLOCK_C].
 
     Values have the map's dtype and are zero outside of the map. ``strip_ptr`` [STRIPS, BLOCK_C] points to the first
-    pixel of each strip's sample, ``row`` and ``column`` [STRIPS] count in the map, and ``valid`` [STRIPS, BLOCK_C] is
-    false where there is no such strip or channel.
+    pixel of each strip's sample, ``row`` and ``column`` [STRIPS, 1] count in the map, and ``valid`` [STRIPS, BLOCK_C]
+    is false where there is no such strip or channel.
     """
-    row_inside = (row >= 0) & (row < height)  # [STRIPS]
+    row_inside = (row >= 0) & (row < height)  # [STRIPS, 1]
+    row_ptr = strip_ptr + (row * width + column) * C  # [STRIPS, BLOCK_C]
     loaded = ()
     for j in tl.static_range(COLUMNS):
-        at = column + j  # [STRIPS]
-        mask = valid & (row_inside & (at >= 0) & (at < width))[:, None]  # [STRIPS, BLOCK_C]
-        loaded += (tl.load(strip_ptr + ((row * width + at) * C)[:, None], mask=mask, other=0.0),)
+        at = column + j  # [STRIPS, 1]
+        mask = valid & (row_inside & (at >= 0) & (at < width))  # [STRIPS, BLOCK_C]
+        loaded += (tl.load(row_ptr + j * C, mask=mask, other=0.0),)
     return loaded
 
 
@@ -121,20 +122,21 @@ def depthwise_conv_kernel(
     # steps, so that as many output rows are accumulated at a time.
     OUT_ROWS: tl.constexpr = (K + STRIDE - 1) // STRIDE
     COLUMNS: tl.constexpr = STRIDE * (WIDTH - 1) + K
-    count = tl.zeros([STRIPS], tl.float32)
+    # Vectors of strips are [STRIPS, 1] throughout: threads would exchange those of [STRIPS] through shared memory.
+    count = tl.zeros([STRIPS, 1], tl.float32)
     pivot = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     total = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     squares = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     for first in range(tl.program_id(0) * STRIPS, strips, tl.num_programs(0) * STRIPS):
-        strip = first + tl.arange(0, STRIPS)  # [STRIPS], as n, out_row and out_column
+        strip = (first + tl.arange(0, STRIPS))[:, None]  # [STRIPS, 1], as n, out_row and out_column
         n = strip // (row_strips * column_strips)
         out_row = strip // column_strips % row_strips * strip_height
         out_column = strip % column_strips * WIDTH
-        valid = (strip < strips)[:, None] & inside[None, :]  # [STRIPS, BLOCK_C]
-        rows = tl.minimum(out_height - out_row, strip_height)  # [STRIPS]
-        x_strip = x_ptr + (n.to(tl.int64) * height * width * C)[:, None] + c[None, :]  # [STRIPS, BLOCK_C]
-        y_strip = y_ptr + (n.to(tl.int64) * out_height * out_width * C)[:, None] + c[None, :]  # [STRIPS, BLOCK_C]
-        column = out_column * STRIDE - pad_left  # [STRIPS]
+        valid = (strip < strips) & inside[None, :]  # [STRIPS, BLOCK_C]
+        rows = tl.minimum(out_height - out_row, strip_height)  # [STRIPS, 1]
+        x_strip = x_ptr + n.to(tl.int64) * height * width * C + c[None, :]  # [STRIPS, BLOCK_C]
+        y_strip = y_ptr + n.to(tl.int64) * out_height * out_width * C + c[None, :]  # [STRIPS, BLOCK_C]
+        column = out_column * STRIDE - pad_left  # [STRIPS, 1]
         accumulators = zero_tiles(OUT_ROWS * WIDTH, STRIPS, BLOCK_C)
         if REDUCTION == "pool":
             total = tl.zeros([STRIPS, BLOCK_C], tl.float32)
@@ -142,7 +144,7 @@ def depthwise_conv_kernel(
         loaded = load_columns(x_strip, first_row, column, height, width, C, valid, COLUMNS)
         for step in range(first_step, strip_height + OUT_ROWS - 1):
             for phase in tl.static_range(STRIDE):
-                row = (out_row + step) * STRIDE + phase - pad_top  # [STRIPS]
+                row = (out_row + step) * STRIDE + phase - pad_top  # [STRIPS, 1]
                 row_inside = (row >= 0) & (row < height)
                 raw = loaded
                 # The next row is loaded while this one is computed.
@@ -152,7 +154,7 @@ def depthwise_conv_kernel(
                     value = raw[j].to(tl.float32)  # [STRIPS, BLOCK_C]
                     if scale_ptr is not None or shift_ptr is not None or ACT != "none":
                         # Padding is zero after the activation, not before it.
-                        mask = valid & (row_inside & (column + j >= 0) & (column + j < width))[:, None]
+                        mask = valid & (row_inside & (column + j >= 0) & (column + j < width))
                         value = tl.where(mask, activate(value * scale + shift, ACT), 0.0)
                     values += (value,)
                 updated = ()
@@ -167,48 +169,49 @@ def depthwise_conv_kernel(
                     updated += (accumulator,)
                 accumulators = updated
             done = step - (OUT_ROWS - 1)  # the output row that is complete, from the strip's top
-            row_done = (done >= 0) & (done < rows)  # [STRIPS]
-            finished = ()
+            row_done = (done >= 0) & (done < rows)  # [STRIPS, 1]
+            row_ptr = y_strip + ((out_row + done) * out_width + out_column) * C  # [STRIPS, BLOCK_C]
+            finished, masks = (), ()
             for j in tl.static_range(WIDTH):
-                mask = valid & (row_done & (out_column + j < out_width))[:, None]  # [STRIPS, BLOCK_C]
-                y = activate(accumulators[j] * out_scale + out_shift, OUT_ACT).to(y_ptr.dtype.element_ty)
-                at = ((out_row + done) * out_width + out_column + j) * C  # [STRIPS]
-                tl.store(y_strip + at[:, None], y, mask=mask)
-                if REDUCTION != "none":
-                    y = tl.where(mask, y.to(tl.float32), 0.0)
-                if REDUCTION == "pool":
-                    total += y
-                finished += (y,)
+                mask = valid & (row_done & (out_column + j < out_width))  # [STRIPS, BLOCK_C]
+                y = accumulators[j]
+                if out_scale_ptr is not None or out_shift_ptr is not None or out_mean_ptr is not None:
+                    y = y * out_scale + out_shift
+                y = activate(y, OUT_ACT).to(y_ptr.dtype.element_ty)
+                tl.store(row_ptr + j * C, y, mask=mask)
+                finished += (y.to(tl.float32),)
+                masks += (mask,)
+            if REDUCTION == "pool":
+                for j in tl.static_range(WIDTH):
+                    total += tl.where(masks[j], finished[j], 0.0)
             if REDUCTION == "statistics":
-                columns = tl.where((strip < strips) & row_done, tl.minimum(out_width - out_column, WIDTH), 0)
-                columns = columns.to(tl.float32)  # [STRIPS]
-                row_sum = tl.zeros([STRIPS, BLOCK_C], tl.float32)
+                if (first == tl.program_id(0) * STRIPS) & (done == 0):
+                    # Deviations are from the mean of a lane's first row. It is so near to the mean of all rows that
+                    # squares of deviations keep their digits, however large the mean is.
+                    for j in tl.static_range(WIDTH):
+                        pivot += tl.where(masks[j], finished[j], 0.0)
+                    pivot /= tl.minimum(out_width - out_column, WIDTH).to(tl.float32)
                 for j in tl.static_range(WIDTH):
-                    row_sum += finished[j]
-                # Deviations are from the mean of a lane's first row. It is so near to the mean of all rows that squares
-                # of deviations keep their digits, however large the mean is.
-                fresh = (count == 0.0) & (columns > 0.0)
-                pivot = tl.where(fresh[:, None], row_sum / tl.maximum(columns, 1.0)[:, None], pivot)
-                for j in tl.static_range(WIDTH):
-                    inside_map = (j < columns)[:, None]  # [STRIPS, 1]
-                    deviation = tl.where(inside_map, finished[j] - pivot, 0.0)  # [STRIPS, BLOCK_C]
+                    deviation = tl.where(masks[j], finished[j] - pivot, 0.0)  # [STRIPS, BLOCK_C]
                     total += deviation
                     squares += deviation * deviation
-                count += columns
             accumulators = accumulators[WIDTH:] + zero_tiles(WIDTH, STRIPS, BLOCK_C)
-        if REDUCTION == "pool":
-            tl.store(partials_ptr + (strip.to(tl.int64) * C)[:, None] + c[None, :], total, mask=valid)
+        if REDUCTION == "statistics":
+            columns = tl.minimum(out_width - out_column, WIDTH)  # [STRIPS, 1]
+            count += tl.where(strip < strips, rows * columns, 0).to(tl.float32)
+        elif REDUCTION == "pool":
+            tl.store(partials_ptr + strip.to(tl.int64) * C + c[None, :], total, mask=valid)
     if REDUCTION == "statistics":
-        safe = tl.maximum(count, 1.0)[:, None]
+        safe = tl.maximum(count, 1.0)  # [STRIPS, 1]
         mean = pivot + total / safe  # [STRIPS, BLOCK_C]
         m2 = squares - total * total / safe  # [STRIPS, BLOCK_C]
         # The strips' moments are merged, with means relative to that of the first strip.
-        all_count = tl.sum(count, axis=0)
-        weight = count[:, None] / tl.maximum(all_count, 1.0)  # [STRIPS, 1]
+        all_count = tl.sum(count)
+        weight = count / tl.maximum(all_count, 1.0)  # [STRIPS, 1]
         reference = tl.sum(tl.where(tl.arange(0, STRIPS)[:, None] == 0, mean, 0.0), axis=0)  # [BLOCK_C]
         merged = reference + tl.sum(weight * (mean - reference[None, :]), axis=0)  # [BLOCK_C]
         deviation = mean - merged[None, :]  # [STRIPS, BLOCK_C]
-        merged_m2 = tl.sum(m2 + count[:, None] * deviation * deviation, axis=0)  # [BLOCK_C]
+        merged_m2 = tl.sum(m2 + count * deviation * deviation, axis=0)  # [BLOCK_C]
         out = partials_ptr + tl.program_id(0) * 3 * C + c
         tl.store(out, tl.zeros([BLOCK_C], tl.float32) + all_count, mask=inside)
         tl.store(out + C, merged, mask=inside)

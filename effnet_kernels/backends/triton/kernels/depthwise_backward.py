@@ -33,10 +33,10 @@ def load_step(
 
 @triton.jit
 def load_rows_of_strips(matrix_ptr, n, C, c, mask, DEFAULT: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Each strip's row ``n`` [STRIPS] of a matrix [N, C]: [STRIPS, BLOCK_C], the default if the matrix is None."""
+    """Each strip's row ``n`` [STRIPS, 1] of a matrix [N, C]: [STRIPS, BLOCK_C], the default if the matrix is None."""
     value = tl.full([STRIPS, BLOCK_C], DEFAULT, tl.float32)
     if matrix_ptr is not None:
-        value = tl.load(matrix_ptr + (n.to(tl.int64) * C)[:, None] + c[None, :], mask=mask, other=DEFAULT)
+        value = tl.load(matrix_ptr + n.to(tl.int64) * C + c[None, :], mask=mask, other=DEFAULT)
     return value
 
 
@@ -123,24 +123,35 @@ def depthwise_conv_backward_kernel(
     # A lane's input columns contribute to WIDTH // STRIDE columns of the output, and to BEFORE columns left of them.
     BEFORE: tl.constexpr = (K - 1) // STRIDE
     COLUMNS: tl.constexpr = WIDTH // STRIDE + BEFORE
+    # Registers hold the window's raw inputs, too, and the derivatives of their activations, where there are enough:
+    # what is loaded again has to be waited for, because nothing is left to do beside it.
+    KEEPS_SLOPES: tl.constexpr = K == 3 and ACT != "none"
+    KEEPS_INPUTS: tl.constexpr = KEEPS_SLOPES or (
+        K == 5 and ACT != "none" and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    )
     dweights = zero_tiles(K * K, STRIPS, BLOCK_C)
     sum_dz = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     sum_centred = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     for first in range(tl.program_id(0) * STRIPS, strips, tl.num_programs(0) * STRIPS):
-        strip = first + tl.arange(0, STRIPS)  # [STRIPS], as n, top and left
+        strip = (first + tl.arange(0, STRIPS))[:, None]  # [STRIPS, 1], as n, top and left
         n = strip // (row_strips * column_strips)
         # Rows and columns count from the padding's corner, and a strip begins at a multiple of the stride.
         top = pad_top // STRIDE * STRIDE + strip // column_strips % row_strips * strip_height
         left = pad_left // STRIDE * STRIDE + strip % column_strips * WIDTH
-        valid = (strip < strips)[:, None] & inside[None, :]  # [STRIPS, BLOCK_C]
-        x_offset = (n.to(tl.int64) * height * width * C)[:, None] + c[None, :]  # [STRIPS, BLOCK_C]
-        y_offset = (n.to(tl.int64) * out_height * out_width * C)[:, None] + c[None, :]  # [STRIPS, BLOCK_C]
+        valid = (strip < strips) & inside[None, :]  # [STRIPS, BLOCK_C]
+        x_offset = n.to(tl.int64) * height * width * C + c[None, :]  # [STRIPS, BLOCK_C]
+        y_offset = n.to(tl.int64) * out_height * out_width * C + c[None, :]  # [STRIPS, BLOCK_C]
         x_strip, dz_strip, grad_strip = x_ptr + x_offset, dz_ptr + x_offset, grad_ptr + y_offset
         y_strip = None if y_ptr is None else y_ptr + y_offset
         gate = load_rows_of_strips(out_gate_ptr, n, C, c, valid, 1.0, STRIPS, BLOCK_C)  # [STRIPS, BLOCK_C]
         offset = load_rows_of_strips(offset_ptr, n, C, c, valid, 0.0, STRIPS, BLOCK_C)  # [STRIPS, BLOCK_C]
         accumulators = zero_tiles(K * WIDTH, STRIPS, BLOCK_C)
         window = zero_tiles(K * WIDTH, STRIPS, BLOCK_C)
+        raw_window, slopes = (), ()
+        if KEEPS_SLOPES:
+            slopes = zero_tiles(K * WIDTH, STRIPS, BLOCK_C)
+        if KEEPS_INPUTS:
+            raw_window = zero_tiles(K * WIDTH, STRIPS, BLOCK_C, x_ptr.dtype.element_ty)
         loaded = load_step(
             x_strip, grad_strip, y_strip, 0, top, left, pad_top, pad_left, height, width, out_height, out_width,
             strip_height, C, valid, K, STRIDE, WIDTH, COLUMNS
@@ -153,10 +164,10 @@ def depthwise_conv_backward_kernel(
                 x_strip, grad_strip, y_strip, step + 1, top, left, pad_top, pad_left, height, width, out_height,
                 out_width, strip_height, C, valid, K, STRIDE, WIDTH, COLUMNS
             )  # fmt: skip
-            out_row = top // STRIDE + step - BEFORE  # [STRIPS]
-            out_column = left // STRIDE - BEFORE  # [STRIPS]
+            out_row = top // STRIDE + step - BEFORE  # [STRIPS, 1]
+            out_column = left // STRIDE - BEFORE  # [STRIPS, 1]
             # The activations of the rows that enter the window.
-            entering = ()
+            entering, entering_slopes = (), ()
             for index in tl.static_range(STRIDE * WIDTH):
                 u = raw_rows[index].to(tl.float32)  # [STRIPS, BLOCK_C]
                 if scale_ptr is not None or shift_ptr is not None or ACT != "none":
@@ -171,15 +182,29 @@ def depthwise_conv_backward_kernel(
                         & (at >= 0)
                         & (at < width)
                     )
-                    u = tl.where(valid & mask[:, None], activate(u * scale + shift, ACT), 0.0)
+                    if KEEPS_SLOPES:
+                        u, slope = activate_and_differentiate(u * scale + shift, ACT)
+                        entering_slopes += (slope,)
+                    else:
+                        u = activate(u * scale + shift, ACT)
+                    u = tl.where(valid & mask, u, 0.0)
                 entering += (u,)
             window = window[STRIDE * WIDTH :] + entering
+            if KEEPS_SLOPES:
+                slopes = slopes[STRIDE * WIDTH :] + entering_slopes
+            if KEEPS_INPUTS:
+                raw_window = raw_window[STRIDE * WIDTH :] + raw_rows
             # dy of the output's row.
             gradients = ()
             for j in tl.static_range(COLUMNS):
                 at = out_column + j
-                mask = valid & ((out_row >= 0) & (out_row < out_height) & (at >= 0) & (at < out_width))[:, None]
-                dy = raw_grads[j].to(tl.float32) * gate + offset  # [STRIPS, BLOCK_C]
+                mask = valid & ((out_row >= 0) & (out_row < out_height) & (at >= 0) & (at < out_width))
+                dy = raw_grads[j].to(tl.float32)  # [STRIPS, BLOCK_C]
+                # The compiler would keep a multiplication by 1 and the addition of 0.
+                if out_gate_ptr is not None:
+                    dy *= gate
+                if offset_ptr is not None:
+                    dy += offset
                 if y_ptr is not None:
                     y = raw_ys[j].to(tl.float32)  # [STRIPS, BLOCK_C]
                     if OUT_ACT != "none":
@@ -213,13 +238,18 @@ def depthwise_conv_backward_kernel(
                 row = top + done - pad_top
                 at = left + index % WIDTH - pad_left
                 mask = (done >= 0) & (done < strip_height) & (row >= 0) & (row < height) & (at >= 0) & (at < width)
-                mask = valid & mask[:, None]
-                here = ((row * width + at) * C)[:, None]  # [STRIPS, 1]
+                mask = valid & mask
+                here = (row * width + at) * C  # [STRIPS, 1]
                 dz = updated[index]
                 if scale_ptr is not None or shift_ptr is not None or ACT != "none" or mean_ptr is not None:
-                    # x is loaded again, from the cache, because there are no registers to hold it for K steps.
-                    x = tl.load(x_strip + here, mask=mask, other=0.0).to(tl.float32)
-                    _, derivative = activate_and_differentiate(x * scale + shift, ACT)
+                    if KEEPS_INPUTS:
+                        x = raw_window[index].to(tl.float32)
+                    else:
+                        x = tl.load(x_strip + here, mask=mask, other=0.0).to(tl.float32)
+                    if KEEPS_SLOPES:
+                        derivative = slopes[index]
+                    else:
+                        _, derivative = activate_and_differentiate(x * scale + shift, ACT)
                     dz = tl.where(mask, dz * derivative, 0.0)
                     sum_dz += dz
                     sum_centred += dz * (x - mean)

@@ -16,7 +16,7 @@ from effnet_kernels.backends.triton.kernels.activation import (
     load_affine,
     merge_moments,
 )
-from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
+from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector, sum_within_threads
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -90,13 +90,21 @@ def pointwise_conv_kernel(
                 shift = load_vector(shift_ptr, k, k_inside, 0.0)  # [BLOCK_K]
                 gate = load_row(gate_ptr, group, K, k, k_inside, 1.0)  # [BLOCK_K]
                 # No mask: rows past the end are not stored, and columns past the end are multiplied by zero weights.
-                a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT) * gate[None, :]
+                a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT)
+                if gate_ptr is not None:
+                    a *= gate[None, :]
             weight = tl.load(
                 weight_ptr + n[:, None] * K + k[None, :], mask=n_inside[:, None] & k_inside[None, :], other=0.0
             )  # [BLOCK_N, BLOCK_K]
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             acc = tl.dot(a.to(dtype), tl.trans(weight.to(dtype)), acc, input_precision=PRECISION)
-        y = activate((acc + bias[None, :]) * out_scale[None, :] + out_shift[None, :], OUT_ACT)  # [BLOCK_M, BLOCK_N]
+        y = acc  # [BLOCK_M, BLOCK_N]
+        # The compiler would keep a multiplication by 1 and the addition of 0: they change denormal numbers and -0.
+        if bias_ptr is not None:
+            y += bias[None, :]
+        if out_scale_ptr is not None or out_shift_ptr is not None or out_mean_ptr is not None:
+            y = y * out_scale[None, :] + out_shift[None, :]
+        y = activate(y, OUT_ACT)
         mask = m_inside[:, None] & n_inside[None, :]  # [BLOCK_M, BLOCK_N]
         offsets = row * N + (m[:, None] * N + n[None, :])  # [BLOCK_M, BLOCK_N]
         if residual_ptr is not None:
@@ -108,12 +116,13 @@ def pointwise_conv_kernel(
             y = stored.to(tl.float32)
         if REDUCTION == "statistics":
             tile_count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
-            tile_mean = tl.sum(tl.where(mask, y, 0.0), axis=0) / tile_count  # [BLOCK_N]
-            deviation = tl.where(mask, y - tile_mean[None, :], 0.0)  # [BLOCK_M, BLOCK_N]
+            # Columns past the end are not stored, so that rows alone are masked.
+            tile_mean = tl.sum(tl.where(m_inside[:, None], y, 0.0), axis=0) / tile_count  # [BLOCK_N]
+            deviation = tl.where(m_inside[:, None], y - tile_mean[None, :], 0.0)  # [BLOCK_M, BLOCK_N]
             tile_m2 = tl.sum(deviation * deviation, axis=0)  # [BLOCK_N]
             count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
         elif REDUCTION == "pool":
-            mean += tl.sum(tl.where(mask, y, 0.0), axis=0)
+            mean += tl.sum(tl.where(m_inside[:, None], y, 0.0), axis=0)
     partial = owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if REDUCTION == "statistics":
         out = partials_ptr + partial * 3 * N + n  # [BLOCK_N]
@@ -159,7 +168,19 @@ def output_gradient(
     scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
     shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
     dy = gradient_of_norm(
-        grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT
+        grad_ptr,
+        y,
+        offsets,
+        mask,
+        gate_ptr,
+        gate,
+        drop_path_scale_ptr,
+        drop_path_scale,
+        offset_ptr,
+        offset,
+        scale,
+        shift,
+        ACT,
     )  # [BLOCK_ROWS, BLOCK_C]
     if coefficients_ptr is not None:
         alpha = load_vector(coefficients_ptr, channels, inside, 0.0)  # [BLOCK_C]
@@ -167,16 +188,6 @@ def output_gradient(
         gamma = load_vector(coefficients_ptr + 2 * C, channels, inside, 0.0)  # [BLOCK_C]
         dy = alpha[None, :] * dy + (beta[None, :] * y + gamma[None, :])
     return tl.where(mask, dy, 0.0)
-
-
-@triton.jit
-def sum_within_threads(t, SUM_ROWS: tl.constexpr):
-    """The sums [SUM_ROWS, BLOCK_N] of every SUM_ROWS-th row of a tile t [BLOCK_M, BLOCK_N].
-
-    With as many rows as all threads of a program hold at once, each thread adds up its own values, and threads need not
-    exchange theirs until the last tile.
-    """
-    return tl.sum(tl.reshape(t, [t.shape[0] // SUM_ROWS, SUM_ROWS, t.shape[1]]), axis=0)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -205,13 +216,13 @@ def pointwise_conv_backward_data_kernel(
     OUT_ACT: tl.constexpr,
     ACT: tl.constexpr,
     APPLY_ACT_GRAD: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     IN_DIVISOR: tl.constexpr,
     OUT_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SUM_ROWS: tl.constexpr,
 ):
     """dq[m, n] = sum over k of dy[m, k] * weight[k, n], the gradient of the activated and gated input.
 
@@ -223,15 +234,14 @@ def pointwise_conv_backward_data_kernel(
     The raw input and its prologue, or None: x [R, N], scale, shift and mean [N], gate [owners * groups, N].
     grad_residual: [R, N], a gradient of the input that is added, or None.
     dx: [R, N], dq + grad_residual, or with APPLY_ACT_GRAD gate * dq * act'(scale * x + shift) + grad_residual.
-    sums: [owners, P, 5, N] if x is given, over rows, of u = act(scale * x + shift) and u' = act'(scale * x + shift):
+    sums: the first three of [owners, P, NUM_SUMS, N] if x is given, over rows, of u = act(scale * x + shift) and
+        u' = act'(scale * x + shift); :func:`slope_sums_kernel` writes the others:
 
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
         grad_scale = sum of dq * u' * (x - mean)
-        slope = sum of u'
-        centred_slope = sum of u' * (x - mean)
 
-    Until the last tile they are sums of every SUM_ROWS-th row, see :func:`sum_within_threads`.
+    Until the last tile each thread adds up its own elements of the tiles.
     """
     N = in_quotient * IN_DIVISOR
     K = out_quotient * OUT_DIVISOR
@@ -240,16 +250,19 @@ def pointwise_conv_backward_data_kernel(
     n_inside = n < N
     m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     tiles = tl.cdiv(rows, BLOCK_M)
-    grad_gate = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
-    grad_shift = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
-    grad_scale = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
-    slope = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
-    centred_slope = tl.zeros([SUM_ROWS, BLOCK_N], tl.float32)
+    grad_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    grad_shift = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    grad_scale = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(tl.program_id(1), groups * tiles, tl.num_programs(1)):
         group = owner * groups + tile // tiles
         start = (tile % tiles) * BLOCK_M
         m_inside = start + m < rows
         row = group.to(tl.int64) * rows + start
+        mask = m_inside[:, None] & n_inside[None, :]  # [BLOCK_M, BLOCK_N]
+        offsets = row * N + (m[:, None] * N + n[None, :])  # [BLOCK_M, BLOCK_N]
+        if x_ptr is not None:
+            # Asked for before the loop, so that it has come behind it.
+            raw = tl.load(x_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
         dq = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k_start in range(0, K, BLOCK_K):
             k = k_start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -276,35 +289,79 @@ def pointwise_conv_backward_data_kernel(
             )  # [BLOCK_K, BLOCK_N]
             dtype: tl.constexpr = dx_ptr.dtype.element_ty
             dq = tl.dot(dy.to(dtype), weight.to(dtype), dq, input_precision=PRECISION)
-        mask = m_inside[:, None] & n_inside[None, :]  # [BLOCK_M, BLOCK_N]
-        offsets = row * N + (m[:, None] * N + n[None, :])  # [BLOCK_M, BLOCK_N]
         dx = dq
         if x_ptr is not None:
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            # What x is used for has the accumulator's layout. Without a sign of dq in it, the compiler computes the
+            # activation twice: in that layout, and in the one of the load.
+            x = raw.to(tl.float32) + 0.0 * dq  # [BLOCK_M, BLOCK_N]
             scale = load_vector(scale_ptr, n, n_inside, 1.0)  # [BLOCK_N]
             shift = load_vector(shift_ptr, n, n_inside, 0.0)  # [BLOCK_N]
             centred = x - load_vector(mean_ptr, n, n_inside, 0.0)[None, :]  # [BLOCK_M, BLOCK_N]
             u, derivative = activate_and_differentiate(x * scale[None, :] + shift[None, :], ACT)  # [BLOCK_M, BLOCK_N]
-            # dq is zero in rows past the end, but the derivative is not.
-            derivative = tl.where(mask, derivative, 0.0)
-            grad_gate += sum_within_threads(dq * u, SUM_ROWS)
-            slope += sum_within_threads(derivative, SUM_ROWS)
-            centred_slope += sum_within_threads(derivative * centred, SUM_ROWS)
+            # Rows past the end need no mask, because dq is zero in them.
+            grad_gate += dq * u
             dz = derivative * dq  # [BLOCK_M, BLOCK_N], without the gate
-            grad_shift += sum_within_threads(dz, SUM_ROWS)
-            grad_scale += sum_within_threads(dz * centred, SUM_ROWS)
+            grad_shift += dz
+            grad_scale += dz * centred
             if APPLY_ACT_GRAD:
-                dx = dz * load_row(gate_ptr, group, N, n, n_inside, 1.0)[None, :]
+                dx = dz
+                if gate_ptr is not None:
+                    dx *= load_row(gate_ptr, group, N, n, n_inside, 1.0)[None, :]
         if grad_residual_ptr is not None:
             dx += tl.load(grad_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
-        sums = sums_ptr + (owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 5 * N + n  # [BLOCK_N]
+        sums = sums_ptr + (owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * NUM_SUMS * N + n
         tl.store(sums, tl.sum(grad_gate, axis=0), mask=n_inside)
         tl.store(sums + N, tl.sum(grad_shift, axis=0), mask=n_inside)
         tl.store(sums + 2 * N, tl.sum(grad_scale, axis=0), mask=n_inside)
-        tl.store(sums + 3 * N, tl.sum(slope, axis=0), mask=n_inside)
-        tl.store(sums + 4 * N, tl.sum(centred_slope, axis=0), mask=n_inside)
+
+
+@triton.jit(do_not_specialize=["rows", "c_quotient"])
+def slope_sums_kernel(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    sums_ptr,
+    rows,
+    c_quotient,
+    ACT: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+):
+    """The last two of sums [N, P, 5, C], over the rows of x [N, rows, C], of u' = act'(scale * x + shift):
+
+        slope = sum of u'
+        centred_slope = sum of u' * (x - mean)
+
+    They need no gradient. In :func:`pointwise_conv_backward_data_kernel` they would take registers of its tiles, and
+    the compiler would compute u' for them a second time, in another layout. scale, shift and mean are [C].
+    """
+    C = c_quotient * C_DIVISOR
+    sample = tl.program_id(2).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    inside = channels < C
+    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
+    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    mean = load_vector(mean_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    slope = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    centred_slope = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        start = tile * BLOCK_M
+        row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        row_inside = (start + row < rows)[:, None]  # [BLOCK_M, 1]
+        offsets = (sample * rows + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
+        x = tl.load(x_ptr + offsets, mask=row_inside & inside[None, :], other=0.0).to(tl.float32)
+        _, derivative = activate_and_differentiate(x * scale[None, :] + shift[None, :], ACT)  # [BLOCK_M, BLOCK_C]
+        derivative = tl.where(row_inside, derivative, 0.0)
+        slope += sum_within_threads(derivative, SUM_ROWS)
+        centred_slope += sum_within_threads(derivative * (x - mean[None, :]), SUM_ROWS)
+    sums = sums_ptr + ((sample * tl.num_programs(0) + tl.program_id(0)) * 5 + 3) * C + channels  # [BLOCK_C]
+    tl.store(sums, tl.sum(slope, axis=0), mask=inside)
+    tl.store(sums + C, tl.sum(centred_slope, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -380,7 +437,9 @@ def pointwise_conv_backward_weight_kernel(
             scale = load_vector(scale_ptr, n, n_inside, 1.0)  # [BLOCK_N]
             shift = load_vector(shift_ptr, n, n_inside, 0.0)  # [BLOCK_N]
             gate = load_row(gate_ptr, group, N, n, n_inside, 1.0)  # [BLOCK_N]
-            a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT) * gate[None, :]
+            a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT)
+            if gate_ptr is not None:
+                a *= gate[None, :]
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         acc = tl.dot(tl.trans(dy.to(dtype)), a.to(dtype), acc, input_precision=PRECISION)
     out = partials_ptr + tl.program_id(2).to(tl.int64) * M * N + (m[:, None] * N + n[None, :])  # [BLOCK_M, BLOCK_N]

@@ -13,7 +13,7 @@ from effnet_kernels.backends.triton.kernels.activation import (
     gate_of,
     load_affine,
 )
-from effnet_kernels.backends.triton.kernels.tiles import load_row, load_vector
+from effnet_kernels.backends.triton.kernels.tiles import load_row, load_vector, sum_within_threads
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])
@@ -33,6 +33,7 @@ def squeeze_kernel(
     C_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
 ):
     """sums [N, T, C]: pooled sums of act(scale * x + shift) * gate * factor; T is the grid's first dimension.
 
@@ -44,22 +45,21 @@ def squeeze_kernel(
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
     scale, shift = load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, inside)
-    total = tl.zeros([BLOCK_C], tl.float32)
+    total = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
     base = sample.to(tl.int64) * rows
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         start = tile.to(tl.int64) * BLOCK_M
         row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (start + row < rows)[:, None] & inside[None, :]  # [BLOCK_M, BLOCK_C]
+        row_inside = (start + row < rows)[:, None]  # [BLOCK_M, 1]
+        mask = row_inside & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
         u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
         u = activate(u * scale[None, :] + shift[None, :], ACT)
         if factor_ptr is not None:
             u *= tl.load(factor_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(tl.where(mask, u, 0.0), axis=0)
-    total *= load_row(gate_ptr, sample, C, channels, inside, 1.0)
-    tl.store(
-        sums_ptr + (sample.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * C + channels, total, mask=inside
-    )
+        total += sum_within_threads(tl.where(row_inside, u, 0.0), SUM_ROWS)
+    sums = tl.sum(total, axis=0) * load_row(gate_ptr, sample, C, channels, inside, 1.0)  # [BLOCK_C]
+    tl.store(sums_ptr + (sample.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * C + channels, sums, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "C"])
@@ -87,7 +87,7 @@ def sum_of_partials(ptr, T, stride, channels, inside):
     return total
 
 
-@triton.jit(do_not_specialize=["T", "C", "S"])
+@triton.jit(do_not_specialize=["T", "c_quotient", "s_quotient"])
 def excite_kernel(
     sums_ptr,
     w1_ptr,
@@ -98,11 +98,13 @@ def excite_kernel(
     mean_ptr,
     hidden_ptr,
     T,
-    C,
-    S,
+    c_quotient,
+    s_quotient,
     reciprocal_count,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    S_DIVISOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -112,19 +114,22 @@ def excite_kernel(
 
     Stores gate and mean [N, C], and hidden [N, S] before its activation.
     """
+    C = c_quotient * C_DIVISOR
+    S = s_quotient * S_DIVISOR
     sample = tl.program_id(0).to(tl.int64)
     # The programs of a sample share the channels of its gate. Each computes the hidden layer, and the first stores it.
     program, num_programs = tl.program_id(1), tl.num_programs(1)
     s = tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    hidden = load_vector(b1_ptr, s, s < S, 0.0)  # [BLOCK_S]
+    products = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         inside = channels < C
         mean = sum_of_partials(sums_ptr + sample * T * C, T, C, channels, inside) * reciprocal_count  # [BLOCK_C]
         weight_mask = (s < S)[:, None] & inside[None, :]  # [BLOCK_S, BLOCK_C]
         w1 = tl.load(w1_ptr + s[:, None] * C + channels[None, :], mask=weight_mask, other=0.0).to(tl.float32)
-        hidden += tl.sum(w1 * mean[None, :], axis=1)
+        products += w1 * mean[None, :]
         tl.store(mean_ptr + sample * C + channels, mean, mask=inside & (program == 0))
+    hidden = load_vector(b1_ptr, s, s < S, 0.0) + tl.sum(products, axis=1)  # [BLOCK_S]
     tl.store(hidden_ptr + sample * S + s, hidden, mask=(s < S) & (program == 0))
     active = activate(hidden, ACT)  # [BLOCK_S]
     for start in range(program * BLOCK_C, C, num_programs * BLOCK_C):
@@ -136,7 +141,7 @@ def excite_kernel(
         tl.store(gate_ptr + sample * C + channels, gate_of(logits, GATE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "C", "S"])
+@triton.jit(do_not_specialize=["T", "c_quotient", "s_quotient"])
 def excite_backward_kernel(
     sums_ptr,
     gate_ptr,
@@ -148,12 +153,14 @@ def excite_backward_kernel(
     grad_hidden_ptr,
     norm_sums_ptr,
     T,
-    C,
-    S,
+    c_quotient,
+    s_quotient,
     reciprocal_count,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
     NUM_SUMS: tl.constexpr,
+    C_DIVISOR: tl.constexpr,
+    S_DIVISOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -167,11 +174,13 @@ def excite_backward_kernel(
     mean. With NUM_SUMS of 5 also norm_sums [N, 2, C], the sums of dz and of dz * (x - mean). They follow from the five,
     because gate and offset are constant over the pixels of dz = (gate * dq + offset) * u'.
     """
+    C = c_quotient * C_DIVISOR
+    S = s_quotient * S_DIVISOR
     sample = tl.program_id(0).to(tl.int64)
     program, num_programs = tl.program_id(1), tl.num_programs(1)
     s = tl.arange(0, BLOCK_S)  # [BLOCK_S]
     sums_ptr += sample * T * NUM_SUMS * C
-    grad_active = tl.zeros([BLOCK_S], tl.float32)
+    products = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     for start in range(0, C, BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         inside = channels < C
@@ -181,10 +190,10 @@ def excite_backward_kernel(
         tl.store(grad_logits_ptr + sample * C + channels, grad_logits, mask=inside & (program == 0))
         weight_mask = inside[:, None] & (s < S)[None, :]  # [BLOCK_C, BLOCK_S]
         w2 = tl.load(w2_ptr + channels[:, None] * S + s[None, :], mask=weight_mask, other=0.0).to(tl.float32)
-        grad_active += tl.sum(w2 * grad_logits[:, None], axis=0)
+        products += w2 * grad_logits[:, None]
     hidden = tl.load(hidden_ptr + sample * S + s, mask=s < S, other=0.0)  # [BLOCK_S]
     _, derivative = activate_and_differentiate(hidden, ACT)  # [BLOCK_S]
-    grad_hidden = grad_active * derivative  # [BLOCK_S]
+    grad_hidden = tl.sum(products, axis=0) * derivative  # [BLOCK_S]
     tl.store(grad_hidden_ptr + sample * S + s, grad_hidden, mask=(s < S) & (program == 0))
     for start in range(program * BLOCK_C, C, num_programs * BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]

@@ -25,21 +25,48 @@ def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_norm(grad_ptr, y, offsets, mask, gate, drop_path_scale, offset, scale, shift, ACT: tl.constexpr):
+def gradient_of_norm(
+    grad_ptr,
+    y,
+    offsets,
+    mask,
+    gate_ptr,
+    gate,
+    drop_path_scale_ptr,
+    drop_path_scale,
+    offset_ptr,
+    offset,
+    scale,
+    shift,
+    ACT: tl.constexpr,
+):
     """dz of :class:`~effnet_kernels.fusion.spec.OutputGradient` on a tile of rows by channels, [BLOCK_M, BLOCK_C].
 
     grad: a map [R, C], read at ``offsets`` and ``mask`` [BLOCK_M, BLOCK_C], or None for zeros.
     y: the raw output's values, [BLOCK_M, BLOCK_C].
-    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. drop_path_scale: a scalar.
+    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. drop_path_scale: a scalar. A pointer is None
+        where there is no such operand.
     """
     if grad_ptr is not None:
-        dz = (
-            tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * (gate * drop_path_scale)[None, :]
-            + offset[None, :]
-        )
+        dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # The compiler would keep a multiplication by 1 and the addition of 0: they change denormal numbers and -0.
+        if gate_ptr is not None or drop_path_scale_ptr is not None:
+            dz *= (gate * drop_path_scale)[None, :]
+        if offset_ptr is not None:
+            dz += offset[None, :]
     else:
         dz = tl.zeros(y.shape, tl.float32) + offset[None, :]
     if ACT != "none":
         _, derivative = activate_and_differentiate(y * scale[None, :] + shift[None, :], ACT)
         dz *= derivative
     return dz
+
+
+@triton.jit
+def sum_within_threads(t, SUM_ROWS: tl.constexpr):
+    """The sums [SUM_ROWS, BLOCK_C] of every SUM_ROWS-th row of a tile t [BLOCK_M, BLOCK_C].
+
+    With as many rows as all threads of a program hold at once, each thread adds up its own values, and threads need not
+    exchange theirs until the last tile.
+    """
+    return tl.sum(tl.reshape(t, [t.shape[0] // SUM_ROWS, SUM_ROWS, t.shape[1]]), axis=0)
