@@ -152,7 +152,7 @@ def trips(launch: Launch) -> tuple[float, float]:
 WALKERS = {
     "pointwise_conv_kernel", "pointwise_conv_backward_data_kernel", "pointwise_conv_backward_weight_kernel",
     "depthwise_conv_kernel", "depthwise_conv_backward_kernel", "bn_act_add_kernel", "squeeze_kernel",
-    "gradient_sums_kernel", "apply_gradient_kernel", "channel_statistics_kernel", "slope_sums_kernel",
+    "gradient_sums_kernel", "apply_gradient_kernel", "channel_statistics_kernel",
 }  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_a_training_step_needs_few_binaries(dtype: torch.dtype) -> None:
     launches = launches_of_step(ek.efficientnet_b0(), (64, 3, 224, 224), True, dtype)
     largest = max((t for t in launches[0].arguments.values() if isinstance(t, Tensor)), key=Tensor.numel)
     assert largest.dtype == dtype
-    assert len(distinct(launches)) <= 64
+    assert len(distinct(launches)) <= 72
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

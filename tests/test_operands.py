@@ -101,6 +101,7 @@ def primitive_calls() -> dict[str, tuple[Any, ...]]:
         "finalize_batch_norm": (partials, *of_8, mean.clone(), torch.rand(8), 0.1, 1e-5, False),
         "finalize_batch_norm_backward": (torch.randn(2, 2, 8), 90, of_8[0], mean, of_8[1], True),
         "squeeze": (x, prologue, residual),
+        "squeeze_for_backward": (x, prologue, mean),
         "mean_of_sums": (torch.randn(3, 2, 8), 30),
         "excite": (torch.randn(3, 2, 8), 30, w1, b1, w2, b2, "silu", "sigmoid"),
         "excite_backward": (five, 30, gate, torch.randn(3, 4), w1, w2, "silu", "sigmoid"),

@@ -109,6 +109,8 @@ class Primitives(Protocol):
 
     def squeeze(self, x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor: ...
 
+    def squeeze_for_backward(self, x: Tensor, prologue: Prologue, mean: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
     def mean_of_sums(self, sums: Tensor, count: int) -> Tensor: ...
 
     def excite(
@@ -133,6 +135,7 @@ class Primitives(Protocol):
         w2: Tensor,
         act: Activation,
         kind: Gate,
+        slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 
     def excite_backward_weight(

@@ -117,7 +117,7 @@ def _backward(
     grad = as_contiguous(grad) if chain.pool else as_map(grad)
     x, drop_path_scale = as_map(x), None if drop_path_scale is None else as_contiguous(drop_path_scale)
     saved = [
-        Saved(as_map(y), as_contiguous(norm), None if gating is None else Gating(*map(as_contiguous, gating)))
+        Saved(as_map(y), as_contiguous(norm), None if gating is None else _contiguous_gating(gating))
         for y, norm, gating in saved
     ]
     norms = [Norm(*layer.norm[:4].unbind()) for layer in saved]
@@ -272,16 +272,23 @@ def _excite(
 ) -> tuple[NormGradient, tuple[Tensor | None, ...]]:
     """What a layer with squeeze-and-excitation behind it gets, and the gradients of the excitation's parameters.
 
-    ``dq`` is the gradient of the gated output, and ``pixel_sums`` [N, T, 5, K] its :class:`.PixelSums`.
+    ``dq`` is the gradient of the gated output, and ``pixel_sums`` [N, T, 5, K] its :class:`.PixelSums`, or the first
+    three of them where the forward pass has made the slopes'.
     """
     assert saved.gating is not None
-    gate, pooled, hidden = saved.gating
+    gate, pooled, hidden, slopes = saved.gating
     count = saved.y.shape[2] * saved.y.shape[3]
     w1, _, w2, _, act, gate_kind = excitation
     offset, grad_logits, grad_hidden, sums = primitives.excite_backward(
-        pixel_sums, count, gate, hidden, w1, w2, act, gate_kind
+        pixel_sums, count, gate, hidden, w1, w2, act, gate_kind, slopes
     )
     assert sums is not None
     gradient = OutputGradient(dq, saved.y, None, gate, None, offset, norm.scale, norm.shift, layer.act)
     of_excitation = primitives.excite_backward_weight(grad_logits, grad_hidden, hidden, pooled, act)
     return NormGradient(gradient, sums), of_excitation
+
+
+def _contiguous_gating(gating: Gating) -> Gating:
+    gate, pooled, hidden, slopes = gating
+    made = None if slopes is None else as_contiguous(slopes)
+    return Gating(as_contiguous(gate), as_contiguous(pooled), as_contiguous(hidden), made)

@@ -17,7 +17,7 @@ from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.operands import as_map
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
-from effnet_kernels.fusion.forward import dtype_of_input, forward, infer, unflatten
+from effnet_kernels.fusion.forward import Gating, dtype_of_input, flatten, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 from effnet_kernels.fusion.synchronisation import is_synchronised
@@ -154,7 +154,17 @@ def _forward(
 ) -> list[Tensor]:
     decoded = _decode(text)
     out, saved = forward(decoded.primitives, decoded.chain(parameters, running), as_map(x), drop_path_scale)
-    return [out, *(t.contiguous() if t.dim() < 4 else t for t in saved)]
+    kept = [
+        layer if layer.gating is None or layer.gating.slopes is None else layer._replace(gating=_summed(layer.gating))
+        for layer in unflatten(decoded.chain(parameters, running), saved)
+    ]
+    return [out, *(t.contiguous() if t.dim() < 4 else t for t in flatten(kept))]
+
+
+def _summed(gating: Gating) -> Gating:
+    """With one sum for the partial sums of the slopes, of which a backend chooses the number."""
+    assert gating.slopes is not None
+    return gating._replace(slopes=gating.slopes.sum(dim=1, keepdim=True))
 
 
 def _backward(
@@ -216,6 +226,8 @@ def _fake_forward(
         if layer.excitation is not None:
             squeezed = layer.excitation.reduce_weight.shape[0]
             saved += [x.new_empty(x.shape[0], size, dtype=dtype) for size in (y.shape[1], y.shape[1], squeezed)]
+            if decoded.backend == "triton":
+                saved.append(x.new_empty(x.shape[0], 1, 2, y.shape[1], dtype=dtype))
     return [_fake_output(chain, maps[-1]), *saved]
 
 

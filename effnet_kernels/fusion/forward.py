@@ -39,6 +39,7 @@ class Gating(NamedTuple):
     gate: Tensor  # [N, K]
     pooled: Tensor  # [N, K]
     hidden: Tensor  # [N, S]
+    slopes: Tensor | None = None  # [N, T, 2, K]: partial sums of the activation's slopes, where backward wants them
 
 
 class Saved(NamedTuple):
@@ -51,17 +52,20 @@ class Saved(NamedTuple):
 
 def flatten(saved: Sequence[Saved]) -> list[Tensor]:
     """The tensors that a forward pass saves, layer by layer."""
-    return [tensor for y, norm, gating in saved for tensor in (y, norm, *(gating or ()))]
+    return [t for y, norm, gating in saved for t in (y, norm, *(gating or ())) if t is not None]
 
 
 def unflatten(chain: Chain, tensors: Sequence[Tensor]) -> list[Saved]:
     """The other way round."""
+    excitations = sum(layer.excitation is not None for layer in chain.layers)
+    # Either all have slopes or none.
+    of_gating = (len(tensors) - 2 * len(chain.layers)) // max(excitations, 1)
     remaining = iter(tensors)
     return [
         Saved(
             next(remaining),
             next(remaining),
-            None if layer.excitation is None else Gating(*itertools.islice(remaining, 3)),
+            None if layer.excitation is None else Gating(*itertools.islice(remaining, of_gating)),
         )
         for layer in chain.layers
     ]
@@ -172,7 +176,8 @@ def _forward(
         prologue = Prologue(scale, shift, layer.act)
         gating = None
         if layer.excitation is not None:
-            gating = _excite(primitives, layer, primitives.squeeze(y, prologue), y)
+            sums, slopes = primitives.squeeze_for_backward(y, prologue, norm[2])
+            gating = _excite(primitives, layer, sums, y)._replace(slopes=slopes)
             prologue = prologue._replace(gate=gating.gate)
         saved.append(Saved(y, norm, gating))
         x = y

@@ -91,7 +91,6 @@ def test_pointwise_backward(accesses: list[np.ndarray]) -> None:
         "OUT_ACT": "none",
         "ACT": "silu",
         "APPLY_ACT_GRAD": True,
-        "NUM_SUMS": 3,
         "PRECISION": "ieee",
         "IN_DIVISOR": 8,
         "OUT_DIVISOR": 1,

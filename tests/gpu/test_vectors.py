@@ -7,7 +7,14 @@ from torch import Tensor
 from effnet_kernels.backends.reference import primitives as reference
 from effnet_kernels.backends.triton import batch_norm, squeeze_excite
 from effnet_kernels.backends.triton.bn_act_add import bn_act_add
-from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, OutputGradient, Prologue, RunningStatistics
+from effnet_kernels.fusion.spec import (
+    ACTIVATIONS,
+    GATES,
+    SUMS_OF_SLOPES,
+    OutputGradient,
+    Prologue,
+    RunningStatistics,
+)
 from gpu.compare import assert_accurate, channels_last, compare, finalize_and_move, moments
 
 # Samples, channels, height, width, dtype.
@@ -119,6 +126,24 @@ def test_squeeze_and_bn_act_add(shape) -> None:
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("shape", MAPS)
+def test_squeeze_for_backward(shape, act: str) -> None:
+    channels, dtype = shape[1], shape[4]
+    x, mean = channels_last(*shape[:4], dtype=dtype), vector(channels)
+    prologue = Prologue(vector(channels), vector(channels), act)
+    sums, slopes = squeeze_excite.squeeze_for_backward(x, prologue, mean)
+    compare(sums.sum(dim=1, keepdim=True), reference.squeeze, x, prologue, dtype=dtype)
+    # They are two of the sums that the reference's backward makes, whatever the gradient is.
+    gradient, weight = OutputGradient(torch.zeros_like(x)), torch.zeros(channels, channels, 1, 1, device=x.device)
+
+    def of_slopes(x: Tensor, prologue: Prologue, mean: Tensor) -> Tensor:
+        inputs = (gradient._replace(grad=torch.zeros_like(x)), weight.to(x.dtype), x, prologue, mean, None)
+        return reference.pointwise_conv_backward(*inputs, False, True, False)[1][:, :, SUMS_OF_SLOPES]
+
+    compare(slopes.sum(dim=1, keepdim=True), of_slopes, x, prologue, mean, dtype=dtype)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_of_nan_and_infinity(act: str) -> None:
     values = torch.tensor([float("nan"), float("inf"), float("-inf"), -3.0, 0.0, 6.0], device="cuda")
     y = bn_act_add(values.view(1, 6, 1, 1), Prologue(act=act), None, None).flatten()
@@ -160,10 +185,10 @@ def test_excite(samples: int, channels: int, squeezed: int, act: str, kind: str)
     compare(actual, reference.excite, sums, 5, w1, b1, w2, b2, act, kind)
     without = squeeze_excite.excite(sums, 5, w1, None, w2, None, act, kind)
     compare(without, reference.excite, sums, 5, w1, None, w2, None, act, kind)
-    for num_sums in (5, 1):
+    for num_sums, slopes in ((3, vector(samples, 2, 2, channels)), (1, None)):
         sums = vector(samples, 3, num_sums, channels)
-        actual = squeeze_excite.excite_backward(sums, 5, gate, hidden, w1, w2, act, kind)
-        arguments = (sums, 5, gate, hidden, w1, w2, act, kind)
+        arguments = (sums, 5, gate, hidden, w1, w2, act, kind, slopes)
+        actual = squeeze_excite.excite_backward(*arguments)
         compare(actual, reference.excite_backward, *arguments)
     arguments = (actual[1], actual[2], hidden, mean, act)
     actual = squeeze_excite.excite_backward_weight(*arguments)

@@ -46,6 +46,11 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
     return sums
 
 
+def squeeze_for_backward(x: Tensor, prologue: Prologue, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+    """:func:`squeeze`; the slopes are sums of ``pointwise_conv_backward``."""
+    return squeeze(x, prologue), None
+
+
 def mean_of_sums(sums: Tensor, count: int) -> Tensor:
     """Partial sums over ``count`` pixels to their mean: [N, T, C] to [N, C]."""
     return _total(sums).mul_(1.0 / count)
@@ -81,12 +86,14 @@ def excite_backward(
     w2: Tensor,
     act: Activation,
     kind: Gate,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The squeeze-and-excitation path backwards, on vectors; the reference says what they are.
 
     From partial sums [N, T, 5, C] or [N, T, 1, C] to the offset [N, C], the gradients of the gate's logits [N, C] and
     of the hidden layer [N, S], and from five sums those of the BatchNorm before, [N, 2, C].
     """
+    assert slopes is None
     samples, _, kinds, channels = sums.shape
     address("gate", gate, samples, channels)
     address("hidden", hidden, samples, w1.shape[0])

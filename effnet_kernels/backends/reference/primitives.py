@@ -23,6 +23,7 @@ from effnet_kernels.backends.reference.squeeze_excite import (
     excite_backward_weight,
     mean_of_sums,
     squeeze,
+    squeeze_for_backward,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "pointwise_conv",
     "pointwise_conv_backward",
     "squeeze",
+    "squeeze_for_backward",
 ]

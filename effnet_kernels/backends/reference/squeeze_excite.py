@@ -15,6 +15,14 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
     return (u if factor is None else u * factor).sum(dim=(2, 3))[:, None]
 
 
+def squeeze_for_backward(x: Tensor, prologue: Prologue, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+    """:func:`squeeze`, and the two sums of the activation's slopes of :class:`PixelSums`, [N, T, 2, C].
+
+    They are None where ``pointwise_conv_backward`` makes them, as it does here.
+    """
+    return squeeze(x, prologue), None
+
+
 def mean_of_sums(sums: Tensor, count: int) -> Tensor:
     """Partial sums over ``count`` pixels to their mean (equation 2): [N, T, C] to [N, C]."""
     return sums.sum(dim=1) / count
@@ -49,11 +57,12 @@ def excite_backward(
     w2: Tensor,
     act: Activation,
     kind: Gate,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The squeeze-and-excitation path backwards, on vectors.
 
-    ``sums`` [N, T, 5, C] are the :class:`PixelSums` of ``pointwise_conv_backward``, or [N, T, 1, C] the gate's
-    gradient alone. Returns
+    ``sums`` [N, T, 5, C] are the :class:`PixelSums` of ``pointwise_conv_backward``, or the first three of them, beside
+    which :func:`squeeze_for_backward` has made the ``slopes``, or [N, T, 1, C] the gate's gradient alone. Returns
 
     - offset [N, C], the gradient that each pixel's activation gets through the mean over ``count`` pixels;
     - the gradients of the gate's logits [N, C] and of the hidden layer [N, S];
@@ -61,6 +70,8 @@ def excite_backward(
       gate * grad_scale + offset * centred_slope.
     """
     total = sums.sum(dim=1).unbind(dim=1)
+    if slopes is not None:
+        total = *total, *slopes.sum(dim=1).unbind(dim=1)
     grad_logits = total[0] * gate_slope(gate, kind)
     grad_hidden = activation_backward(_linear(grad_logits, w2.flatten(1).t()), hidden, act)
     offset = _linear(grad_hidden, w1.flatten(1).t()) / count

@@ -5,13 +5,11 @@ from torch import Tensor
 
 from effnet_kernels.backends.triton.batch_norm import apply_gradient
 from effnet_kernels.backends.triton.configs import target_of
-from effnet_kernels.backends.triton.configs.elementwise import stream
 from effnet_kernels.backends.triton.configs.pointwise import MAX_STATISTICS, MAX_SUMS, gemm, weight_gradient
 from effnet_kernels.backends.triton.kernels.pointwise import (
     pointwise_conv_backward_data_kernel,
     pointwise_conv_backward_weight_kernel,
     pointwise_conv_kernel,
-    slope_sums_kernel,
     sum_partials_kernel,
 )
 from effnet_kernels.backends.triton.launch import channel_divisor, dot_precision, launcher
@@ -20,7 +18,6 @@ from effnet_kernels.fusion.spec import Epilogue, OutputGradient, Prologue, Reduc
 launch_pointwise_conv = launcher(pointwise_conv_kernel)
 launch_pointwise_conv_backward_data = launcher(pointwise_conv_backward_data_kernel)
 launch_pointwise_conv_backward_weight = launcher(pointwise_conv_backward_weight_kernel)
-launch_slope_sums = launcher(slope_sums_kernel)
 launch_sum_partials = launcher(sum_partials_kernel)
 
 
@@ -101,16 +98,12 @@ def pointwise_conv_backward_data(
     Without ``x`` the input is a map as it is, and this is its gradient dq. With the raw output ``x``, the input is u
     times the gate, u = act(scale * x + shift) by ``prologue``, and dq is its gradient. The result is then dq, or with
     ``apply_act_grad`` the gradient of scale * x + shift, gate * dq * u', in which u' is the activation's derivative.
-    The second result is five partial sums over each image's pixels, [N, T, 5, C], with ``apply_act_grad`` without the
-    last two, [N, T, 3, C]:
+    The second result is partial sums over each image's pixels, [N, T, 3, C]:
 
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
         grad_scale = sum of dq * u' * (x - mean)
-        slope = sum of u'
-        centred_slope = sum of u' * (x - mean)
-
-    One launch or two.
+    Those of u' alone are made in the forward pass, by :func:`.squeeze_excite.squeeze_for_backward`. One launch.
     """
     like = gradient.grad if gradient.grad is not None else gradient.y
     assert like is not None
@@ -124,8 +117,7 @@ def pointwise_conv_backward_data(
     dx = _empty_map(like, channels)
     sums = None
     if x is not None:
-        num_sums = 3 if apply_act_grad else 5
-        sums = torch.empty(samples, config.num_programs, num_sums, channels, dtype=torch.float32, device=like.device)
+        sums = torch.empty(samples, config.num_programs, 3, channels, dtype=torch.float32, device=like.device)
     in_divisor, out_divisor = channel_divisor(channels), channel_divisor(outputs)
     launch_pointwise_conv_backward_data(
         (-(-channels // config.block_n), config.num_programs, owners),
@@ -146,7 +138,6 @@ def pointwise_conv_backward_data(
         OUT_ACT=gradient.act,
         ACT=prologue.act,
         APPLY_ACT_GRAD=apply_act_grad,
-        NUM_SUMS=0 if sums is None else sums.shape[2],
         PRECISION=dot_precision(like.dtype),
         IN_DIVISOR=in_divisor,
         OUT_DIVISOR=out_divisor,
@@ -157,34 +148,7 @@ def pointwise_conv_backward_data(
         num_stages=config.num_stages,
         max_registers=config.max_registers,
     )
-    if x is not None and sums is not None and not apply_act_grad:
-        _slope_sums(x, prologue, mean, sums)
     return dx, sums
-
-
-def _slope_sums(x: Tensor, prologue: Prologue, mean: Tensor | None, sums: Tensor) -> None:
-    """Writes the last two of ``sums`` [N, T, 5, C]. One launch."""
-    samples, channels, height, width = x.shape
-    programs = sums.shape[1]
-    config = stream(samples, height * width, channels, target_of(x), programs)
-    divisor = channel_divisor(channels)
-    launch_slope_sums(
-        (programs, -(-channels // config.block_c), samples),
-        x_ptr=x,
-        scale_ptr=prologue.scale,
-        shift_ptr=prologue.shift,
-        mean_ptr=mean,
-        sums_ptr=sums,
-        rows=height * width,
-        c_quotient=channels // divisor,
-        ACT=prologue.act,
-        C_DIVISOR=divisor,
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        SUM_ROWS=config.sum_rows(x.dtype),
-        num_warps=config.num_warps,
-        max_registers=config.max_registers,
-    )
 
 
 def pointwise_conv_backward_weight(gradient: OutputGradient, x: Tensor, prologue: Prologue) -> Tensor:

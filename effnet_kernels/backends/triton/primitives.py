@@ -18,6 +18,7 @@ from effnet_kernels.backends.triton.squeeze_excite import (
     excite_backward_weight,
     mean_of_sums,
     squeeze,
+    squeeze_for_backward,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "pointwise_conv",
     "pointwise_conv_backward",
     "squeeze",
+    "squeeze_for_backward",
 ]

@@ -27,10 +27,29 @@ MAX_PARTIALS = 8
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
     """Partial pooled sums [N, T, C], in fp32, of x [N, C, H, W] after its prologue, times ``factor`` [N, C, H, W]."""
+    sums, _ = _squeeze(x, prologue, factor, None)
+    return sums
+
+
+def squeeze_for_backward(x: Tensor, prologue: Prologue, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+    """:func:`squeeze`, and partial sums [N, T, 2, C], fp32, of the activation's slope u' and of u' * (x - mean).
+
+    One launch.
+    """
+    return _squeeze(x, prologue, None, mean)
+
+
+def _squeeze(
+    x: Tensor, prologue: Prologue, factor: Tensor | None, centre: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The pooled sums, and with ``centre`` [C] those of the slopes. One launch."""
     samples, channels, height, width = x.shape
     rows = height * width
     config = stream(samples, rows, channels, target_of(x), MAX_PARTIALS)
     sums = torch.empty(samples, config.num_programs, channels, dtype=torch.float32, device=x.device)
+    slopes = None
+    if centre is not None:
+        slopes = torch.empty(samples, config.num_programs, 2, channels, dtype=torch.float32, device=x.device)
     scale, shift, act, gate, statistics = prologue
     divisor = channel_divisor(channels)
     launch_squeeze(
@@ -42,7 +61,9 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         mean_ptr=None if statistics is None else statistics.mean,
         var_ptr=None if statistics is None else statistics.var,
         gate_ptr=gate,
+        centre_ptr=centre,
         sums_ptr=sums,
+        slopes_ptr=slopes,
         rows=rows,
         c_quotient=channels // divisor,
         eps=0.0 if statistics is None else statistics.eps,
@@ -54,7 +75,7 @@ def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tens
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
-    return sums
+    return sums, slopes
 
 
 def mean_of_sums(sums: Tensor, count: int) -> Tensor:
@@ -130,15 +151,17 @@ def excite_backward(
     w2: Tensor,
     act: Activation,
     kind: Gate,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The backward of squeeze-and-excitation, on vectors.
 
-    ``sums`` are partial sums over ``count`` pixels: the five of :func:`.pointwise.pointwise_conv_backward_data`,
-    [N, T, 5, C], or ``grad_gate`` alone, [N, T, 1, C]. Returns
+    ``sums`` are partial sums over ``count`` pixels: the three of :func:`.pointwise.pointwise_conv_backward_data`,
+    [N, T, 3, C], beside which are the ``slopes`` of :func:`squeeze_for_backward`, or ``grad_gate`` alone, [N, T, 1, C].
+    Returns
 
     - offset [N, C], the gradient that each pixel's activation gets through the mean;
     - the gradients of the gate's logits [N, C] and of the hidden layer [N, S];
-    - from five sums, those for the backward of the BatchNorm before, [N, 2, C]: gate * grad_shift + offset * slope and
+    - with slopes the sums for the backward of the BatchNorm before, [N, 2, C]: gate * grad_shift + offset * slope and
       gate * grad_scale + offset * centred_slope.
     """
     samples, partials, num_sums, channels = sums.shape
@@ -147,7 +170,7 @@ def excite_backward(
     offset, grad_logits = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     grad_hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
     norm_sums = None
-    if num_sums == 5:
+    if slopes is not None:
         norm_sums = torch.empty(samples, 2, channels, dtype=torch.float32, device=sums.device)
     # By 2 alone: wider accesses would give the channels to few threads, which compute on each of them here.
     divisor, squeezed_divisor = channel_divisor(channels, (2,)), channel_divisor(squeezed, (4, 2))
@@ -161,8 +184,10 @@ def excite_backward(
         offset_ptr=offset,
         grad_logits_ptr=grad_logits,
         grad_hidden_ptr=grad_hidden,
+        slopes_ptr=slopes,
         norm_sums_ptr=norm_sums,
         T=partials,
+        slopes_T=0 if slopes is None else slopes.shape[1],
         c_quotient=channels // divisor,
         s_quotient=squeezed // squeezed_divisor,
         reciprocal_count=1.0 / count,

@@ -59,7 +59,7 @@ class ExcitationConfig(NamedTuple):
 def excitation(samples: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
     """The hidden layer in one block of 16, 64, 256 or 1024; a program a multiprocessor if there are channels enough."""
     block_s = next(size for size in (16, 64, 256, MAX_SQUEEZED) if squeezed <= size)
-    block_c = {16: 512, 64: 256, 256: 32, 1024: 16}[block_s]
+    block_c = {16: 256, 64: 128, 256: 32, 1024: 16}[block_s]
     num_programs = min(-(-channels // block_c), max(1, target.multiprocessors // samples))
     warps = 4 if block_s <= 64 else 8
     return ExcitationConfig(block_s, block_c, num_programs, warps, target.max_registers())

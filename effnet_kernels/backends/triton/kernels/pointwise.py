@@ -16,7 +16,7 @@ from effnet_kernels.backends.triton.kernels.activation import (
     load_affine,
     merge_moments,
 )
-from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector, sum_within_threads
+from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -216,7 +216,6 @@ def pointwise_conv_backward_data_kernel(
     OUT_ACT: tl.constexpr,
     ACT: tl.constexpr,
     APPLY_ACT_GRAD: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     IN_DIVISOR: tl.constexpr,
     OUT_DIVISOR: tl.constexpr,
@@ -234,8 +233,7 @@ def pointwise_conv_backward_data_kernel(
     The raw input and its prologue, or None: x [R, N], scale, shift and mean [N], gate [owners * groups, N].
     grad_residual: [R, N], a gradient of the input that is added, or None.
     dx: [R, N], dq + grad_residual, or with APPLY_ACT_GRAD gate * dq * act'(scale * x + shift) + grad_residual.
-    sums: the first three of [owners, P, NUM_SUMS, N] if x is given, over rows, of u = act(scale * x + shift) and
-        u' = act'(scale * x + shift); :func:`slope_sums_kernel` writes the others:
+    sums: [owners, P, 3, N] if x is given, over rows, of u = act(scale * x + shift) and u' = act'(scale * x + shift):
 
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
@@ -311,57 +309,10 @@ def pointwise_conv_backward_data_kernel(
             dx += tl.load(grad_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
-        sums = sums_ptr + (owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * NUM_SUMS * N + n
+        sums = sums_ptr + (owner.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3 * N + n  # [BLOCK_N]
         tl.store(sums, tl.sum(grad_gate, axis=0), mask=n_inside)
         tl.store(sums + N, tl.sum(grad_shift, axis=0), mask=n_inside)
         tl.store(sums + 2 * N, tl.sum(grad_scale, axis=0), mask=n_inside)
-
-
-@triton.jit(do_not_specialize=["rows", "c_quotient"])
-def slope_sums_kernel(
-    x_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    sums_ptr,
-    rows,
-    c_quotient,
-    ACT: tl.constexpr,
-    C_DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SUM_ROWS: tl.constexpr,
-):
-    """The last two of sums [N, P, 5, C], over the rows of x [N, rows, C], of u' = act'(scale * x + shift):
-
-        slope = sum of u'
-        centred_slope = sum of u' * (x - mean)
-
-    They need no gradient. In :func:`pointwise_conv_backward_data_kernel` they would take registers of its tiles, and
-    the compiler would compute u' for them a second time, in another layout. scale, shift and mean are [C].
-    """
-    C = c_quotient * C_DIVISOR
-    sample = tl.program_id(2).to(tl.int64)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    inside = channels < C
-    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
-    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
-    mean = load_vector(mean_ptr, channels, inside, 0.0)  # [BLOCK_C]
-    slope = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
-    centred_slope = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        start = tile * BLOCK_M
-        row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        row_inside = (start + row < rows)[:, None]  # [BLOCK_M, 1]
-        offsets = (sample * rows + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
-        x = tl.load(x_ptr + offsets, mask=row_inside & inside[None, :], other=0.0).to(tl.float32)
-        _, derivative = activate_and_differentiate(x * scale[None, :] + shift[None, :], ACT)  # [BLOCK_M, BLOCK_C]
-        derivative = tl.where(row_inside, derivative, 0.0)
-        slope += sum_within_threads(derivative, SUM_ROWS)
-        centred_slope += sum_within_threads(derivative * (x - mean[None, :]), SUM_ROWS)
-    sums = sums_ptr + ((sample * tl.num_programs(0) + tl.program_id(0)) * 5 + 3) * C + channels  # [BLOCK_C]
-    tl.store(sums, tl.sum(slope, axis=0), mask=inside)
-    tl.store(sums + C, tl.sum(centred_slope, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])

@@ -25,7 +25,9 @@ def squeeze_kernel(
     mean_ptr,
     var_ptr,
     gate_ptr,
+    centre_ptr,
     sums_ptr,
+    slopes_ptr,
     rows,
     c_quotient,
     eps,
@@ -37,15 +39,20 @@ def squeeze_kernel(
 ):
     """sums [N, T, C]: pooled sums of act(scale * x + shift) * gate * factor; T is the grid's first dimension.
 
+    slopes [N, T, 2, C] or None: of the slope act'(scale * x + shift), and of it times x - centre.
+
     Maps: x and factor [N, rows, C]; factor may be None.
-    Vectors: scale, shift, mean and var [C], see :func:`load_affine`; gate [N, C].
+    Vectors: scale, shift, mean and var [C], see :func:`load_affine`; gate [N, C], centre [C].
     """
     C = c_quotient * C_DIVISOR
     sample = tl.program_id(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
     scale, shift = load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, inside)
+    centre = load_vector(centre_ptr, channels, inside, 0.0)  # [BLOCK_C]
     total = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    slope = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    centred_slope = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
     base = sample.to(tl.int64) * rows
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         start = tile.to(tl.int64) * BLOCK_M
@@ -53,13 +60,25 @@ def squeeze_kernel(
         row_inside = (start + row < rows)[:, None]  # [BLOCK_M, 1]
         mask = row_inside & inside[None, :]  # [BLOCK_M, BLOCK_C]
         offsets = (base + start) * C + (row[:, None] * C + channels[None, :])  # [BLOCK_M, BLOCK_C]
-        u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        u = activate(u * scale[None, :] + shift[None, :], ACT)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        z = x * scale[None, :] + shift[None, :]
+        if slopes_ptr is not None:
+            u, derivative = activate_and_differentiate(z, ACT)
+            derivative = tl.where(row_inside, derivative, 0.0)
+            slope += sum_within_threads(derivative, SUM_ROWS)
+            centred_slope += sum_within_threads(derivative * (x - centre[None, :]), SUM_ROWS)
+        else:
+            u = activate(z, ACT)
         if factor_ptr is not None:
             u *= tl.load(factor_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         total += sum_within_threads(tl.where(row_inside, u, 0.0), SUM_ROWS)
     sums = tl.sum(total, axis=0) * load_row(gate_ptr, sample, C, channels, inside, 1.0)  # [BLOCK_C]
-    tl.store(sums_ptr + (sample.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * C + channels, sums, mask=inside)
+    partial = sample.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(sums_ptr + partial * C + channels, sums, mask=inside)
+    if slopes_ptr is not None:
+        out = slopes_ptr + partial * 2 * C + channels  # [BLOCK_C]
+        tl.store(out, tl.sum(slope, axis=0), mask=inside)
+        tl.store(out + C, tl.sum(centred_slope, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "C"])
@@ -141,7 +160,7 @@ def excite_kernel(
         tl.store(gate_ptr + sample * C + channels, gate_of(logits, GATE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "c_quotient", "s_quotient"])
+@triton.jit(do_not_specialize=["T", "slopes_T", "c_quotient", "s_quotient"])
 def excite_backward_kernel(
     sums_ptr,
     gate_ptr,
@@ -151,8 +170,10 @@ def excite_backward_kernel(
     offset_ptr,
     grad_logits_ptr,
     grad_hidden_ptr,
+    slopes_ptr,
     norm_sums_ptr,
     T,
+    slopes_T,
     c_quotient,
     s_quotient,
     reciprocal_count,
@@ -166,12 +187,13 @@ def excite_backward_kernel(
 ):
     """The gradients of the logits, of the hidden layer and of the mean, and the sums for the BatchNorm before.
 
-    sums [N, T, NUM_SUMS, C]: grad_gate, or with NUM_SUMS of 5 also grad_shift, grad_scale, slope and centred_slope, see
+    sums [N, T, NUM_SUMS, C]: grad_gate, or with NUM_SUMS of 3 also grad_shift and grad_scale, see
         :func:`~effnet_kernels.backends.triton.kernels.pointwise.pointwise_conv_backward_data_kernel`.
+    slopes [N, slopes_T, 2, C]: slope and centred_slope, see :func:`squeeze_kernel`, or None.
     gate [N, C], hidden [N, S], w1 [S, C], w2 [C, S].
 
     Stores grad_logits [N, C], grad_hidden [N, S] and offset [N, C], the gradient of each pixel that comes through the
-    mean. With NUM_SUMS of 5 also norm_sums [N, 2, C], the sums of dz and of dz * (x - mean). They follow from the five,
+    mean. With slopes also norm_sums [N, 2, C], the sums of dz and of dz * (x - mean). They follow from the other sums,
     because gate and offset are constant over the pixels of dz = (gate * dq + offset) * u'.
     """
     C = c_quotient * C_DIVISOR
@@ -202,12 +224,13 @@ def excite_backward_kernel(
         w1 = tl.load(w1_ptr + s[:, None] * C + channels[None, :], mask=weight_mask, other=0.0).to(tl.float32)
         offset = tl.sum(w1 * grad_hidden[:, None], axis=0) * reciprocal_count  # [BLOCK_C]
         tl.store(offset_ptr + sample * C + channels, offset, mask=inside)
-        if NUM_SUMS == 5:
+        if slopes_ptr is not None:
             gate = tl.load(gate_ptr + sample * C + channels, mask=inside, other=0.0)  # [BLOCK_C]
             grad_shift = sum_of_partials(sums_ptr + C, T, NUM_SUMS * C, channels, inside)
             grad_scale = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside)
-            slope = sum_of_partials(sums_ptr + 3 * C, T, NUM_SUMS * C, channels, inside)
-            centred_slope = sum_of_partials(sums_ptr + 4 * C, T, NUM_SUMS * C, channels, inside)
+            own_slopes_ptr = slopes_ptr + sample * slopes_T * 2 * C
+            slope = sum_of_partials(own_slopes_ptr, slopes_T, 2 * C, channels, inside)
+            centred_slope = sum_of_partials(own_slopes_ptr + C, slopes_T, 2 * C, channels, inside)
             out = norm_sums_ptr + sample * 2 * C + channels
             tl.store(out, gate * grad_shift + offset * slope, mask=inside)
             tl.store(out + C, gate * grad_scale + offset * centred_slope, mask=inside)
