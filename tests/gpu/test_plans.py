@@ -24,7 +24,15 @@ from effnet_kernels.modules import MBConvConfig
 from gpu.compare import channels_last
 from gpu.conftest import simulated
 
-NAMES = ["expand stride 2", "no expand, residual", "no squeeze, relu6", "stochastic depth", "fused, residual", "stem"]
+# Kinds of chains, and the dtype of their maps; the simulator takes seconds a launch.
+CASES = [
+    ("same padding", torch.float16),
+    ("no expand, residual", torch.float32),
+    ("no squeeze, relu6", torch.float16),
+    ("stochastic depth", torch.float16),
+    ("fused, residual", torch.float32),
+    ("stem", torch.float16),
+]
 
 
 class Memory:
@@ -99,8 +107,7 @@ def planned(module: nn.Module) -> list[str]:
     return sorted(key[0][0] for key, plan in kept.items() if callable(plan))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_training(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shape = BLOCKS[name]
     first = channels_last(*shape, dtype=dtype)
@@ -128,9 +135,8 @@ def test_training(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
             assert b._version - c._version == version, key
 
 
-@pytest.mark.parametrize("name", ["expand", "no expand, residual"])
-def test_inference(name: str) -> None:
-    make, shape = BLOCKS[name]
+def test_inference() -> None:
+    make, shape = BLOCKS["no expand, residual"]
     x = channels_last(*shape, dtype=torch.float16)
     block = randomize(make()).eval().to(x.device)
     first, second, third = (run(block, x, None, "triton")[0] for _ in range(3))
@@ -162,21 +168,21 @@ def test_network_with_a_pooled_head() -> None:
 
 def test_a_block_whose_tensors_change() -> None:
     """Parameters that lie elsewhere, in another dtype or in another order get what their own values say."""
-    make, shape = BLOCKS["expand stride 2"]
+    make, shape = BLOCKS["no expand, residual"]
     x = channels_last(*shape)
     block = randomize(make()).train().to(x.device)
-    for _ in range(3):
+    for _ in range(2):
         run(block, x, None, "triton")
     convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
     changes = [
         lambda: [setattr(c.weight, "data", torch.randn_like(c.weight)) for c in convs],
-        lambda: setattr(convs[0].weight, "data", convs[0].weight.half()),
-        lambda: setattr(convs[0].weight, "data", convs[0].weight.float()),
-        lambda: setattr(convs[0].weight, "data", torch.randn(24, 144, 1, 1, device=x.device).transpose(0, 1)),
+        lambda: setattr(convs[-1].weight, "data", convs[-1].weight.half()),
+        lambda: setattr(convs[-1].weight, "data", convs[-1].weight.float()),
+        lambda: setattr(convs[-1].weight, "data", torch.randn(24, 24, 1, 1, device=x.device).transpose(0, 1)),
     ]
     for change in changes:
         change()
-        for _ in range(3):
-            y, _ = run(block, x, None, "triton")
-            fresh = copy.deepcopy(block)
-            assert torch.equal(run(fresh, x, None, "triton")[0], y)
+        y, again = (run(block, x, None, "triton")[0] for _ in range(2))
+        expected, _ = run(copy.deepcopy(block), x, None, "triton")
+        assert torch.equal(y, expected)
+        assert torch.equal(again, expected)
