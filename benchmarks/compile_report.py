@@ -48,8 +48,6 @@ MULTIPROCESSORS: dict[int | str, int] = {
 }
 # The bytes of spills of tiles that an H200 measured to be faster than those that avoid them.
 SPILLS = {
-    "excite_kernel": 96,
-    "excite_backward_kernel": 48,
     "pointwise_conv_kernel": 104,
     "pointwise_conv_backward_data_kernel": 24,
 }

@@ -30,6 +30,7 @@ from effnet_kernels.backends.triton.compilation import Binary, compile_in_parall
 from effnet_kernels.backends.triton.configs import H100, use_target
 from effnet_kernels.backends.triton.launch import Launch
 from effnet_kernels.tools import tune
+from effnet_kernels.tools.warmup import launches_of_step
 
 ROOT = Path(__file__).resolve().parents[1]
 # What names the file that the plugin below writes.
@@ -70,12 +71,17 @@ def of_tests(arguments: Sequence[str] = ()) -> list[Binary]:
 
 
 def of_networks(toy: bool) -> Iterator[Launch]:
-    """The launches of B0's steps in all dtypes that are timed or checked; those of its engines are left to warmup."""
+    """The launches of B0's steps in all dtypes that are timed or checked; those of its engines are left to warmup.
+
+    A training step is that of autocast, whose weights are in float32, and one in which they are as the maps are.
+    """
+    model = ek.create_model("efficientnet_b0")
     resolution, batches = 32 if toy else 224, [2] if toy else [256, 64, 4, 1]
     for batch in batches:
-        for dtype in DTYPES:
+        for name, dtype in DTYPES.items():
+            yield from launches_of_step(model, (batch, 3, resolution, resolution), True, dtype)
             for training in (True, False):
-                step = trace_step("efficientnet_b0", batch, dtype, training, resolution=resolution)
+                step = trace_step("efficientnet_b0", batch, name, training, resolution=resolution)
                 yield from [*step.forward.launches, *(step.backward.launches if step.backward else [])]
 
 
