@@ -150,7 +150,7 @@ def test_a_pass_in_which_torch_computes_is_not_repeated(driver) -> None:
     for _ in range(4):
         (y,) = kept.run(("sum",), [x], lambda: [x + next(numbers)])
     assert torch.equal(y, x + 3)
-    assert list(kept._plans.values()) == [False]
+    assert list(kept._plans.values()) == [plans._State.REFUSED]
 
 
 def test_tensors_that_share_memory_are_not_planned(driver) -> None:
@@ -160,7 +160,7 @@ def test_tensors_that_share_memory_are_not_planned(driver) -> None:
     kept, x = plans.Plans(), image(2, 16, 7, 7).detach()
     for _ in range(3):
         kept.run((), [x, x], lambda: [bn_act_add(x, Prologue(), x, None)])
-    assert list(kept._plans.values()) == [False]
+    assert list(kept._plans.values()) == [plans._State.REFUSED]
 
 
 def test_an_engine_has_plans_that_are_not_written(driver) -> None:

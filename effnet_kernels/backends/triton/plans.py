@@ -6,6 +6,7 @@ values or addresses. So a pass that comes again is recorded, and from then on a 
 generated for it: it allocates, adds offsets to addresses, and launches.
 """
 
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -31,12 +32,19 @@ _VIEWS = {
 }
 
 
+class _State(enum.Enum):
+    """Of a pass without a plan."""
+
+    NEW = enum.auto()
+    CAME_ONCE = enum.auto()
+    REFUSED = enum.auto()
+
+
 class Plans:
     """The launch plans of one chain, by the settings of a pass and the layout of its tensors."""
 
     def __init__(self) -> None:
-        # None for a pass that has come once, False for one that cannot be repeated.
-        self._plans: dict[tuple[Any, ...], Plan | bool | None] = {}
+        self._plans: dict[tuple[Any, ...], Plan | _State] = {}
 
     def run(
         self, settings: tuple[Any, ...], tensors: Sequence[Tensor | None], compute: Callable[[], Tensors]
@@ -52,21 +60,20 @@ class Plans:
         key = _key(settings, tensors, given)
         if key is None:
             return compute()
-        plan = self._plans.get(key, True)
+        plan = self._plans.get(key, _State.NEW)
         if callable(plan):
             outputs = plan(*given)
             return compute() if outputs is None else outputs
-        if plan is False:
-            return compute()
-        if plan is True:
+        if plan is _State.CAME_ONCE:
+            outputs, made = _record(given, compute)
+            self._plans[key] = made or _State.REFUSED
+            return outputs
+        if plan is _State.NEW:
             # A layout that never comes again is not worth a plan, and kernels are compiled in the first pass.
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            self._plans[key] = None
-            return compute()
-        outputs, made = _record(given, compute)
-        self._plans[key] = made or False
-        return outputs
+            self._plans[key] = _State.CAME_ONCE
+        return compute()
 
 
 def _key(settings: tuple[Any, ...], tensors: Sequence[Tensor | None], given: list[Tensor]) -> tuple[Any, ...] | None:
@@ -99,32 +106,26 @@ def _modules() -> tuple[Any, Any, Any]:
     return launch, target_of, tuned_configs
 
 
-class _Allocation(NamedTuple):
-    tensor: Tensor
-    launches: int  # how many came before
-
-
 class _Watch(TorchDispatchMode):
     """Notes allocations, and whether torch computes anything itself."""
 
-    def __init__(self, launches: Sequence[Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.launches = launches
-        self.allocations: list[_Allocation] = []
+        self.allocations: list[Tensor] = []
         self.computes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in _ALLOCATIONS:
-            self.allocations.append(_Allocation(result, len(self.launches)))
+            self.allocations.append(result)
         elif name not in _VIEWS and not (name == "fill_" and self._is_new(args[0])):
             self.computes = True
         return result
 
     def _is_new(self, t: Tensor) -> bool:
         """Whether a tensor has just been allocated: with deterministic algorithms torch fills it then."""
-        return bool(self.allocations) and t.data_ptr() == self.allocations[-1].tensor.data_ptr() and _fills_memory()
+        return bool(self.allocations) and t.data_ptr() == self.allocations[-1].data_ptr() and _fills_memory()
 
 
 def _fills_memory() -> bool:
@@ -143,12 +144,12 @@ class _Place(NamedTuple):
 class _Memory:
     """Where the addresses of a recorded pass point to."""
 
-    def __init__(self, given: Sequence[Tensor], allocations: Sequence[_Allocation]) -> None:
+    def __init__(self, given: Sequence[Tensor], allocations: Sequence[Tensor]) -> None:
         self.ranges: list[tuple[int, int, str, int]] = []
         for index, t in enumerate(given):
             extent = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1
             self.ranges.append((t.data_ptr(), t.data_ptr() + extent * t.element_size(), "t", index))
-        for index, (t, _) in enumerate(allocations):
+        for index, t in enumerate(allocations):
             start = t.untyped_storage().data_ptr()
             self.ranges.append((start, start + t.untyped_storage().nbytes(), "a", index))
         self.ranges.sort()
@@ -168,7 +169,7 @@ class _Memory:
 def _record(given: list[Tensor], compute: Callable[[], Tensors]) -> tuple[Tensors, Plan | None]:
     """What ``compute()`` returns, and its plan; None where it does more than allocate and launch."""
     launch, *_ = _modules()
-    with launch.record_launches() as launches, _Watch(launches) as watch:
+    with launch.record_launches() as launches, _Watch() as watch:
         outputs = compute()
     if watch.computes or any(handle is None for handle in launches.handles()):
         return outputs, None
@@ -182,7 +183,7 @@ def _record(given: list[Tensor], compute: Callable[[], Tensors]) -> tuple[Tensor
 class _Writer:
     """Writes a plan as a function in Python."""
 
-    def __init__(self, given: list[Tensor], allocations: list[_Allocation], launches: Any, memory: _Memory) -> None:
+    def __init__(self, given: list[Tensor], allocations: list[Tensor], launches: Any, memory: _Memory) -> None:
         self.given, self.allocations, self.launches, self.memory = given, allocations, launches, memory
         self.names: dict[str, Any] = {
             "empty_strided": torch.empty_strided,
@@ -253,7 +254,7 @@ class _Writer:
         return spans
 
     def _bytes(self, index: int) -> int:
-        return self.allocations[index].tensor.untyped_storage().nbytes()
+        return self.allocations[index].untyped_storage().nbytes()
 
     def _made(self, index: int, output: Tensor | None) -> str:
         assert output is not None
