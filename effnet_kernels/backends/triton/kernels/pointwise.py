@@ -16,7 +16,7 @@ from effnet_kernels.backends.triton.kernels.activation import (
     load_affine,
     merge_moments,
 )
-from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector
+from effnet_kernels.backends.triton.kernels.tiles import load_row, load_vector, output_gradient
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -131,63 +131,6 @@ def pointwise_conv_kernel(
         tl.store(out + 2 * N, m2, mask=n_inside)
     elif REDUCTION == "pool":
         tl.store(partials_ptr + partial * N + n, mean, mask=n_inside)
-
-
-@triton.jit
-def output_gradient(
-    grad_ptr,
-    y_ptr,
-    coefficients_ptr,
-    gate_ptr,
-    drop_path_scale_ptr,
-    offset_ptr,
-    scale_ptr,
-    shift_ptr,
-    group,
-    C,
-    channels,
-    inside,
-    offsets,
-    mask,
-    ACT: tl.constexpr,
-):
-    """dy of :class:`effnet_kernels.fusion.spec.OutputGradient` on a tile of rows by channels; zero outside of ``mask``.
-
-    Maps: grad and y [R, C], read at ``offsets`` and ``mask`` [BLOCK_ROWS, BLOCK_C].
-    Vectors: coefficients [3, C], scale and shift [C], read at ``channels`` and ``inside`` [BLOCK_C].
-    By group: gate and offset [G, C], drop_path_scale [G], read at ``group``.
-    """
-    y = tl.zeros(offsets.shape, tl.float32)  # [BLOCK_ROWS, BLOCK_C]
-    if y_ptr is not None:
-        y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
-    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    drop_path_scale = 1.0
-    if drop_path_scale_ptr is not None:
-        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
-    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
-    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
-    dy = gradient_of_norm(
-        grad_ptr,
-        y,
-        offsets,
-        mask,
-        gate_ptr,
-        gate,
-        drop_path_scale_ptr,
-        drop_path_scale,
-        offset_ptr,
-        offset,
-        scale,
-        shift,
-        ACT,
-    )  # [BLOCK_ROWS, BLOCK_C]
-    if coefficients_ptr is not None:
-        alpha = load_vector(coefficients_ptr, channels, inside, 0.0)  # [BLOCK_C]
-        beta = load_vector(coefficients_ptr + C, channels, inside, 0.0)  # [BLOCK_C]
-        gamma = load_vector(coefficients_ptr + 2 * C, channels, inside, 0.0)  # [BLOCK_C]
-        dy = alpha[None, :] * dy + (beta[None, :] * y + gamma[None, :])
-    return tl.where(mask, dy, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
