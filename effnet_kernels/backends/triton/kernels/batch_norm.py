@@ -8,7 +8,12 @@ import triton
 import triton.language as tl
 
 from effnet_kernels.backends.triton.kernels.activation import merge_moments
-from effnet_kernels.backends.triton.kernels.tiles import gradient_of_norm, load_row, load_vector, sum_within_threads
+from effnet_kernels.backends.triton.kernels.tiles import (
+    gradient_of_norm,
+    load_gradient_vectors,
+    load_vector,
+    sum_within_threads,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])
@@ -71,13 +76,9 @@ def gradient_sums_kernel(
     group = tl.program_id(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
-    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    drop_path_scale = 1.0
-    if drop_path_scale_ptr is not None:
-        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
-    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
-    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    vectors = load_gradient_vectors(
+        gate_ptr, drop_path_scale_ptr, offset_ptr, scale_ptr, shift_ptr, group, C, channels, inside
+    )
     mean = load_vector(mean_ptr, channels, inside, 0.0)  # [BLOCK_C]
     total = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
     centred = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
@@ -94,14 +95,9 @@ def gradient_sums_kernel(
             y,
             offsets,
             mask,
-            gate_ptr,
-            gate,
-            drop_path_scale_ptr,
-            drop_path_scale,
-            offset_ptr,
-            offset,
-            scale,
-            shift,
+            vectors,
+            gate_ptr is not None or drop_path_scale_ptr is not None,
+            offset_ptr is not None,
             ACT,
         )  # [BLOCK_M, BLOCK_C]
         dz = tl.where(row_inside, dz, 0.0)
@@ -140,13 +136,9 @@ def apply_gradient_kernel(
     group = tl.program_id(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
-    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    drop_path_scale = 1.0
-    if drop_path_scale_ptr is not None:
-        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
-    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
-    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    vectors = load_gradient_vectors(
+        gate_ptr, drop_path_scale_ptr, offset_ptr, scale_ptr, shift_ptr, group, C, channels, inside
+    )
     base = group.to(tl.int64) * rows
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         start = tile.to(tl.int64) * BLOCK_M
@@ -161,14 +153,9 @@ def apply_gradient_kernel(
             y,
             offsets,
             mask,
-            gate_ptr,
-            gate,
-            drop_path_scale_ptr,
-            drop_path_scale,
-            offset_ptr,
-            offset,
-            scale,
-            shift,
+            vectors,
+            gate_ptr is not None or drop_path_scale_ptr is not None,
+            offset_ptr is not None,
             ACT,
         )  # [BLOCK_M, BLOCK_C]
         if coefficients_ptr is not None:

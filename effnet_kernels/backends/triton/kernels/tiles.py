@@ -25,37 +25,40 @@ def load_row(ptr, sample, C, channels, mask, DEFAULT: tl.constexpr):
 
 
 @triton.jit
+def load_gradient_vectors(gate_ptr, drop_path_scale_ptr, offset_ptr, scale_ptr, shift_ptr, group, C, channels, inside):
+    """The vectors of :func:`gradient_of_norm` at ``channels`` and ``inside`` [BLOCK_C]: four of [BLOCK_C], in fp32.
+
+    gate and offset [G, C] and drop_path_scale [G], read at ``group``, and scale and shift [C]; each may be None.
+    Returned are the factor gate * drop_path_scale, then offset, scale and shift.
+    """
+    factor = load_row(gate_ptr, group, C, channels, inside, 1.0)
+    if drop_path_scale_ptr is not None:
+        factor *= tl.load(drop_path_scale_ptr + group).to(tl.float32)
+    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)
+    scale = load_vector(scale_ptr, channels, inside, 1.0)
+    shift = load_vector(shift_ptr, channels, inside, 0.0)
+    return factor, offset, scale, shift
+
+
+@triton.jit
 def gradient_of_norm(
-    grad_ptr,
-    y,
-    offsets,
-    mask,
-    gate_ptr,
-    gate,
-    drop_path_scale_ptr,
-    drop_path_scale,
-    offset_ptr,
-    offset,
-    scale,
-    shift,
-    ACT: tl.constexpr,
+    grad_ptr, y, offsets, mask, vectors, HAS_FACTOR: tl.constexpr, HAS_OFFSET: tl.constexpr, ACT: tl.constexpr
 ):
     """dz of :class:`~effnet_kernels.fusion.spec.OutputGradient` on a tile of rows by channels, [BLOCK_M, BLOCK_C].
 
     grad: a map [R, C], read at ``offsets`` and ``mask`` [BLOCK_M, BLOCK_C], or None for zeros.
     y: the raw output's values, [BLOCK_M, BLOCK_C].
-    gate, offset, scale, shift: values of the tile's channels, [BLOCK_C]. drop_path_scale: a scalar. A pointer is None
-        where there is no such operand.
+    vectors: those of :func:`load_gradient_vectors`. The first two are left out where there is no such operand: the
+        compiler would keep a multiplication by 1 and the addition of 0, which change denormal numbers and -0.
     """
+    factor, offset, scale, shift = vectors
+    dz = tl.zeros(y.shape, tl.float32)
     if grad_ptr is not None:
         dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # The compiler would keep a multiplication by 1 and the addition of 0: they change denormal numbers and -0.
-        if gate_ptr is not None or drop_path_scale_ptr is not None:
-            dz *= (gate * drop_path_scale)[None, :]
-        if offset_ptr is not None:
-            dz += offset[None, :]
-    else:
-        dz = tl.zeros(y.shape, tl.float32) + offset[None, :]
+        if HAS_FACTOR:
+            dz *= factor[None, :]
+    if HAS_OFFSET:
+        dz += offset[None, :]
     if ACT != "none":
         _, derivative = activate_and_differentiate(y * scale[None, :] + shift[None, :], ACT)
         dz *= derivative
@@ -89,26 +92,17 @@ def output_gradient(
     y = tl.zeros(offsets.shape, tl.float32)  # [BLOCK_ROWS, BLOCK_C]
     if y_ptr is not None:
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    gate = load_row(gate_ptr, group, C, channels, inside, 1.0)  # [BLOCK_C]
-    offset = load_row(offset_ptr, group, C, channels, inside, 0.0)  # [BLOCK_C]
-    drop_path_scale = 1.0
-    if drop_path_scale_ptr is not None:
-        drop_path_scale = tl.load(drop_path_scale_ptr + group).to(tl.float32)
-    scale = load_vector(scale_ptr, channels, inside, 1.0)  # [BLOCK_C]
-    shift = load_vector(shift_ptr, channels, inside, 0.0)  # [BLOCK_C]
+    vectors = load_gradient_vectors(
+        gate_ptr, drop_path_scale_ptr, offset_ptr, scale_ptr, shift_ptr, group, C, channels, inside
+    )
     dy = gradient_of_norm(
         grad_ptr,
         y,
         offsets,
         mask,
-        gate_ptr,
-        gate,
-        drop_path_scale_ptr,
-        drop_path_scale,
-        offset_ptr,
-        offset,
-        scale,
-        shift,
+        vectors,
+        gate_ptr is not None or drop_path_scale_ptr is not None,
+        offset_ptr is not None,
         ACT,
     )  # [BLOCK_ROWS, BLOCK_C]
     if coefficients_ptr is not None:
