@@ -25,7 +25,7 @@ from effnet_kernels.fusion.spec import (
     Prologue,
     accumulation_dtype,
 )
-from effnet_kernels.fusion.synchronisation import add_up, group_of, is_synchronised
+from effnet_kernels.fusion.synchronisation import add_up, group_of
 
 
 class Norm(NamedTuple):
@@ -79,7 +79,7 @@ def backward(
         tensors = unflatten(chain, saved)
         return _backward(primitives, made, grad, x, drop_path_scale, tensors, needs_input, needs_parameters, apart)
 
-    if plans is None or any(map(is_synchronised, chain.layers)):
+    if plans is None:
         results = compute()
     else:
         settings = "backward", chain.pool, needs_input, tuple(needs_parameters)

@@ -17,7 +17,7 @@ from effnet_kernels.backends.base import Primitives, PrimitivesBackend
 from effnet_kernels.backends.operands import as_map
 from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
-from effnet_kernels.fusion.forward import Gating, dtype_of_input, flatten, forward, infer, unflatten
+from effnet_kernels.fusion.forward import Saved, dtype_of_input, flatten, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
 from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 from effnet_kernels.fusion.synchronisation import is_synchronised
@@ -153,18 +153,18 @@ def _forward(
     text: str,
 ) -> list[Tensor]:
     decoded = _decode(text)
-    out, saved = forward(decoded.primitives, decoded.chain(parameters, running), as_map(x), drop_path_scale)
-    kept = [
-        layer if layer.gating is None or layer.gating.slopes is None else layer._replace(gating=_summed(layer.gating))
-        for layer in unflatten(decoded.chain(parameters, running), saved)
-    ]
-    return [out, *(t.contiguous() if t.dim() < 4 else t for t in flatten(kept))]
+    chain = decoded.chain(parameters, running)
+    out, saved = forward(decoded.primitives, chain, as_map(x), drop_path_scale)
+    kept = flatten([_with_one_sum_of_slopes(layer) for layer in unflatten(chain, saved)])
+    return [out, *(t.contiguous() if t.dim() < 4 else t for t in kept)]
 
 
-def _summed(gating: Gating) -> Gating:
-    """With one sum for the partial sums of the slopes, of which a backend chooses the number."""
-    assert gating.slopes is not None
-    return gating._replace(slopes=gating.slopes.sum(dim=1, keepdim=True))
+def _with_one_sum_of_slopes(saved: Saved) -> Saved:
+    """A backend chooses the number of partial sums, and an operator's outputs have one shape."""
+    gating = saved.gating
+    if gating is None or gating.slopes is None:
+        return saved
+    return saved._replace(gating=gating._replace(slopes=gating.slopes.sum(dim=1, keepdim=True)))
 
 
 def _backward(

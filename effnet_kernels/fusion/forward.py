@@ -147,7 +147,7 @@ def forward(
         out, saved = _forward(primitives, chain, x, drop_path_scale, first)
         return [out, *flatten(saved)]
 
-    if plans is None or any(map(is_synchronised, chain.layers)):
+    if plans is None:
         results = compute()
     else:
         read = [x, drop_path_scale, first, *chain.all_tensors()]
@@ -309,14 +309,7 @@ def _finalize(primitives: Primitives, norm: BatchNorm, partials: Tensor) -> Tens
 
 def _mark_running_statistics(chain: Chain) -> None:
     """Tells autograd that the running statistics have changed, which it does not see where kernels write."""
-    norms: list[BatchNorm] = [layer.norm for layer in chain.layers if layer.norm is not None]
-    moved = [
-        t
-        for norm in norms
-        if norm.batch_statistics and norm.tracks
-        for t in (norm.running_mean, norm.running_var)
-        if t is not None
-    ]
+    moved = [t for norm in _tracking(chain) for t in (norm.running_mean, norm.running_var) if t is not None]
     if moved:
         torch.autograd.graph.increment_version(moved)
 
@@ -334,11 +327,12 @@ def _check_batch(chain: Chain, x: Tensor) -> None:
 
 
 def _count_batches(chain: Chain) -> None:
-    norms: list[BatchNorm] = [layer.norm for layer in chain.layers if layer.norm is not None]
-    counts = [
-        norm.num_batches_tracked
-        for norm in norms
-        if norm.batch_statistics and norm.tracks and norm.num_batches_tracked is not None
-    ]
+    counts = [norm.num_batches_tracked for norm in _tracking(chain) if norm.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
+
+
+def _tracking(chain: Chain) -> list[BatchNorm]:
+    """The norms whose running statistics a pass with the batch's statistics updates."""
+    norms = [layer.norm for layer in chain.layers if layer.norm is not None]
+    return [norm for norm in norms if norm.batch_statistics and norm.tracks]

@@ -71,7 +71,7 @@ class FoldedNetwork(nn.Module):
         return self._assembled[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_assembled": None, "_plans": [Plans() for _ in self._plans]}
+        return {**self.__dict__, "_assembled": None}
 
     def _assemble(self) -> list[Chain]:
         number, found = 0, []

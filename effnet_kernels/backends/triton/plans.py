@@ -46,6 +46,10 @@ class Plans:
     def __init__(self) -> None:
         self._plans: dict[tuple[Any, ...], Plan | _State] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or pickled without its plans, which hold kernels that were loaded in this process."""
+        return Plans, ()
+
     def run(
         self, settings: tuple[Any, ...], tensors: Sequence[Tensor | None], compute: Callable[[], Tensors]
     ) -> Tensors:
@@ -171,19 +175,23 @@ def _record(given: list[Tensor], compute: Callable[[], Tensors]) -> tuple[Tensor
     launch, *_ = _modules()
     with launch.record_launches() as launches, _Watch() as watch:
         outputs = compute()
-    if watch.computes or any(handle is None for handle in launches.handles()):
+    handles = launches.handles()
+    if watch.computes or None in handles:
         return outputs, None
     memory = _Memory(given, watch.allocations)
     if not memory.is_clear():
         return outputs, None
     # Allocations and launches refer to all memory of the pass, so that no address in it was used twice.
-    return outputs, _Writer(given, watch.allocations, launches, memory).plan(outputs)
+    return outputs, _Writer(given, watch.allocations, list(zip(launches, handles, strict=True)), memory).plan(outputs)
 
 
 class _Writer:
     """Writes a plan as a function in Python."""
 
-    def __init__(self, given: list[Tensor], allocations: list[Tensor], launches: Any, memory: _Memory) -> None:
+    def __init__(
+        self, given: list[Tensor], allocations: list[Tensor], launches: list[tuple[Any, Any]], memory: _Memory
+    ) -> None:
+        """``launches`` are pairs of a launch and its handle."""
         self.given, self.allocations, self.launches, self.memory = given, allocations, launches, memory
         self.names: dict[str, Any] = {
             "empty_strided": torch.empty_strided,
@@ -211,8 +219,7 @@ class _Writer:
         addresses += [f"a{index}" for index in owned] + (["w_address"] if size else [])
         lines.append(f"if ({' | '.join(addresses)}) & {_ALIGNMENT - 1}: return None")
         lines.append("stream = bindings._cuda_getCurrentRawStream(index)")
-        for number, launch in enumerate(self.launches):
-            lines.append(self._call(number, launch, offsets))
+        lines += [self._call(number, *pair, offsets) for number, pair in enumerate(self.launches)]
         made = [f"o{index} = {self._made(index, outputs[at])}" for index, at in owned.items()]
         body = "\n    ".join([*made, *lines, f"return [{', '.join(results)}]"])
         parameters = ", ".join(f"t{index}" for index in range(len(self.given)))
@@ -242,7 +249,7 @@ class _Writer:
     def _uses(self) -> dict[int, tuple[int, int]] | None:
         """The first and the last launch between which each allocation holds values."""
         spans: dict[int, tuple[int, int]] = {}
-        for number, launch in enumerate(self.launches):
+        for number, (launch, _) in enumerate(self.launches):
             for argument in launch.arguments.values():
                 if not isinstance(argument, Tensor):
                     continue
@@ -262,9 +269,9 @@ class _Writer:
         shape, strides = tuple(output.shape), tuple(output.stride())
         return f"empty_strided({shape}, {strides}, dtype=dtype{index}, device=device)"
 
-    def _call(self, number: int, launch: Any, offsets: dict[int, int]) -> str:
+    def _call(self, number: int, launch: Any, handle: Any, offsets: dict[int, int]) -> str:
         """A launch as a call of Triton's own launcher."""
-        _, execute, binary, metadata, kept = self.launches.handles()[number]
+        _, execute, binary, metadata, kept = handle
         names = {f"execute{number}": execute, f"binary{number}": binary, f"metadata{number}": metadata}
         self.names |= names | {f"kept{number}": kept}
         arguments = [

@@ -103,6 +103,7 @@ def pointwise_conv_backward_data(
         grad_gate = sum of dq * u
         grad_shift = sum of dq * u'
         grad_scale = sum of dq * u' * (x - mean)
+
     Those of u' alone are made in the forward pass, by :func:`.squeeze_excite.squeeze_for_backward`. One launch.
     """
     like = gradient.grad if gradient.grad is not None else gradient.y
