@@ -368,3 +368,18 @@ def test_running_statistics_at_any_momentum(momentum: float, compiled: bool) -> 
         exact(x.double())
     # One minus a momentum of 0.999 is off by 1e-5 in float32.
     assert_buffers_close(block, exact, 3e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autograd_sees_that_running_statistics_move(backend: select.Backend) -> None:
+    """As of any tensor that a pass changes in place; what was computed from the values before has no gradient then."""
+    block, x = randomize(BLOCKS["no expand, residual"][0]()).train(), torch.randn(2, 24, 7, 7)
+    statistics = [b for name, b in block.named_buffers() if "running" in name]
+    factor = torch.ones((), requires_grad=True)
+    with select.use_backend(backend):
+        for t in statistics:
+            product = (factor * t).sum()
+            block(x)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
+    assert statistics

@@ -122,6 +122,21 @@ def test_a_plan_is_for_the_tensors_that_it_fits(driver, change: str) -> None:
         assert calls == ([None] if change == "address" else [])
 
 
+def test_a_gradient_in_other_strides_is_not_read_as_the_planned_one(driver) -> None:
+    module, x, grad = block(), image(2, 16, 14, 14), image(2, 16, 14, 14).detach()
+    for _ in range(3):
+        module(x).backward(grad)
+    y = module(x)
+    driver.launched.clear()
+    y.backward(grad)
+    assert any(grad.data_ptr() in row for row in driver.launched)
+    y, other = module(x), grad.contiguous()
+    driver.launched.clear()
+    y.backward(other)
+    assert len(driver.launched) > 10
+    assert not any(other.data_ptr() in row for row in driver.launched), "a kernel read rows of pixels as channels"
+
+
 def test_nobody_who_looks_at_launches_misses_one(driver) -> None:
     from effnet_kernels.backends.triton.configs import tuned_configs
     from effnet_kernels.backends.triton.launch import capture_launches, timed_by

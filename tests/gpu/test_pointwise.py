@@ -9,6 +9,7 @@ from torch import Tensor
 from effnet_kernels.backends.reference import primitives as reference
 from effnet_kernels.backends.triton import pointwise
 from effnet_kernels.backends.triton.batch_norm import merge_statistics
+from effnet_kernels.backends.triton.launch import record_launches
 from effnet_kernels.fusion.spec import (
     ACTIVATIONS,
     SUMS_OF_GRADIENT,
@@ -166,3 +167,18 @@ def test_tf32_follows_torchs_setting() -> None:
         torch.backends.cudnn.allow_tf32 = False
     error = float((rounded - right).norm() / right.norm())
     assert 1e-5 < error < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_both_gradients_of_few_outputs(dtype: torch.dtype) -> None:
+    """The output's gradient is formed once, as a map, where many blocks of channels would form it on load."""
+    case = Case(2, 256, 24, 5, 7, dtype)
+    gradient, weight, x, prologue = gradients(case)["project"], case.weight(), case.x(), full_prologue(case)
+    arguments = (gradient, weight, x, prologue, vector(case.inputs), None, True, True, True)
+    with record_launches() as launches:
+        dx, sums, dweight = pointwise.pointwise_conv_backward(*arguments)
+    assert launches[0].kernel.__name__ == "apply_gradient_kernel"
+    actual = dx, sums.sum(dim=1, keepdim=True), dweight
+    compare(actual, reference.pointwise_conv_backward, *arguments, dtype=dtype)
+    alone = pointwise.pointwise_conv_backward(*arguments[:-1], False)[0]
+    assert_accurate(dx, alone.double(), alone if dtype != torch.float32 else None)
