@@ -32,6 +32,27 @@ EFFNET_INLINE U<L> without_denormals(U<L> bits) {
   return (bits & 0x7f800000u) != 0 ? bits : bits & 0x80000000u;
 }
 
+// The two instructions where they are missing are functions of their own, because inlined, with sixteen lanes that no
+// register holds, they would be most of what is compiled.
+template <int L>
+EFFNET_NOINLINE typename Lanes<L>::H emulated_rounding(F<L> value) {
+  const U<L> bits = without_denormals<L>(as_bits<L>(value));
+  const U<L> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return converted<typename Lanes<L>::H>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+}
+
+template <int L>
+EFFNET_NOINLINE F<L> emulated_dot(F<L> sums, U<L> a, U<L> b) {
+  const auto add = [&](U<L> x, U<L> y) EFFNET_INLINE_LAMBDA {
+    const F<L> factor = as_floats<L>(without_denormals<L>(x)), other = as_floats<L>(without_denormals<L>(y));
+    sums = as_floats<L>(without_denormals<L>(as_bits<L>(sums)));
+    sums = as_floats<L>(without_denormals<L>(as_bits<L>(sums + factor * other)));
+  };
+  add(a & 0xffff0000u, b & 0xffff0000u);
+  add(a << 16, b << 16);
+  return sums;
+}
+
 // Rounded to nearest even. A NaN keeps its sign and the upper bits of its payload, and becomes quiet.
 template <int L>
 EFFNET_INLINE typename Lanes<L>::H rounded_to_bf16(F<L> value) {
@@ -39,9 +60,7 @@ EFFNET_INLINE typename Lanes<L>::H rounded_to_bf16(F<L> value) {
   if constexpr (L == 16) return (typename Lanes<L>::H)_mm512_cvtneps_pbh((__m512)value);
   if constexpr (L == 8) return (typename Lanes<L>::H)_mm256_cvtneps_pbh((__m256)value);
 #endif
-  const U<L> bits = without_denormals<L>(as_bits<L>(value));
-  const U<L> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return converted<typename Lanes<L>::H>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+  return emulated_rounding<L>(value);
 }
 
 template <int L>
@@ -67,14 +86,7 @@ EFFNET_INLINE F<L> dot(F<L> sums, U<L> a, U<L> b) {
   if constexpr (L == 16) return (F<L>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
   if constexpr (L == 8) return (F<L>)_mm256_dpbf16_ps((__m256)sums, (__m256bh)a, (__m256bh)b);
 #endif
-  const auto add = [&](U<L> x, U<L> y) EFFNET_INLINE_LAMBDA {
-    const F<L> factor = as_floats<L>(without_denormals<L>(x)), other = as_floats<L>(without_denormals<L>(y));
-    sums = as_floats<L>(without_denormals<L>(as_bits<L>(sums)));
-    sums = as_floats<L>(without_denormals<L>(as_bits<L>(sums + factor * other)));
-  };
-  add(a & 0xffff0000u, b & 0xffff0000u);
-  add(a << 16, b << 16);
-  return sums;
+  return emulated_dot<L>(sums, a, b);
 }
 
 }  // namespace

@@ -80,6 +80,14 @@ void depthwise_strides(const effnet::DepthwiseRow<Y>& row) {
 template <int L, class Y>
 void depthwise_row(const effnet::DepthwiseRow<Y>& row) {
   switch (row.kernel) {
+#if defined(EFFNET_FEW_TILES)
+    case 3:
+      return depthwise_strides<L, 3, 1, 2, 3>(row);
+    case 5:
+      return depthwise_strides<L, 5, 1, 2, 3>(row);
+    case 7:
+      return depthwise_strides<L, 7, 1, 2, 3>(row);
+#else
     case 3:
       return depthwise_strides<L, 3, 1, 2, 3, 4, 5, 6, 7, 8>(row);
     case 5:
@@ -87,6 +95,7 @@ void depthwise_row(const effnet::DepthwiseRow<Y>& row) {
     // Seven taps, a pixel and eight accumulators would leave no register of sixteen for anything else.
     case 7:
       return depthwise_strides<L, 7, 1, 2, 3, 4, 5, 6>(row);
+#endif
   }
 }
 

@@ -21,10 +21,10 @@ void gemm_16(const effnet::Gemm<T, Y>& gemm) {
   });
 }
 
-// What fits in thirty-two registers. With sanitizers, compiling all those heights would take minutes.
+// What fits in thirty-two registers.
 template <class T, class Y>
 void gemm_12x2(const effnet::Gemm<T, Y>& gemm) {
-#if defined(EFFNET_SANITIZE)
+#if defined(EFFNET_FEW_TILES)
   gemm_16<3, 4>(gemm);
 #else
   gemm_16<12, 14>(gemm);
