@@ -22,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=800, help="how many random blocks tests/test_surgery.py tries")
 
 
+def pytest_configure() -> None:
+    """Of several processes (``pytest -n``) each gets its share of the processor, and so do those that it starts.
+
+    Threads of torch that wait for one another spin, which takes several times as long where they share a core.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        threads = max(torch.get_num_threads() // processes, 1)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of ``expected``."""
     difference, expected = actual.detach().double() - expected.detach().double(), expected.detach().double()
