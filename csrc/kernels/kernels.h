@@ -161,12 +161,15 @@ struct PanelSums {
   float *sums, *products;  // [16], added to; products may be null, and x is then not read
 };
 
-// to[k, c] = sum over rows of g[row, k] * a[row, c], for one panel of g and one of a.
+// to[k, c] = sum over rows of g[row, k] * a[row, c], for one panel of g and one or two of a.
 struct WeightGradient {
-  const float *g, *a;                  // [rows, 16]
-  std::int64_t rows, outputs, inputs;  // of the panels, 1 to 16; 8 are computed where 8 are enough, else 16
-  float* to;                           // [16, 16]
-  bool accumulate;                     // whether the sums are added to `to` rather than written
+  const float *g, *a;    // [rows, 16]
+  std::int64_t a_panel;  // floats from the first panel of `a` to the second
+  std::int64_t rows;
+  std::int64_t outputs;  // 1 to 16; 8 are computed where 8 are enough, else 16
+  std::int64_t inputs;   // 1 to 16 of one panel, to 32 of two; in the last one as outputs
+  float* to;             // [16, 16], for the second panel behind that for the first
+  bool accumulate;       // whether the sums are added to `to` rather than written
 };
 
 // to[i, j] += sum over columns of g[column] * x[i][column * stride + j], for one panel of channels.

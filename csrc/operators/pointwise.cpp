@@ -16,7 +16,15 @@ constexpr std::int64_t least_forward_items = 16;
 // Work items of a backward call, each of which has a weight gradient of its own, and the memory for all of these.
 constexpr std::int64_t least_backward_items = 4, most_backward_items = 32, weight_gradients_floats = 2 * 1024 * 1024;
 
+// Panels that a product computes at once, where there are so many: loads would limit the speed of a single one.
+constexpr std::int64_t panels_at_once = 2;
+
 std::int64_t panels_of(std::int64_t channels) { return ceil_div(channels, panel_columns); }
+
+// The columns of a product that begins at a panel.
+std::int64_t columns_at_once(std::int64_t panel, std::int64_t channels) {
+  return std::min(panels_at_once * panel_columns, channels - panel * panel_columns);
+}
 
 std::int64_t block_rows(std::int64_t floats_per_row) {
   return std::max(least_rows, std::min(most_block_rows, block_floats / floats_per_row));
@@ -55,11 +63,11 @@ void read_panels(Gemm<float>& gemm, const float* panels, std::int64_t rows, std:
   gemm.k_tail_padding = gemm.segments * panel_columns - channels;
 }
 
-// Copies a panel of a product to the map, where the product could not write there itself.
-void store_panel(const Kernels& kernels, float* panel, std::int64_t rows, std::int64_t columns, const Rows& residual,
-                 const Rows& to) {
+// Copies the panels of a product to the map, where the product could not write there itself.
+void store_panels(const Kernels& kernels, float* panels, std::int64_t rows, std::int64_t columns, const Rows& residual,
+                  const Rows& to) {
   ActivateRows store{};
-  store.x = panel_rows(panel, rows);
+  store.x = panel_rows(panels, rows);
   store.residual = residual;
   store.to = to;
   store.rows = rows;
@@ -75,13 +83,15 @@ class Forward {
     has_prologue_ = prologue.scale != nullptr || prologue.gate != nullptr || prologue.act != Activation::none;
     wanted_rows_ = block_rows(round_up(call.channels, panel_columns));
     most_rows_ = most_rows(call.pixels, wanted_rows_);
-    panel_groups_ = std::min(panels_, ceil_div(least_forward_items, call.pixels.total_shards()));
+    products_ = ceil_div(panels_, panels_at_once);
+    product_groups_ = std::min(products_, ceil_div(least_forward_items, call.pixels.total_shards()));
     weights_ = Scratch(panels_ * call.channels * panel_columns);
     bias_ = Scratch(panels_ * panel_columns);
   }
 
   std::int64_t scratch_floats() const {
-    return (has_prologue_ ? most_rows_ * round_up(call_.channels, panel_columns) : 0) + most_rows_ * panel_columns;
+    const std::int64_t panels = has_prologue_ ? panels_of(call_.channels) : 0;
+    return most_rows_ * (panels + panels_at_once) * panel_columns;
   }
 
   std::int64_t pack_items() const { return panels_; }
@@ -90,12 +100,13 @@ class Forward {
                  bias_.get() + panel * panel_columns);
   }
 
-  std::int64_t items() const { return call_.pixels.total_shards() * panel_groups_; }
+  std::int64_t items() const { return call_.pixels.total_shards() * product_groups_; }
 
   void run(std::int64_t item, float* scratch) const {
-    const Shard shard = shard_of(call_.pixels, item / panel_groups_);
-    const std::int64_t group = item % panel_groups_;
-    const std::int64_t first = panels_ * group / panel_groups_, last = panels_ * (group + 1) / panel_groups_;
+    const Shard shard = shard_of(call_.pixels, item / product_groups_);
+    const std::int64_t group = item % product_groups_;
+    const std::int64_t first = products_ * group / product_groups_ * panels_at_once;
+    const std::int64_t last = std::min(panels_, products_ * (group + 1) / product_groups_ * panels_at_once);
     clear_partials(shard, first, last);
     const Blocks blocks(shard.rows(), wanted_rows_);
     for (std::int64_t begin = shard.begin; begin < shard.end; begin += blocks.rows) {
@@ -125,7 +136,7 @@ class Forward {
     float* panel_scratch = scratch;
     Gemm<float> gemm{};
     if (has_prologue_) {
-      float* panels = scratch + most_rows_ * panel_columns;
+      float* panels = scratch + most_rows_ * panels_at_once * panel_columns;
       ActivateRows load_x = activate_rows(call_.prologue, shard.group, call_.channels);
       load_x.x = map_rows(call_.x, pixel, call_.channels);
       load_x.to = panel_rows(panels, rows);
@@ -140,31 +151,34 @@ class Forward {
     }
     gemm.rows = rows;
     gemm.act = call_.epilogue.act;
-    for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
-      alignas(64) float sums[panel_columns] = {};
+    for (std::int64_t panel = first_panel; panel < last_panel; panel += panels_at_once) {
+      alignas(64) float sums[panels_at_once * panel_columns] = {};
       gemm.b = weights_.get() + panel * call_.channels * panel_columns;
       gemm.bias = bias_.get() + panel * panel_columns;
-      gemm.columns = columns_of(panel, call_.outputs);
+      gemm.columns = columns_at_once(panel, call_.outputs);
       if (call_.reduction == Reduction::pooled_sums) {
         gemm.sums = sums;
         kernels_.f32.gemm_bias_act_residual_sum(gemm);
         for (std::int64_t c = 0; c < gemm.columns; ++c) partials(shard, 0, panel)[c] += sums[c];
         continue;
       }
-      // The product writes 8 or 16 columns; any other number is written to a panel and copied.
+      // The product writes 8 or 16 columns of a panel; any other number is written to panels and copied.
       const bool whole = gemm.columns % 8 == 0;
       const Rows to = map_rows(call_.y, pixel, call_.outputs, panel * panel_columns);
       const Rows residual = map_rows(call_.epilogue.residual, pixel, call_.outputs, panel * panel_columns);
       gemm.y = whole ? to.data : panel_scratch;
       gemm.y_row = whole ? to.row : panel_columns;
+      gemm.y_panel = whole ? panel_columns : rows * panel_columns;
       gemm.residual = whole ? residual.data : nullptr;
       gemm.prefetch_dst = to.data;
       gemm.prefetch_dst_row = to.row;
       kernels_.f32.gemm_bias_act_residual_sum(gemm);
       if (call_.reduction == Reduction::statistics) {
-        add_statistics(shard, begin - shard.begin, rows, panel, gemm.y, gemm.y_row);
+        for (std::int64_t i = 0; i < panels_of(gemm.columns); ++i) {
+          add_statistics(shard, begin - shard.begin, rows, panel + i, gemm.y + i * gemm.y_panel, gemm.y_row);
+        }
       }
-      if (!whole) store_panel(kernels_, panel_scratch, rows, gemm.columns, residual, to);
+      if (!whole) store_panels(kernels_, panel_scratch, rows, gemm.columns, residual, to);
     }
   }
 
@@ -184,7 +198,7 @@ class Forward {
   const Kernels& kernels_;
   const std::int64_t panels_;
   bool has_prologue_ = false;
-  std::int64_t wanted_rows_ = 1, most_rows_ = 1, panel_groups_ = 1;
+  std::int64_t wanted_rows_ = 1, most_rows_ = 1, products_ = 1, product_groups_ = 1;
   Scratch weights_, bias_;
 };
 
@@ -206,8 +220,8 @@ class Backward {
   }
 
   std::int64_t scratch_floats() const {
-    return most_rows_ * (in_panels_ + out_panels_ + 1) * panel_columns + (5 * in_panels_ + 1) * panel_columns +
-           call_.outputs;
+    return most_rows_ * (in_panels_ + out_panels_ + panels_at_once) * panel_columns +
+           (5 * in_panels_ + 1) * panel_columns + call_.outputs;
   }
 
   std::int64_t pack_items() const { return call_.dx != nullptr ? in_panels_ : 0; }
@@ -248,7 +262,7 @@ class Backward {
     float* gradient_panels = scratch;
     float* input_panels = gradient_panels + most_rows_ * out_panels_ * panel_columns;
     float* product = input_panels + most_rows_ * in_panels_ * panel_columns;
-    float* sums = product + most_rows_ * panel_columns;
+    float* sums = product + most_rows_ * panels_at_once * panel_columns;
     float* factor = sums + 5 * in_panels_ * panel_columns;
     if (call_.sums != nullptr) std::fill_n(sums, 5 * in_panels_ * panel_columns, 0.0f);
     const Blocks blocks(shard.rows(), wanted_rows_);
@@ -287,10 +301,13 @@ class Backward {
     kernels_.activate_rows_f32(load_x);
     float* to = gradients_.get() + item * gradient_floats();
     for (std::int64_t out = 0; out < out_panels_; ++out) {
-      for (std::int64_t in = 0; in < in_panels_; ++in, to += panel_columns * panel_columns) {
-        kernels_.weight_gradient_f32({g + out * rows * panel_columns, a + in * rows * panel_columns, rows,
-                                      columns_of(out, call_.outputs), columns_of(in, call_.channels), to, accumulate});
+      for (std::int64_t in = 0; in < in_panels_; in += panels_at_once) {
+        const std::int64_t panel = rows * panel_columns;
+        kernels_.weight_gradient_f32({g + out * panel, a + in * panel, panel, rows, columns_of(out, call_.outputs),
+                                      columns_at_once(in, call_.channels), to + in * panel_columns * panel_columns,
+                                      accumulate});
       }
+      to += in_panels_ * panel_columns * panel_columns;
     }
   }
 
@@ -298,44 +315,54 @@ class Backward {
                      float* sums) const {
     Gemm<float> gemm{};
     read_panels(gemm, g, rows, call_.outputs);
-    alignas(64) static const float no_bias[panel_columns] = {};
+    alignas(64) static const float no_bias[panels_at_once * panel_columns] = {};
     gemm.bias = no_bias;
     gemm.rows = rows;
-    for (std::int64_t panel = 0; panel < in_panels_; ++panel) {
+    for (std::int64_t panel = 0; panel < in_panels_; panel += panels_at_once) {
       const std::int64_t column = panel * panel_columns;
       gemm.b = weights_.get() + panel * call_.outputs * panel_columns;
-      gemm.columns = columns_of(panel, call_.channels);
+      gemm.columns = columns_at_once(panel, call_.channels);
       const Rows residual = map_rows(call_.residual, pixel, call_.channels, column);
       const Rows to = map_rows(call_.dx, pixel, call_.channels, column);
       const bool whole = call_.sums == nullptr && gemm.columns % 8 == 0;
       gemm.y = whole ? to.data : product;
       gemm.y_row = whole ? to.row : panel_columns;
+      gemm.y_panel = whole ? panel_columns : rows * panel_columns;
       gemm.residual = whole ? residual.data : nullptr;
       gemm.prefetch_dst = to.data;
       gemm.prefetch_dst_row = to.row;
       kernels_.f32.gemm_bias_act_residual_sum(gemm);
       if (whole) continue;
       if (call_.sums == nullptr) {
-        store_panel(kernels_, product, rows, gemm.columns, residual, to);
+        store_panels(kernels_, product, rows, gemm.columns, residual, to);
         continue;
       }
-      ActGradPanel back{};
-      back.dq = product;
-      back.x = map_rows(call_.x, pixel, call_.channels, column);
-      back.residual = residual;
-      back.to = to;
-      back.scale = offset(call_.prologue.scale, column);
-      back.shift = offset(call_.prologue.shift, column);
-      back.mean = offset(call_.mean, column);
-      back.gate = offset(call_.prologue.gate, shard.group * call_.channels + column);
-      back.rows = rows;
-      back.columns = gemm.columns;
-      back.apply_act_grad = call_.apply_act_grad;
-      back.sums = sums + 5 * column;
-      back.sum_kinds = 5;
-      back.act = call_.prologue.act;
-      kernels_.act_grad_panel_f32(back);
+      for (std::int64_t i = 0; i < panels_of(gemm.columns); ++i) {
+        through_prologue(shard, pixel, rows, panel + i, product + i * gemm.y_panel, sums);
+      }
     }
+  }
+
+  // From the gradient dq [rows, 16] of one panel of the product's inputs to that of the raw input, with its sums.
+  void through_prologue(const Shard& shard, std::int64_t pixel, std::int64_t rows, std::int64_t panel, const float* dq,
+                        float* sums) const {
+    const std::int64_t column = panel * panel_columns;
+    ActGradPanel back{};
+    back.dq = dq;
+    back.x = map_rows(call_.x, pixel, call_.channels, column);
+    back.residual = map_rows(call_.residual, pixel, call_.channels, column);
+    back.to = map_rows(call_.dx, pixel, call_.channels, column);
+    back.scale = offset(call_.prologue.scale, column);
+    back.shift = offset(call_.prologue.shift, column);
+    back.mean = offset(call_.mean, column);
+    back.gate = offset(call_.prologue.gate, shard.group * call_.channels + column);
+    back.rows = rows;
+    back.columns = columns_of(panel, call_.channels);
+    back.apply_act_grad = call_.apply_act_grad;
+    back.sums = sums + 5 * column;
+    back.sum_kinds = 5;
+    back.act = call_.prologue.act;
+    kernels_.act_grad_panel_f32(back);
   }
 
   const PointwiseBackward& call_;

@@ -14,11 +14,13 @@ void gemm_f32_6x2(const effnet::Gemm<float>& gemm) {
 
 // Half as many inputs leave room for twice the outputs.
 void weight_gradient_f32_4x2(const effnet::WeightGradient& call) {
-  if (call.inputs > 8) {
-    weight_gradient<8, 4, 2>(call);
-  } else {
-    weight_gradient<8, 8, 1>(call);
-  }
+  each_input_panel(call, [](const effnet::WeightGradient& panel) {
+    if (panel.inputs > 8) {
+      weight_gradient<8, 4, 2>(panel);
+    } else {
+      weight_gradient<8, 8, 1>(panel);
+    }
+  });
 }
 
 }  // namespace

@@ -8,27 +8,37 @@ namespace {
 // Computes outputs [first, first + K) of the panel by V vectors of L inputs, which stay in registers over all the rows.
 template <int L, int K, int V>
 EFFNET_NOINLINE void weight_gradient_tile(const effnet::WeightGradient& call, std::int64_t first, std::int64_t column) {
-  constexpr int pixel = effnet::panel_columns;
+  constexpr int pixel = effnet::panel_columns, matrix = pixel * pixel;
+  // The panel of a vector of inputs, of those that begin in the first one's.
+  const auto panel = [](auto v) EFFNET_INLINE_LAMBDA { return decltype(v)::value * L / pixel; };
+  const auto lane = [](auto v) EFFNET_INLINE_LAMBDA { return decltype(v)::value * L % pixel; };
   F<L> sums[K * V];
-  float* to = call.to + first * pixel + column;
-  unrolled<0, K * V>([&](auto i) EFFNET_INLINE_LAMBDA {
-    sums[i.value] = call.accumulate ? load<L>(to + i.value / V * pixel + i.value % V * L) : F<L>{};
+  float* to = call.to + column / pixel * matrix + first * pixel + column % pixel;
+  unrolled<0, K>([&](auto k) EFFNET_INLINE_LAMBDA {
+    unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+      const float* from = to + panel(v) * matrix + k.value * pixel + lane(v);
+      sums[k.value * V + v.value] = call.accumulate ? load<L>(from) : F<L>{};
+    });
   });
   const float* g = call.g + first;
-  const float* a = call.a + column;
+  const float* a = call.a + column / pixel * call.a_panel + column % pixel;
   for (std::int64_t row = 0; row < call.rows; ++row, g += pixel, a += pixel) {
     F<L> inputs[V];
-    unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { inputs[v.value] = load<L>(a + v.value * L); });
+    unrolled<0, V>(
+        [&](auto v) EFFNET_INLINE_LAMBDA { inputs[v.value] = load<L>(a + panel(v) * call.a_panel + lane(v)); });
     unrolled<0, K>([&](auto k) EFFNET_INLINE_LAMBDA {
       const F<L> output = broadcast<L>(g[k.value]);
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { sums[k.value * V + v.value] += output * inputs[v.value]; });
     });
   }
-  unrolled<0, K * V>([&](auto i)
-                         EFFNET_INLINE_LAMBDA { store<L>(to + i.value / V * pixel + i.value % V * L, sums[i.value]); });
+  unrolled<0, K>([&](auto k) EFFNET_INLINE_LAMBDA {
+    unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
+      store<L>(to + panel(v) * matrix + k.value * pixel + lane(v), sums[k.value * V + v.value]);
+    });
+  });
 }
 
-// K outputs at a time, as many as the panel has; K divides 16.
+// K outputs at a time, as many as the panel has; K divides 16. L * V inputs are half a panel, one, or two.
 template <int L, int K, int V>
 void weight_gradient(const effnet::WeightGradient& call) {
   for (std::int64_t first = 0; first < call.outputs; first += K) {
@@ -36,6 +46,20 @@ void weight_gradient(const effnet::WeightGradient& call) {
       weight_gradient_tile<L, K, V>(call, first, column);
     }
   }
+}
+
+// Calls f(call of one panel of inputs) for each panel.
+template <class Function>
+EFFNET_INLINE void each_input_panel(effnet::WeightGradient call, const Function& f) {
+  constexpr std::int64_t width = effnet::panel_columns;
+  const std::int64_t inputs = call.inputs;
+  call.inputs = inputs < width ? inputs : width;
+  f(call);
+  if (inputs <= width) return;
+  call.a += call.a_panel;
+  call.to += width * width;
+  call.inputs = inputs - width;
+  f(call);
 }
 
 // T output columns at a time, whose products alternate between two sums of each tap, because an addition to one sum
