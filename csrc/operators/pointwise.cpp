@@ -34,13 +34,21 @@ std::int64_t block_rows(std::int64_t floats_per_row) {
 // epilogue's scale and shift in both.
 void pack_outputs(const PointwiseForward& call, std::int64_t panel, float* to, float* bias) {
   const std::int64_t columns = columns_of(panel, call.outputs), first = panel * panel_columns;
+  const float* rows[panel_columns];
+  float scales[panel_columns];
   for (std::int64_t j = 0; j < panel_columns; ++j) {
+    // The last panel is filled up with zeros.
     const bool real = j < columns;
     const float scale = call.epilogue.scale != nullptr && real ? call.epilogue.scale[first + j] : 1.0f;
     const float shift = call.epilogue.shift != nullptr && real ? call.epilogue.shift[first + j] : 0.0f;
     bias[j] = real ? (call.bias != nullptr ? call.bias[first + j] : 0.0f) * scale + shift : 0.0f;
-    const float* row = call.weight + (first + j) * call.channels;
-    for (std::int64_t c = 0; c < call.channels; ++c) to[c * panel_columns + j] = real ? row[c] * scale : 0.0f;
+    rows[j] = call.weight + (real ? first + j : first) * call.channels;
+    scales[j] = scale;
+  }
+  // Channel after channel: sixteen rows are read side by side, where a row at a time would write to every line of the
+  // panel, sixteen times over.
+  for (std::int64_t c = 0; c < call.channels; ++c, to += panel_columns) {
+    for (std::int64_t j = 0; j < panel_columns; ++j) to[j] = j < columns ? rows[j][c] * scales[j] : 0.0f;
   }
 }
 
