@@ -197,20 +197,15 @@ class Backward {
         row.y = dx + column * panel_columns;
         kernels_.f32.depthwise_row_bias_act_sum(row);
       }
-      ActGradPanel back{};
+      ActGradPanel back = act_grad_panel(call_.prologue, call_.mean, image, shape_.channels, channel);
       back.dq = dx;
       back.x = map_rows(call_.x, pixel, shape_.channels, channel);
       back.residual = map_rows(call_.residual, pixel, shape_.channels, channel);
       back.to = map_rows(call_.dz, pixel, shape_.channels, channel);
-      back.scale = offset(call_.prologue.scale, channel);
-      back.shift = offset(call_.prologue.shift, channel);
-      back.mean = offset(call_.mean, channel);
       back.rows = shape_.width;
-      back.columns = row.channels;
       back.apply_act_grad = true;
       back.sums = call_.sums != nullptr ? sums + 2 * panel * panel_columns : nullptr;
       back.sum_kinds = 2;
-      back.act = call_.prologue.act;
       kernels_.act_grad_panel_f32(back);
     }
   }

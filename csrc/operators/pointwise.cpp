@@ -71,6 +71,17 @@ void read_panels(Gemm<float>& gemm, const float* panels, std::int64_t rows, std:
   gemm.k_tail_padding = gemm.segments * panel_columns - channels;
 }
 
+// Makes rows of a map or of panels the output of a product, with a residual as they are or null, and prefetches the rows
+// of the map that they are for.
+void write_product(Gemm<float>& gemm, const Rows& y, const float* residual, const Rows& map) {
+  gemm.y = y.data;
+  gemm.y_row = y.row;
+  gemm.y_panel = y.panel;
+  gemm.residual = residual;
+  gemm.prefetch_dst = map.data;
+  gemm.prefetch_dst_row = map.row;
+}
+
 // Copies the panels of a product to the map, where the product could not write there itself.
 void store_panels(const Kernels& kernels, float* panels, std::int64_t rows, std::int64_t columns, const Rows& residual,
                   const Rows& to) {
@@ -174,12 +185,7 @@ class Forward {
       const bool whole = gemm.columns % 8 == 0;
       const Rows to = map_rows(call_.y, pixel, call_.outputs, panel * panel_columns);
       const Rows residual = map_rows(call_.epilogue.residual, pixel, call_.outputs, panel * panel_columns);
-      gemm.y = whole ? to.data : panel_scratch;
-      gemm.y_row = whole ? to.row : panel_columns;
-      gemm.y_panel = whole ? panel_columns : rows * panel_columns;
-      gemm.residual = whole ? residual.data : nullptr;
-      gemm.prefetch_dst = to.data;
-      gemm.prefetch_dst_row = to.row;
+      write_product(gemm, whole ? to : panel_rows(panel_scratch, rows), whole ? residual.data : nullptr, to);
       kernels_.f32.gemm_bias_act_residual_sum(gemm);
       if (call_.reduction == Reduction::statistics) {
         for (std::int64_t i = 0; i < panels_of(gemm.columns); ++i) {
@@ -333,12 +339,7 @@ class Backward {
       const Rows residual = map_rows(call_.residual, pixel, call_.channels, column);
       const Rows to = map_rows(call_.dx, pixel, call_.channels, column);
       const bool whole = call_.sums == nullptr && gemm.columns % 8 == 0;
-      gemm.y = whole ? to.data : product;
-      gemm.y_row = whole ? to.row : panel_columns;
-      gemm.y_panel = whole ? panel_columns : rows * panel_columns;
-      gemm.residual = whole ? residual.data : nullptr;
-      gemm.prefetch_dst = to.data;
-      gemm.prefetch_dst_row = to.row;
+      write_product(gemm, whole ? to : panel_rows(product, rows), whole ? residual.data : nullptr, to);
       kernels_.f32.gemm_bias_act_residual_sum(gemm);
       if (whole) continue;
       if (call_.sums == nullptr) {
@@ -355,21 +356,15 @@ class Backward {
   void through_prologue(const Shard& shard, std::int64_t pixel, std::int64_t rows, std::int64_t panel, const float* dq,
                         float* sums) const {
     const std::int64_t column = panel * panel_columns;
-    ActGradPanel back{};
+    ActGradPanel back = act_grad_panel(call_.prologue, call_.mean, shard.group, call_.channels, column);
     back.dq = dq;
     back.x = map_rows(call_.x, pixel, call_.channels, column);
     back.residual = map_rows(call_.residual, pixel, call_.channels, column);
     back.to = map_rows(call_.dx, pixel, call_.channels, column);
-    back.scale = offset(call_.prologue.scale, column);
-    back.shift = offset(call_.prologue.shift, column);
-    back.mean = offset(call_.mean, column);
-    back.gate = offset(call_.prologue.gate, shard.group * call_.channels + column);
     back.rows = rows;
-    back.columns = columns_of(panel, call_.channels);
     back.apply_act_grad = call_.apply_act_grad;
     back.sums = sums + 5 * column;
     back.sum_kinds = 5;
-    back.act = call_.prologue.act;
     kernels_.act_grad_panel_f32(back);
   }
 

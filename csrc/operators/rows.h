@@ -62,4 +62,18 @@ inline GradientRows gradient_rows(const OutputGradient& gradient, std::int64_t i
   return load;
 }
 
+// The backward pass of a prologue for one panel of the rows of an image, from `channel` on; dq, the maps, rows and sums
+// are left to the caller.
+inline ActGradPanel act_grad_panel(const Prologue& prologue, const float* mean, std::int64_t image,
+                                   std::int64_t channels, std::int64_t channel) {
+  ActGradPanel back{};
+  back.scale = offset(prologue.scale, channel);
+  back.shift = offset(prologue.shift, channel);
+  back.mean = offset(mean, channel);
+  back.gate = offset(prologue.gate, image * channels + channel);
+  back.columns = columns_of(channel / panel_columns, channels);
+  back.act = prologue.act;
+  return back;
+}
+
 }  // namespace effnet

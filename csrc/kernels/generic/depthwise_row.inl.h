@@ -47,55 +47,48 @@ EFFNET_NOINLINE void depthwise_tile(const effnet::DepthwiseRow<Y>& row, std::int
 template <class Y>
 using DepthwiseTile = void (*)(const effnet::DepthwiseRow<Y>&, std::int64_t, std::int64_t);
 
+template <class Y, int L, int K, int S, class Widths>
+struct DepthwiseTiles;
 template <class Y, int L, int K, int S, int... T>
-struct DepthwiseTiles {
+struct DepthwiseTiles<Y, L, K, S, Integers<T...>> {
   static constexpr DepthwiseTile<Y> of[] = {depthwise_tile<Y, L, K, S, T>...};
 };
 
-// Divides the row into tiles of nearly equal width: 14 columns are 7 + 7, not 8 + 6. Strides other than S are computed
+// Divides the row into tiles of nearly equal width, at most Most: 14 columns are 7 + 7, not 8 + 6. Strides other than S are computed
 // with tiles of one column, which read the stride at run time.
-template <int L, int K, int S, int... T, class Y>
+template <int L, int K, int S, int Most, class Y>
 void depthwise_columns(const effnet::DepthwiseRow<Y>& row) {
-  const std::int64_t most = row.stride == S ? sizeof...(T) : 1;
+  const std::int64_t most = row.stride == S ? Most : 1;
   const std::int64_t tiles = (row.width + most - 1) / most;
   for (std::int64_t lane = 0; lane < row.channels; lane += L) {
     std::int64_t column = 0;
     for (std::int64_t tile = tiles; tile > 0; --tile) {
       const std::int64_t width = (row.width - column) / tile;
-      DepthwiseTiles<Y, L, K, S, T...>::of[width - 1](row, lane, column);
+      DepthwiseTiles<Y, L, K, S, typename UpTo<Most>::Type>::of[width - 1](row, lane, column);
       column += width;
     }
   }
 }
 
-template <int L, int K, int... T, class Y>
+template <int L, int K, int Most, class Y>
 void depthwise_strides(const effnet::DepthwiseRow<Y>& row) {
   if (row.stride == 2) {
-    depthwise_columns<L, K, 2, T...>(row);
+    depthwise_columns<L, K, 2, Most>(row);
   } else {
-    depthwise_columns<L, K, 1, T...>(row);
+    depthwise_columns<L, K, 1, Most>(row);
   }
 }
 
 template <int L, class Y>
 void depthwise_row(const effnet::DepthwiseRow<Y>& row) {
   switch (row.kernel) {
-#if defined(EFFNET_FEW_TILES)
     case 3:
-      return depthwise_strides<L, 3, 1, 2, 3>(row);
+      return depthwise_strides<L, 3, largest_tile(8, 3)>(row);
     case 5:
-      return depthwise_strides<L, 5, 1, 2, 3>(row);
-    case 7:
-      return depthwise_strides<L, 7, 1, 2, 3>(row);
-#else
-    case 3:
-      return depthwise_strides<L, 3, 1, 2, 3, 4, 5, 6, 7, 8>(row);
-    case 5:
-      return depthwise_strides<L, 5, 1, 2, 3, 4, 5, 6, 7, 8>(row);
+      return depthwise_strides<L, 5, largest_tile(8, 3)>(row);
     // Seven taps, a pixel and eight accumulators would leave no register of sixteen for anything else.
     case 7:
-      return depthwise_strides<L, 7, 1, 2, 3, 4, 5, 6>(row);
-#endif
+      return depthwise_strides<L, 7, largest_tile(6, 3)>(row);
   }
 }
 

@@ -137,6 +137,16 @@ EFFNET_INLINE F<L> at_most(F<L> value, float bound) {
   return value > bounds ? bounds : value;
 }
 
+// The size of the largest register tile: what fits in the registers, or a few where tiles of all sizes would take
+// minutes to compile and need not be fast.
+constexpr int largest_tile([[maybe_unused]] int fitting, [[maybe_unused]] int few) {
+#if defined(EFFNET_FEW_TILES)
+  return few;
+#else
+  return fitting;
+#endif
+}
+
 template <int... Values>
 struct Integers {};
 

@@ -24,11 +24,7 @@ void gemm_16(const effnet::Gemm<T, Y>& gemm) {
 // What fits in thirty-two registers.
 template <class T, class Y>
 void gemm_12x2(const effnet::Gemm<T, Y>& gemm) {
-#if defined(EFFNET_FEW_TILES)
-  gemm_16<3, 4>(gemm);
-#else
-  gemm_16<12, 14>(gemm);
-#endif
+  gemm_16<largest_tile(12, 3), largest_tile(14, 4)>(gemm);
 }
 
 template <class Y>

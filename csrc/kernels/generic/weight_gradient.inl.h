@@ -9,7 +9,7 @@ namespace {
 template <int L, int K, int V>
 EFFNET_NOINLINE void weight_gradient_tile(const effnet::WeightGradient& call, std::int64_t first, std::int64_t column) {
   constexpr int pixel = effnet::panel_columns, matrix = pixel * pixel;
-  // The panel of a vector of inputs, of those that begin in the first one's.
+  // Where a vector of inputs is: how many panels behind the first vector's, and from which of its columns on.
   const auto panel = [](auto v) EFFNET_INLINE_LAMBDA { return decltype(v)::value * L / pixel; };
   const auto lane = [](auto v) EFFNET_INLINE_LAMBDA { return decltype(v)::value * L % pixel; };
   F<L> sums[K * V];
