@@ -18,7 +18,7 @@ namespace {
 
 // Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's
 // arguments change.
-constexpr int interface_version = 6;
+constexpr int interface_version = 7;
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -183,6 +183,71 @@ void pooled_sums(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_
                  std::uintptr_t factor, std::uintptr_t sums, int threads, const char* isa) {
   unlocked(threads, isa, effnet::pooled_sums, pixels_of(pixels), channels, pointer<const float>(x),
            prologue_of(prologue), pointer<const float>(factor), pointer<float>(sums));
+}
+
+// images, channels, squeezed
+using ExciteTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+effnet::ExciteShape excite_shape_of(const ExciteTuple& given) {
+  const auto [images, channels, squeezed] = given;
+  return {images, channels, squeezed};
+}
+
+void excite(const ExciteTuple& shape, std::int64_t parts, std::int64_t pixels, std::uintptr_t sums, std::uintptr_t w1,
+            std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2, int act, int kind, std::uintptr_t gate,
+            std::uintptr_t pooled, std::uintptr_t hidden, int threads, const char* isa) {
+  const effnet::Excite call{excite_shape_of(shape),
+                            parts,
+                            1.0f / static_cast<float>(pixels),
+                            pointer<const float>(sums),
+                            pointer<const float>(w1),
+                            pointer<const float>(b1),
+                            pointer<const float>(w2),
+                            pointer<const float>(b2),
+                            static_cast<effnet::Activation>(act),
+                            static_cast<effnet::Gate>(kind),
+                            pointer<float>(gate),
+                            pointer<float>(pooled),
+                            pointer<float>(hidden)};
+  unlocked(threads, isa, effnet::excite, call);
+}
+
+void excite_backward(const ExciteTuple& shape, std::int64_t parts, std::int64_t kinds, std::int64_t pixels,
+                     std::uintptr_t sums, std::uintptr_t gate, std::uintptr_t hidden, std::uintptr_t w1,
+                     std::uintptr_t w2, int act, int kind, std::uintptr_t offset, std::uintptr_t grad_logits,
+                     std::uintptr_t grad_hidden, std::uintptr_t norm_sums, int threads, const char* isa) {
+  const effnet::ExciteBackward call{excite_shape_of(shape),
+                                    parts,
+                                    kinds,
+                                    1.0f / static_cast<float>(pixels),
+                                    pointer<const float>(sums),
+                                    pointer<const float>(gate),
+                                    pointer<const float>(hidden),
+                                    pointer<const float>(w1),
+                                    pointer<const float>(w2),
+                                    static_cast<effnet::Activation>(act),
+                                    static_cast<effnet::Gate>(kind),
+                                    pointer<float>(offset),
+                                    pointer<float>(grad_logits),
+                                    pointer<float>(grad_hidden),
+                                    pointer<float>(norm_sums)};
+  unlocked(threads, isa, effnet::excite_backward, call);
+}
+
+void excite_backward_weight(const ExciteTuple& shape, std::uintptr_t grad_logits, std::uintptr_t grad_hidden,
+                            std::uintptr_t hidden, std::uintptr_t pooled, int act, std::uintptr_t dw1,
+                            std::uintptr_t db1, std::uintptr_t dw2, std::uintptr_t db2, int threads, const char* isa) {
+  const effnet::ExciteBackwardWeight call{excite_shape_of(shape),
+                                          pointer<const float>(grad_logits),
+                                          pointer<const float>(grad_hidden),
+                                          pointer<const float>(hidden),
+                                          pointer<const float>(pooled),
+                                          static_cast<effnet::Activation>(act),
+                                          pointer<float>(dw1),
+                                          pointer<float>(db1),
+                                          pointer<float>(dw2),
+                                          pointer<float>(db2)};
+  unlocked(threads, isa, effnet::excite_backward_weight, call);
 }
 
 void channel_statistics(const PixelsTuple& pixels, std::int64_t channels, std::uintptr_t y, std::uintptr_t partials,
@@ -377,6 +442,9 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("patches", &patches);
   m.def("bn_act_add", &bn_act_add);
   m.def("pooled_sums", &pooled_sums);
+  m.def("excite", &excite);
+  m.def("excite_backward", &excite_backward);
+  m.def("excite_backward_weight", &excite_backward_weight);
   m.def("channel_statistics", &channel_statistics);
   m.def("gradient_sums", &gradient_sums);
   m.def("apply_gradient", &apply_gradient);

@@ -273,9 +273,17 @@ def test_fold_of_nonfinite_statistics():
         assert torch.equal(mean == 0, kept) if skip else not torch.isfinite(var).all()
 
 
+# Images, channels and hidden units below, at and above a panel of 16, a pair of panels and a block of 48 rows.
 @pytest.mark.parametrize(
     ("samples", "channels", "squeezed", "act", "kind"),
-    [(3, 32, 8, "silu", "sigmoid"), (1, 40, 300, "relu", "hardsigmoid")],
+    [
+        (3, 32, 8, "silu", "sigmoid"),
+        (1, 40, 300, "relu", "hardsigmoid"),
+        (16, 7, 1, "hardswish", "sigmoid"),
+        (17, 113, 33, "silu", "sigmoid"),
+        (33, 48, 16, "relu6", "hardsigmoid"),
+        (101, 20, 49, "none", "sigmoid"),
+    ],
 )
 def test_excite(samples, channels, squeezed, act, kind):
     sums = vector(samples, 2, channels)

@@ -140,9 +140,9 @@ def flat(result: Any) -> list[Tensor]:
 # Dimensions that may have any size: of partial results, and of what a weight's gradient is taken of.
 FREE = {
     "mean_of_sums": {(0,)},
-    "excite": {(0,)},
+    "excite": {(0,), (2,)},
     "excite_backward": {(0,)},
-    "excite_backward_weight": {(0,), (1,), (2,), (3,)},
+    "excite_backward_weight": {(0,), (1,)},
     "finalize_batch_norm_backward": {(0,)},
 }
 
@@ -152,7 +152,7 @@ def is_map(operand: Tensor) -> bool:
 
 
 # Those that begin with operators of torch, which crash on freed memory themselves.
-TORCHS_OWN = {"dense_conv", "dense_conv_backward", "excite", "excite_backward", "excite_backward_weight"}
+TORCHS_OWN = {"dense_conv", "dense_conv_backward"}
 
 
 @needs_native

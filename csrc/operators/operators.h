@@ -137,6 +137,51 @@ void bn_act_add(const Pixels& pixels, std::int64_t channels, const float* x, con
 void pooled_sums(const Pixels& pixels, std::int64_t channels, const float* x, const Prologue& prologue,
                  const float* factor, float* sums, const Execution& execution);
 
+// The sizes of squeeze-and-excitation's two layers: w1 [squeezed, channels], w2 [channels, squeezed].
+struct ExciteShape {
+  std::int64_t images, channels, squeezed;
+};
+
+// From partial sums to pooled = their mean over the pixels, hidden = w1 pooled + b1 and
+// gate = gate_kind(w2 act(hidden) + b2).
+struct Excite {
+  ExciteShape shape;
+  std::int64_t parts;
+  float inverse_pixels;
+  const float* sums;  // [images, parts, channels]
+  const float *w1, *b1, *w2, *b2;  // biases may be null
+  Activation act;
+  Gate gate_kind;
+  float *gate, *pooled, *hidden;  // [images, channels], [images, channels], [images, squeezed]
+};
+
+void excite(const Excite& call, const Execution& execution);
+
+// The gradients of the logits that the gate is made of, of hidden, and of each pixel through the mean (offset).
+struct ExciteBackward {
+  ExciteShape shape;
+  std::int64_t parts, kinds;
+  float inverse_pixels;
+  const float* sums;  // [images, parts, kinds, channels], of 5 kinds (see ActGradPanel), or of the gate's gradient alone
+  const float *gate, *hidden, *w1, *w2;
+  Activation act;
+  Gate gate_kind;
+  float *offset, *grad_logits, *grad_hidden;  // [images, channels], [images, channels], [images, squeezed]
+  float* norm_sums;  // [images, 2, channels], of dz and dz * (y - mean); null with one kind
+};
+
+void excite_backward(const ExciteBackward& call, const Execution& execution);
+
+// The gradients of the layers' weights and biases.
+struct ExciteBackwardWeight {
+  ExciteShape shape;
+  const float *grad_logits, *grad_hidden, *hidden, *pooled;
+  Activation act;
+  float *dw1, *db1, *dw2, *db2;
+};
+
+void excite_backward_weight(const ExciteBackwardWeight& call, const Execution& execution);
+
 // The count, the mean and the sum of squared deviations (M2) of each shard: [total_shards, 3, C].
 void channel_statistics(const Pixels& pixels, std::int64_t channels, const float* y, float* partials,
                         const Execution& execution);

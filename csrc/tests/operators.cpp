@@ -183,6 +183,42 @@ void depthwise(const effnet::Execution& execution, const Case& c, std::int64_t k
   expect_finite(isa, "patches", patches);
 }
 
+void squeeze_excite(const effnet::Execution& execution, const effnet::ExciteShape& shape) {
+  const char* isa = execution.kernels.isa;
+  const std::int64_t images = shape.images, channels = shape.channels, squeezed = shape.squeezed, parts = 2, kinds = 5;
+  const auto act = Activation::silu;
+  const auto kind = effnet::Gate::sigmoid;
+  const Vector sums = random(images * parts * channels), w1 = random(squeezed * channels), b1 = random(squeezed);
+  const Vector w2 = random(channels * squeezed), b2 = random(channels);
+  Vector gate = empty(images * channels), pooled = empty(images * channels), hidden = empty(images * squeezed);
+  effnet::excite({shape, parts, 0.1f, sums.data(), w1.data(), b1.data(), w2.data(), b2.data(), act, kind, gate.data(),
+                  pooled.data(), hidden.data()},
+                 execution);
+  std::vector<double> expected(hidden.size());
+  for (std::int64_t image = 0; image < images; ++image) {
+    for (std::int64_t s = 0; s < squeezed; ++s) {
+      double sum = b1[s];
+      for (std::int64_t c = 0; c < channels; ++c) sum += double(pooled[image * channels + c]) * w1[s * channels + c];
+      expected[image * squeezed + s] = sum;
+    }
+  }
+  expect_close(isa, "excite", hidden, expected);
+  const Vector of_pixels = random(images * parts * kinds * channels);
+  Vector offset = empty(images * channels), grad_logits = empty(images * channels);
+  Vector grad_hidden = empty(images * squeezed), norm_sums = empty(images * 2 * channels);
+  effnet::excite_backward({shape, parts, kinds, 0.1f, of_pixels.data(), gate.data(), hidden.data(), w1.data(),
+                           w2.data(), act, kind, offset.data(), grad_logits.data(), grad_hidden.data(),
+                           norm_sums.data()},
+                          execution);
+  Vector dw1 = empty(squeezed * channels), db1 = empty(squeezed), dw2 = empty(channels * squeezed);
+  Vector db2 = empty(channels);
+  effnet::excite_backward_weight({shape, grad_logits.data(), grad_hidden.data(), hidden.data(), pooled.data(), act,
+                                  dw1.data(), db1.data(), dw2.data(), db2.data()},
+                                 execution);
+  for (const Vector* values : {&gate, &pooled, &offset, &grad_logits, &grad_hidden, &norm_sums, &dw1, &db1, &dw2, &db2})
+    expect_finite(isa, "squeeze and excite", *values);
+}
+
 // A stem, a depthwise layer with squeeze-and-excitation, a projection with a residual, and a pooling head.
 void network(const char* isa, std::int64_t channels, std::int64_t size, effnet::Type type) {
   std::vector<effnet::Layer> layers;
@@ -240,6 +276,9 @@ int main() {
       for (const std::int64_t kernel : {3, 5, 7}) {
         for (const std::int64_t stride : {1, 2, 3}) depthwise({*kernels, 1}, c, kernel, stride);
       }
+    }
+    for (const effnet::ExciteShape& shape : {effnet::ExciteShape{1, 3, 1}, {3, 40, 10}, {17, 24, 33}, {50, 17, 49}}) {
+      squeeze_excite({*kernels, 1}, shape);
     }
     for (const std::int64_t channels : {8, 17, 40}) {
       network(kernels->isa, channels, 15, effnet::Type::f32);

@@ -1,13 +1,10 @@
-"""Squeeze-and-excitation on the CPU (Hu et al. 2018, section 3): sums over pixels, and the gate.
-
-The excitation's layers are 1x1 convolutions of maps of one pixel; torch does the rest, which is arithmetic on vectors.
-"""
+"""Squeeze-and-excitation on the CPU (Hu et al. 2018, section 3): sums over pixels, and the gate."""
 
 from torch import Tensor
 
-from effnet_kernels.backends.activation import activation_backward, gate_of, gate_slope
 from effnet_kernels.backends.cpu.extension import extension
 from effnet_kernels.backends.cpu.memory import (
+    ACTIVATION_INDEX,
     address,
     empty,
     execution,
@@ -16,16 +13,7 @@ from effnet_kernels.backends.cpu.memory import (
     prologue_addresses,
     written,
 )
-from effnet_kernels.backends.cpu.pointwise import pointwise_conv, pointwise_conv_backward
-from effnet_kernels.fusion.spec import (
-    SUMS_OF_NORM,
-    SUMS_OF_SLOPES,
-    Activation,
-    Epilogue,
-    Gate,
-    OutputGradient,
-    Prologue,
-)
+from effnet_kernels.fusion.spec import GATES, Activation, Gate, Prologue
 
 
 def squeeze(x: Tensor, prologue: Prologue, factor: Tensor | None = None) -> Tensor:
@@ -53,7 +41,9 @@ def squeeze_for_backward(x: Tensor, prologue: Prologue, mean: Tensor) -> tuple[T
 
 def mean_of_sums(sums: Tensor, count: int) -> Tensor:
     """Partial sums over ``count`` pixels to their mean: [N, T, C] to [N, C]."""
-    return _total(sums).mul_(1.0 / count)
+    # torch would convert and broadcast an operand that does not fit.
+    address("sums", sums, *sums.shape)
+    return sums.sum(dim=1).mul_(1.0 / count)
 
 
 def excite(
@@ -71,10 +61,26 @@ def excite(
     """
     if sums.dim() != 3:
         raise ValueError(f"sums: expected [N, T, C], got shape {tuple(sums.shape)}")
-    pooled = mean_of_sums(sums, count)
-    hidden = _linear(pooled, w1, b1, "none")
-    logits = _linear(hidden, w2, b2, act)
-    return gate_of(logits, kind), pooled, hidden
+    samples, parts, channels = sums.shape
+    squeezed = w1.shape[0]
+    gate, pooled, hidden = empty(samples, channels), empty(samples, channels), empty(samples, squeezed)
+    extension().excite(
+        (samples, channels, squeezed),
+        parts,
+        count,
+        address("sums", sums, samples, parts, channels),
+        _matrix_address("w1", w1, squeezed, channels),
+        address("b1", b1, squeezed),
+        _matrix_address("w2", w2, channels, squeezed),
+        address("b2", b2, channels),
+        ACTIVATION_INDEX[act],
+        GATES.index(kind),
+        written(gate),
+        written(pooled),
+        written(hidden),
+        *execution(),
+    )
+    return gate, pooled, hidden
 
 
 def excite_backward(
@@ -94,16 +100,31 @@ def excite_backward(
     of the hidden layer [N, S], and from five sums those of the BatchNorm before, [N, 2, C].
     """
     assert slopes is None
-    samples, _, kinds, channels = sums.shape
-    address("gate", gate, samples, channels)
-    address("hidden", hidden, samples, w1.shape[0])
-    total = _total(sums)
-    grad_logits = total[:, 0] * gate_slope(gate, kind)
-    grad_hidden = activation_backward(_linear_backward(grad_logits, w2), hidden, act)
-    offset = _linear_backward(grad_hidden, w1).mul_(1.0 / count)
-    if kinds == 1:
-        return offset, grad_logits, grad_hidden, None
-    norm_sums = gate[:, None] * total[:, SUMS_OF_NORM] + offset[:, None] * total[:, SUMS_OF_SLOPES]
+    if sums.dim() != 4 or sums.shape[2] not in (1, 5):
+        raise ValueError(f"sums: expected [N, T, 5, C] or [N, T, 1, C], got shape {tuple(sums.shape)}")
+    samples, parts, kinds, channels = sums.shape
+    squeezed = w1.shape[0]
+    offset, grad_logits = empty(samples, channels), empty(samples, channels)
+    grad_hidden = empty(samples, squeezed)
+    norm_sums = empty(samples, 2, channels) if kinds == 5 else None
+    extension().excite_backward(
+        (samples, channels, squeezed),
+        parts,
+        kinds,
+        count,
+        address("sums", sums, samples, parts, kinds, channels),
+        address("gate", gate, samples, channels),
+        address("hidden", hidden, samples, squeezed),
+        _matrix_address("w1", w1, squeezed, channels),
+        _matrix_address("w2", w2, channels, squeezed),
+        ACTIVATION_INDEX[act],
+        GATES.index(kind),
+        written(offset),
+        written(grad_logits),
+        written(grad_hidden),
+        written(norm_sums),
+        *execution(),
+    )
     return offset, grad_logits, grad_hidden, norm_sums
 
 
@@ -111,51 +132,25 @@ def excite_backward_weight(
     grad_logits: Tensor, grad_hidden: Tensor, hidden: Tensor, pooled: Tensor, act: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of w1 [S, C], b1 [S], w2 [C, S] and b2 [C], from those of the logits and the hidden layer."""
-    dw1, dw2 = _weight_gradient(grad_hidden, pooled, "none"), _weight_gradient(grad_logits, hidden, act)
-    return dw1, grad_hidden.sum(dim=0), dw2, grad_logits.sum(dim=0)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> Tensor:
-    """``weight @ act(x) + bias``: x [N, C], weight [K, C] or [K, C, 1, 1] to [N, K]."""
-    y, _ = pointwise_conv(_pixel(x), _matrix(weight), bias, Prologue(act=act), Epilogue(), "none")
-    assert y is not None
-    return y.flatten(1)
-
-
-def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the layer's input [N, C] from that of its output [N, K]."""
-    weight = _matrix(weight)
-    like = empty(grad.shape[0], weight.shape[1], 1, 1)
-    gradient = OutputGradient(_pixel(grad))
-    dx, _, _ = pointwise_conv_backward(
-        gradient, weight, like, Prologue(), None, None, False, needs_input=True, needs_weight=False
+    samples, channels = grad_logits.shape
+    squeezed = grad_hidden.shape[1]
+    dw1, db1, dw2, db2 = empty(squeezed, channels), empty(squeezed), empty(channels, squeezed), empty(channels)
+    extension().excite_backward_weight(
+        (samples, channels, squeezed),
+        address("grad_logits", grad_logits, samples, channels),
+        address("grad_hidden", grad_hidden, samples, squeezed),
+        address("hidden", hidden, samples, squeezed),
+        address("pooled", pooled, samples, channels),
+        ACTIVATION_INDEX[act],
+        written(dw1),
+        written(db1),
+        written(dw2),
+        written(db2),
+        *execution(),
     )
-    assert dx is not None
-    return dx.flatten(1)
+    return dw1, db1, dw2, db2
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, act: Activation) -> Tensor:
-    """The weight's gradient [K, C] from that of the output [N, K] and the layer's input ``act(x)`` [N, C]."""
-    like = empty(grad.shape[1], x.shape[1], 1, 1)
-    gradient = OutputGradient(_pixel(grad))
-    _, _, dweight = pointwise_conv_backward(
-        gradient, like, _pixel(x), Prologue(act=act), None, None, False, needs_input=False, needs_weight=True
-    )
-    assert dweight is not None
-    return dweight.flatten(1)
-
-
-def _pixel(x: Tensor) -> Tensor:
-    return x.contiguous()[:, :, None, None]
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    if weight.dim() not in (2, 4):
-        raise ValueError(f"weight: expected [K, C] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
-    return weight if weight.dim() == 4 else weight[:, :, None, None]
-
-
-def _total(sums: Tensor) -> Tensor:
-    # torch would convert and broadcast an operand that does not fit.
-    address("sums", sums, *sums.shape)
-    return sums.sum(dim=1)
+def _matrix_address(name: str, weight: Tensor, outputs: int, inputs: int) -> int:
+    """The address of a layer's weight, [K, C] or [K, C, 1, 1]."""
+    return address(name, weight, outputs, inputs, *(1, 1) * (weight.dim() == 4))
