@@ -57,7 +57,11 @@ void pack_inputs(const PointwiseBackward& call, std::int64_t panel, float* to) {
   const std::int64_t columns = columns_of(panel, call.channels), first = panel * panel_columns;
   for (std::int64_t k = 0; k < call.outputs; ++k, to += panel_columns) {
     const float* row = call.weight + k * call.channels + first;
-    for (std::int64_t j = 0; j < panel_columns; ++j) to[j] = j < columns ? row[j] : 0.0f;
+    if (columns == panel_columns) {
+      std::copy_n(row, panel_columns, to);
+    } else {
+      std::fill(std::copy_n(row, columns, to), to + panel_columns, 0.0f);
+    }
   }
 }
 
