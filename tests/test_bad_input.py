@@ -1,6 +1,7 @@
 """What does not fit: a clear error or torch's own behaviour, never a crash, and nothing half-written."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -112,6 +113,29 @@ def test_images_that_do_not_fit_are_refused_and_leave_no_trace(case, backend, tr
         # A chain takes maps of lower precision beside float32 weights; the classifier behind it does not.
         return
     assert not traces
+
+
+# What torch's convolutions call them.
+DTYPES = {
+    torch.uint8: "Byte",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+    torch.float32: "Float",
+    torch.float64: "Double",
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("images", "weights"), [(x, w) for x, w in itertools.permutations(DTYPES, 2) if w.is_floating_point]
+)
+def test_images_of_another_dtype_than_the_weights_are_refused_by_their_names(images, weights, training):
+    model = small().train(training).to(weights)
+    before = snapshot(model)
+    both = rf"{DTYPES[images]}.*{DTYPES[weights]}|in {weights}, the dtype of the weights, got {images}"
+    with pytest.raises((RuntimeError, ValueError), match=both):
+        model(torch.zeros(2, 3, 32, 32, dtype=images))
+    assert not changed(model, before)
 
 
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the native extension")

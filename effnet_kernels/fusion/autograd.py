@@ -161,7 +161,9 @@ def _check_input(chain: Chain, x: Tensor) -> None:
         raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
-    if x.dtype is not weight.dtype and torch.float64 in (x.dtype, weight.dtype):
+    if x.dtype is weight.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
+        return
+    if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"expected an input in {weight.dtype}, the dtype of the weights, got {x.dtype}")
 
 
