@@ -1,6 +1,7 @@
 """Chains that are packed for inference: right after every change of a parameter, however it was made."""
 
 import copy
+import gc
 import threading
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import effnet_kernels as ek
 from effnet_kernels.backends.cpu.memory import fingerprint
+from effnet_kernels.backends.cpu.network import Network
+from effnet_kernels.fusion import packing
 from effnet_kernels.modules.fused_module import FusedModule
 
 pytestmark = needs_native
@@ -84,6 +87,47 @@ def test_every_change_of_a_parameter_is_seen(name: str, change: Callable[[Tensor
         y = module(x)
         assert_close(y, eager(module, x))
         assert not torch.equal(y, before), key
+
+
+def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    torch.compiler.reset()
+    run: Callable[[Tensor], Tensor] = torch.compile(module, backend="aot_eager", fullgraph=True)
+    return run
+
+
+@pytest.mark.parametrize("change", [add, in_data, in_numpy, other_memory, swapped])
+@pytest.mark.parametrize("name", ["expand", "no expand, residual", "fused, residual", "stem", "head"])
+def test_a_compiled_graph_sees_every_change_of_a_parameter(name: str, change: Callable[[Tensor], None]) -> None:
+    module, x = block(name)
+    run = compiled(module)
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point():
+            continue
+        before = run(x)
+        assert torch.equal(before, module(x)), "the same network"
+        change(tensor)
+        y = run(x)
+        assert_close(y, eager(module, x))
+        assert not torch.equal(y, before), key
+
+
+def test_a_compiled_graph_packs_each_chain_once_and_only_while_there_are_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    monkeypatch.setattr(packing, "Network", lambda *a, **k: made.append(0) or Network(*a, **k))
+    gc.collect()
+    before = len(packing._by_weight)
+    model = randomize(ek.efficientnet_b0(num_classes=3)).eval().requires_grad_(False)
+    run, x = compiled(model), torch.randn(2, 3, 32, 32)
+    first = run(x)
+    for _ in range(2):
+        assert torch.equal(run(x), first)
+    assert len(made) == len(packing._by_weight) - before == 18
+    del model, run
+    torch.compiler.reset()
+    gc.collect()
+    assert len(packing._by_weight) == before
 
 
 def test_the_same_numbers_in_other_strides_are_seen() -> None:

@@ -19,6 +19,7 @@ from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.forward import Saved, dtype_of_input, flatten, forward, infer, unflatten
 from effnet_kernels.fusion.geometry import output_map
+from effnet_kernels.fusion.packing import packed_for
 from effnet_kernels.fusion.spec import PARAMETERS_OF_A_LAYER, BatchNorm, Chain, Excitation, Layer, accumulation_dtype
 from effnet_kernels.fusion.synchronisation import is_synchronised
 
@@ -140,7 +141,13 @@ _decode: Callable[[str], Decoded] = functools.lru_cache(maxsize=4096)(Decoded)
 
 def _inference(x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], text: str) -> Tensor:
     decoded = _decode(text)
-    out = infer(decoded.primitives, decoded.chain(parameters, running), as_map(x))
+    chain, x = decoded.chain(parameters, running), as_map(x)
+    # Primitives answer in float32 on a CPU, packed networks in the input's dtype.
+    if decoded.backend == "cpu" and x.dtype is torch.float32:
+        packed = packed_for(text, chain).infer(chain, x)
+        if packed is not None:
+            return packed
+    out = infer(decoded.primitives, chain, x)
     # An operator's outputs may not be its inputs.
     return out.clone() if out is x else out
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from effnet_kernels.backends import profiling
 from effnet_kernels.backends.cpu.memory import fingerprint, released_with_memory
@@ -29,8 +30,9 @@ class PackedChains:
     each call hashes them, which takes the time of reading them once, and packs them again where the hash is another.
     """
 
-    def __init__(self, chain: Chain) -> None:
-        self._tensors = chain.tensors()
+    def __init__(self, tensors: list[Tensor] | None = None) -> None:
+        """``tensors`` are those of the chain, where each call comes with the same."""
+        self._tensors = tensors
         self._packed: dict[tuple[bool, torch.dtype], _Packed] = {}
         released_with_memory(self)
 
@@ -39,11 +41,11 @@ class PackedChains:
 
         That is float32, or bfloat16 where the instruction set has kernels for it (``cpu.runs_bf16()``).
         """
-        form = chain.pool, x.dtype
-        packed, layout = self._packed.get(form), _layout(self._tensors)
-        if packed is None or packed.layout != layout or packed.is_stale(self._tensors):
+        form, tensors = (chain.pool, x.dtype), chain.tensors() if self._tensors is None else self._tensors
+        packed, layout = self._packed.get(form), _layout(tensors)
+        if packed is None or packed.layout != layout or packed.is_stale(tensors):
             # Threads that come here at once each pack their own, and the last is kept.
-            packed = self._packed[form] = _pack(chain, self._tensors, layout, x.dtype)
+            packed = self._packed[form] = _pack(chain, tensors, layout, x.dtype)
         if packed.network is None:
             return None
         if profiling.enabled() and chain.layers[0].kind == "dense":
@@ -53,16 +55,31 @@ class PackedChains:
         # A tensor of its own, as every output is.
         return y.flatten(1).clone() if chain.pool else y
 
-    def is_refused(self, dtype: torch.dtype) -> bool:
+    def is_refused(self, chain: Chain, dtype: torch.dtype) -> bool:
         """Whether the last call in this dtype found that the chain, as its tensors are now, cannot be packed."""
         return any(
-            form[1] is dtype and packed.network is None and packed.layout == _layout(self._tensors)
+            form[1] is dtype and packed.network is None and packed.layout == _layout(chain.tensors())
             for form, packed in self._packed.items()
         )
 
     def forget(self) -> None:
         """Frees the packed weights; the next call packs them again."""
         self._packed = {}
+
+
+# By the first convolution's weight and the chain's text, for as long as there is that weight.
+_by_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def packed_for(text: str, chain: Chain) -> PackedChains:
+    """The packed forms of a chain that comes without its module, as the operators of :mod:`.custom_ops` get it.
+
+    ``text`` says all of the chain but its tensors.
+    """
+    by_text: dict[str, PackedChains] = _by_weight.setdefault(chain.layers[0].weight, {})
+    if text not in by_text:
+        by_text[text] = PackedChains()
+    return by_text[text]
 
 
 def _layout(tensors: list[Tensor]) -> list[object]:

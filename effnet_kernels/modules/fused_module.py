@@ -108,7 +108,7 @@ class FusedModule(nn.Module):
         if found is None:
             found = self._lower()
             if not isinstance(found, str):
-                found = found._replace(packed=PackedChains(found.chain), plans=Plans())
+                found = found._replace(packed=PackedChains(found.chain.tensors()), plans=Plans())
             _lowered.keep(self, found)
         return found
 
@@ -137,7 +137,7 @@ def _unpacked(spec: ChainSpec) -> str | None:
         return "the native kernels compute in float32, not bfloat16, where BatchNorm takes the batch's statistics"
     if any(layer.weight.dtype != torch.bfloat16 for layer in spec.chain.layers):
         return "the input is in bfloat16, and weights are not"
-    if spec.packed is None or spec.packed.is_refused(torch.bfloat16):
+    if spec.packed is None or spec.packed.is_refused(spec.chain, torch.bfloat16):
         return "the native kernels compute in float32, not bfloat16, what cannot be packed"
     return None
 
