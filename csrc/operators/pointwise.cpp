@@ -16,11 +16,6 @@ constexpr std::int64_t least_forward_items = 16;
 // Work items of a backward call, each of which has a weight gradient of its own, and the memory for all of these.
 constexpr std::int64_t least_backward_items = 4, most_backward_items = 32, weight_gradients_floats = 2 * 1024 * 1024;
 
-// Panels that a product computes at once, where there are so many: loads would limit the speed of a single one.
-constexpr std::int64_t panels_at_once = 2;
-
-std::int64_t panels_of(std::int64_t channels) { return ceil_div(channels, panel_columns); }
-
 // The columns of a product that begins at a panel.
 std::int64_t columns_at_once(std::int64_t panel, std::int64_t channels) {
   return std::min(panels_at_once * panel_columns, channels - panel * panel_columns);
@@ -49,19 +44,6 @@ void pack_outputs(const PointwiseForward& call, std::int64_t panel, float* to, f
   // panel, sixteen times over.
   for (std::int64_t c = 0; c < call.channels; ++c, to += panel_columns) {
     for (std::int64_t j = 0; j < panel_columns; ++j) to[j] = j < columns ? rows[j][c] * scales[j] : 0.0f;
-  }
-}
-
-// Packs the weights of 16 inputs as a panel [outputs, 16] of backward's right operand.
-void pack_inputs(const PointwiseBackward& call, std::int64_t panel, float* to) {
-  const std::int64_t columns = columns_of(panel, call.channels), first = panel * panel_columns;
-  for (std::int64_t k = 0; k < call.outputs; ++k, to += panel_columns) {
-    const float* row = call.weight + k * call.channels + first;
-    if (columns == panel_columns) {
-      std::copy_n(row, panel_columns, to);
-    } else {
-      std::fill(std::copy_n(row, columns, to), to + panel_columns, 0.0f);
-    }
   }
 }
 
@@ -243,7 +225,11 @@ class Backward {
   }
 
   std::int64_t pack_items() const { return call_.dx != nullptr ? in_panels_ : 0; }
-  void pack(std::int64_t panel) { pack_inputs(call_, panel, weights_.get() + panel * call_.outputs * panel_columns); }
+  // Packs the weights of 16 inputs as a panel [outputs, 16] of the right operand.
+  void pack(std::int64_t panel) {
+    float* to = weights_.get() + panel * call_.outputs * panel_columns;
+    pack_panel(call_.weight, call_.outputs, call_.channels, panel, to);
+  }
 
   std::int64_t items() const { return items_; }
 

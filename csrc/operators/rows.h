@@ -8,6 +8,11 @@
 
 namespace effnet {
 
+// Panels that a product computes at once, where there are so many: loads would limit the speed of a single one.
+constexpr std::int64_t panels_at_once = 2;
+
+inline std::int64_t panels_of(std::int64_t channels) { return (channels + panel_columns - 1) / panel_columns; }
+
 // A null pointer stays null.
 inline const float* offset(const float* from, std::int64_t floats) { return from == nullptr ? nullptr : from + floats; }
 
@@ -19,6 +24,20 @@ inline Rows map_rows(const float* map, std::int64_t pixel, std::int64_t channels
 // The channels in a panel: 16, but for the last one.
 inline std::int64_t columns_of(std::int64_t panel, std::int64_t channels) {
   return std::min(panel_columns, channels - panel * panel_columns);
+}
+
+// Copies one panel of the columns of a matrix [rows, columns]: to [rows, 16], filled up with zeros.
+inline void pack_panel(const float* matrix, std::int64_t rows, std::int64_t columns, std::int64_t panel, float* to) {
+  const std::int64_t real = columns_of(panel, columns);
+  matrix += panel * panel_columns;
+  for (std::int64_t row = 0; row < rows; ++row, matrix += columns, to += panel_columns) {
+    // A number of columns that the compiler knows is copied by vectors.
+    if (real == panel_columns) {
+      std::copy_n(matrix, panel_columns, to);
+    } else {
+      std::fill(std::copy_n(matrix, real, to), to + panel_columns, 0.0f);
+    }
+  }
 }
 
 // Rows in panels, one panel after another.

@@ -10,57 +10,44 @@ namespace {
 
 // Rows of weights that a work item of the forward pass multiplies, and images that one of the backward pass does.
 constexpr std::int64_t weight_rows = 48, image_rows = 48;
-constexpr std::int64_t panels_at_once = 2, pair_columns = panels_at_once * panel_columns;
+constexpr std::int64_t pair_columns = panels_at_once * panel_columns;
 
-std::int64_t panels_of(std::int64_t count) { return ceil_div(count, panel_columns); }
 std::int64_t pairs_of(std::int64_t count) { return ceil_div(count, pair_columns); }
 
 int threads_of(const ExciteShape& shape, const Execution& execution) {
   return threads_for(shape.channels * (shape.squeezed + shape.images), execution.threads);
 }
 
-alignas(64) const float no_bias[pair_columns] = {};
-
-// A product of `rows` rows of `inner` numbers with one panel or two; the caller says where it is written.
-Gemm<float> product(const float* rows_of, std::int64_t rows, std::int64_t inner, const float* panels,
-                    std::int64_t columns) {
+// y = a @ b for a [rows, inner] and the next of the panels b [inner, 16], one or two, of `columns` columns in all: y in
+// panels, too. Returns how many columns it computes.
+std::int64_t multiply(const float* a, std::int64_t rows, std::int64_t inner, const float* b, std::int64_t columns,
+                      float* y, const Kernels& kernels) {
+  alignas(64) static const float no_bias[pair_columns] = {};
   Gemm<float> gemm{};
-  gemm.a = rows_of;
+  gemm.a = a;
   gemm.a_row = inner;
   gemm.segments = 1;
   gemm.segment_length = inner;
-  gemm.b = panels;
+  gemm.b = b;
   gemm.bias = no_bias;
+  gemm.y = y;
+  gemm.y_row = panel_columns;
+  gemm.y_panel = rows * panel_columns;
   gemm.rows = rows;
   gemm.columns = std::min(pair_columns, columns);
-  return gemm;
-}
-
-void multiply_to_panels(Gemm<float>& gemm, float* to, const Kernels& kernels) {
-  gemm.y = to;
-  gemm.y_row = panel_columns;
-  gemm.y_panel = gemm.rows * panel_columns;
   kernels.f32.gemm_bias_act_residual_sum(gemm);
-}
-
-// Copies columns of one panel of a matrix [rows, columns] to panels [rows, 16], filled up with zeros.
-void pack_panel(const float* matrix, std::int64_t rows, std::int64_t columns, std::int64_t panel, float* to) {
-  const std::int64_t real = columns_of(panel, columns);
-  for (std::int64_t row = 0; row < rows; ++row, to += panel_columns) {
-    const float* from = matrix + row * columns + panel * panel_columns;
-    for (std::int64_t j = 0; j < panel_columns; ++j) to[j] = j < real ? from[j] : 0.0f;
-  }
+  return gemm.columns;
 }
 
 // Adds up rows of up to 16 numbers that are `stride` apart.
-void add_rows(const float* rows_of, std::int64_t rows, std::int64_t stride, std::int64_t columns, float* to) {
+void add_rows(const float* row, std::int64_t rows, std::int64_t stride, std::int64_t columns, float* to) {
   float totals[panel_columns] = {};
-  for (std::int64_t row = 0; row < rows; ++row, rows_of += stride) {
-    // A constant number of columns stays in vector registers.
+  for (std::int64_t i = 0; i < rows; ++i, row += stride) {
+    // A number of columns that the compiler knows stays in vector registers.
     if (columns == panel_columns) {
-      for (std::int64_t j = 0; j < panel_columns; ++j) totals[j] += rows_of[j];
+      for (std::int64_t j = 0; j < panel_columns; ++j) totals[j] += row[j];
     } else {
-      for (std::int64_t j = 0; j < columns; ++j) totals[j] += rows_of[j];
+      for (std::int64_t j = 0; j < columns; ++j) totals[j] += row[j];
     }
   }
   std::copy_n(totals, columns, to);
@@ -72,7 +59,7 @@ float gate_slope(float gate, Gate kind) {
   return gate > 0.0f && gate < 1.0f ? 1.0f / 6.0f : 0.0f;
 }
 
-// Vectors with a number for each image are in panels of 16 images: [image panels, inner dimension, 16].
+// The products' columns are images: the vectors are in panels of 16 images, [inner dimension, 16].
 class Forward {
  public:
   Forward(const Excite& call, const Kernels& kernels)
@@ -100,8 +87,8 @@ class Forward {
     }
   }
 
-  std::int64_t hide_items() const { return pairs_of(images_) * ceil_div(squeezed_, weight_rows); }
-  void hide(std::int64_t item, float* scratch) const {
+  std::int64_t reduce_items() const { return pairs_of(images_) * ceil_div(squeezed_, weight_rows); }
+  void reduce(std::int64_t item, float* scratch) const {
     each_row(item, squeezed_, channels_, call_.w1, pooled_.get(), scratch,
              [&](std::int64_t image, std::int64_t s, std::int64_t rows, std::int64_t images, float* values) {
                for (std::int64_t row = 0; row < rows; ++row) {
@@ -122,8 +109,8 @@ class Forward {
              });
   }
 
-  std::int64_t open_items() const { return pairs_of(images_) * ceil_div(channels_, weight_rows); }
-  void open(std::int64_t item, float* scratch) const {
+  std::int64_t expand_items() const { return pairs_of(images_) * ceil_div(channels_, weight_rows); }
+  void expand(std::int64_t item, float* scratch) const {
     each_row(item, channels_, squeezed_, call_.w2, activated_.get(), scratch,
              [&](std::int64_t image, std::int64_t c, std::int64_t rows, std::int64_t images, float* values) {
                for (std::int64_t row = 0; row < rows; ++row) {
@@ -150,10 +137,10 @@ class Forward {
     const std::int64_t blocks = ceil_div(outputs, weight_rows), first = outputs * (item % blocks) / blocks;
     const std::int64_t rows = outputs * (item % blocks + 1) / blocks - first;
     const std::int64_t image = item / blocks * pair_columns;
-    Gemm<float> gemm = product(weight + first * inner, rows, inner, panels + image * inner, images_ - image);
-    multiply_to_panels(gemm, scratch, kernels_);
-    for (std::int64_t i = 0; i < gemm.columns; i += panel_columns, scratch += gemm.y_panel) {
-      f(image + i, first, rows, std::min(panel_columns, gemm.columns - i), scratch);
+    const std::int64_t images =
+        multiply(weight + first * inner, rows, inner, panels + image * inner, images_ - image, scratch, kernels_);
+    for (std::int64_t i = 0; i < images; i += panel_columns, scratch += rows * panel_columns) {
+      f(image + i, first, rows, std::min(panel_columns, images - i), scratch);
     }
   }
 
@@ -175,8 +162,8 @@ class Backward {
   std::int64_t scratch_floats() const { return image_rows * pair_columns; }
 
   // The logits' gradient of 16 channels, and what the two products need of the weights.
-  std::int64_t open_items() const { return panels_of(channels_); }
-  void open(std::int64_t panel) const {
+  std::int64_t gate_items() const { return panels_of(channels_); }
+  void gate_gradient(std::int64_t panel) const {
     const std::int64_t first = panel * panel_columns, columns = columns_of(panel, channels_);
     for (std::int64_t image = 0; image < images_; ++image) {
       const std::int64_t at = image * channels_ + first;
@@ -193,9 +180,9 @@ class Backward {
     }
   }
 
-  std::int64_t hide_items() const { return ceil_div(images_, image_rows) * pairs_of(squeezed_); }
-  void hide(std::int64_t item, float* scratch) const {
-    const Tile tile = multiply(item, call_.grad_logits, channels_, w2_.get(), squeezed_, scratch);
+  std::int64_t hidden_items() const { return ceil_div(images_, image_rows) * pairs_of(squeezed_); }
+  void hidden_gradient(std::int64_t item, float* scratch) const {
+    const Tile tile = multiply_block(item, call_.grad_logits, channels_, w2_.get(), squeezed_, scratch);
     GradientRows back{};
     back.grad = panel_rows(scratch, tile.rows);
     back.y = map_rows(call_.hidden, tile.image, squeezed_, tile.column);
@@ -206,13 +193,13 @@ class Backward {
     kernels_.gradient_rows_f32(back);
   }
 
-  std::int64_t pool_items() const { return ceil_div(images_, image_rows) * pairs_of(channels_); }
-  void pool(std::int64_t item, float* scratch) const {
-    const Tile tile = multiply(item, call_.grad_hidden, squeezed_, w1_.get(), channels_, scratch);
+  std::int64_t pooled_items() const { return ceil_div(images_, image_rows) * pairs_of(channels_); }
+  void pooled_gradient(std::int64_t item, float* scratch) const {
+    const Tile tile = multiply_block(item, call_.grad_hidden, squeezed_, w1_.get(), channels_, scratch);
     for (std::int64_t column = 0; column < tile.columns; column += panel_columns) {
       const std::int64_t first = tile.column + column, columns = std::min(panel_columns, tile.columns - column);
       for (std::int64_t row = 0; row < tile.rows; ++row, scratch += panel_columns) {
-        spread(tile.image + row, first, columns, scratch);
+        write_offset(tile.image + row, first, columns, scratch);
       }
     }
   }
@@ -228,7 +215,7 @@ class Backward {
   }
 
   // What an image's pixels get of the gradient of their mean, and the sums for the BatchNorm before.
-  void spread(std::int64_t image, std::int64_t first, std::int64_t columns, const float* grad_pooled) const {
+  void write_offset(std::int64_t image, std::int64_t first, std::int64_t columns, const float* grad_pooled) const {
     float* offset = call_.offset + image * channels_ + first;
     for (std::int64_t j = 0; j < columns; ++j) offset[j] = grad_pooled[j] * call_.inverse_pixels;
     if (call_.norm_sums == nullptr) return;
@@ -242,14 +229,14 @@ class Backward {
     }
   }
 
-  // A block of rows [images, inner] times a pair of panels [inner, 16], to panels.
-  Tile multiply(std::int64_t item, const float* rows_of, std::int64_t inner, const float* panels, std::int64_t outputs,
-                float* to) const {
+  // A block of vectors [images, inner] times a pair of panels [inner, 16], to panels.
+  Tile multiply_block(std::int64_t item, const float* vectors, std::int64_t inner, const float* panels,
+                      std::int64_t outputs, float* to) const {
     const std::int64_t blocks = ceil_div(images_, image_rows), image = images_ * (item % blocks) / blocks;
     const std::int64_t rows = images_ * (item % blocks + 1) / blocks - image, column = item / blocks * pair_columns;
-    Gemm<float> gemm = product(rows_of + image * inner, rows, inner, panels + column * inner, outputs - column);
-    multiply_to_panels(gemm, to, kernels_);
-    return {image, rows, column, gemm.columns};
+    const std::int64_t columns =
+        multiply(vectors + image * inner, rows, inner, panels + column * inner, outputs - column, to, kernels_);
+    return {image, rows, column, columns};
   }
 
   const ExciteBackward& call_;
@@ -328,19 +315,21 @@ class WeightBackward {
 
 void excite(const Excite& call, const Execution& execution) {
   const Forward forward(call, execution.kernels);
-  parallel_phases(threads_of(call.shape, execution), forward.scratch_floats(),
-                  Phase{forward.pool_items(), [&](std::int64_t item, float*) { forward.pool(item); }},
-                  Phase{forward.hide_items(), [&](std::int64_t item, float* scratch) { forward.hide(item, scratch); }},
-                  Phase{forward.open_items(), [&](std::int64_t item, float* scratch) { forward.open(item, scratch); }});
+  parallel_phases(
+      threads_of(call.shape, execution), forward.scratch_floats(),
+      Phase{forward.pool_items(), [&](std::int64_t item, float*) { forward.pool(item); }},
+      Phase{forward.reduce_items(), [&](std::int64_t item, float* scratch) { forward.reduce(item, scratch); }},
+      Phase{forward.expand_items(), [&](std::int64_t item, float* scratch) { forward.expand(item, scratch); }});
 }
 
 void excite_backward(const ExciteBackward& call, const Execution& execution) {
   const Backward backward(call, execution.kernels);
-  parallel_phases(
-      threads_of(call.shape, execution), backward.scratch_floats(),
-      Phase{backward.open_items(), [&](std::int64_t item, float*) { backward.open(item); }},
-      Phase{backward.hide_items(), [&](std::int64_t item, float* scratch) { backward.hide(item, scratch); }},
-      Phase{backward.pool_items(), [&](std::int64_t item, float* scratch) { backward.pool(item, scratch); }});
+  parallel_phases(threads_of(call.shape, execution), backward.scratch_floats(),
+                  Phase{backward.gate_items(), [&](std::int64_t item, float*) { backward.gate_gradient(item); }},
+                  Phase{backward.hidden_items(),
+                        [&](std::int64_t item, float* scratch) { backward.hidden_gradient(item, scratch); }},
+                  Phase{backward.pooled_items(),
+                        [&](std::int64_t item, float* scratch) { backward.pooled_gradient(item, scratch); }});
 }
 
 void excite_backward_weight(const ExciteBackwardWeight& call, const Execution& execution) {
