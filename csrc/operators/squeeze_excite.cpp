@@ -55,8 +55,13 @@ void add_rows(const float* row, std::int64_t rows, std::int64_t stride, std::int
 
 // The gate's derivative with respect to its logits, from its value.
 float gate_slope(float gate, Gate kind) {
-  if (kind == Gate::sigmoid) return gate * (1.0f - gate);
-  return gate > 0.0f && gate < 1.0f ? 1.0f / 6.0f : 0.0f;
+  switch (kind) {
+    case Gate::sigmoid:
+      return gate * (1.0f - gate);
+    case Gate::hardsigmoid:
+      return gate > 0.0f && gate < 1.0f ? 1.0f / 6.0f : 0.0f;
+  }
+  return 0.0f;
 }
 
 // The products' columns are images: the vectors are in panels of 16 images, [inner dimension, 16].

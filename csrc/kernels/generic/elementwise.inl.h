@@ -9,10 +9,13 @@ namespace {
 template <int L>
 EFFNET_INLINE void gate_vector(float* values, effnet::Gate gate) {
   F<L> value[1] = {load<L>(values)};
-  if (gate == effnet::Gate::sigmoid) {
-    value[0] = sigmoid<L>(value[0]);
-  } else {
-    value[0] = at_most<L>(at_least<L>(value[0] + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+  switch (gate) {
+    case effnet::Gate::sigmoid:
+      value[0] = sigmoid<L>(value[0]);
+      break;
+    case effnet::Gate::hardsigmoid:
+      value[0] = at_most<L>(at_least<L>(value[0] + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+      break;
   }
   store<L>(values, value[0]);
 }
