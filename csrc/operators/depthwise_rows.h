@@ -46,7 +46,7 @@ struct Partition {
 
   Partition(std::int64_t images, const ConvShape& shape, std::int64_t floats_per_panel) {
     shards = depthwise_shards(images);
-    panels = ceil_div(shape.channels, panel_columns);
+    panels = panels_of(shape.channels);
     const std::int64_t in_cache = std::max<std::int64_t>(1, ring_floats / floats_per_panel);
     groups = std::min(panels, std::max(ceil_div(panels, in_cache), ceil_div(least_items, shards)));
   }

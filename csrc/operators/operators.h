@@ -162,7 +162,7 @@ struct ExciteBackward {
   ExciteShape shape;
   std::int64_t parts, kinds;
   float inverse_pixels;
-  const float* sums;  // [images, parts, kinds, channels], of 5 kinds (see ActGradPanel), or of the gate's gradient alone
+  const float* sums;  // [images, parts, kinds, channels]: 5 kinds (see ActGradPanel), or the gate's gradient alone
   const float *gate, *hidden, *w1, *w2;
   Activation act;
   Gate gate_kind;

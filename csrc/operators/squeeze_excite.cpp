@@ -94,58 +94,56 @@ class Forward {
 
   std::int64_t reduce_items() const { return pairs_of(images_) * ceil_div(squeezed_, weight_rows); }
   void reduce(std::int64_t item, float* scratch) const {
-    each_row(item, squeezed_, channels_, call_.w1, pooled_.get(), scratch,
-             [&](std::int64_t image, std::int64_t s, std::int64_t rows, std::int64_t images, float* values) {
-               for (std::int64_t row = 0; row < rows; ++row) {
-                 const float bias = call_.b1 != nullptr ? call_.b1[s + row] : 0.0f;
-                 for (std::int64_t i = 0; i < panel_columns; ++i) {
-                   float& value = values[row * panel_columns + i];
-                   value = i < images ? value + bias : 0.0f;
-                   if (i < images) call_.hidden[(image + i) * squeezed_ + s + row] = value;
-                 }
-               }
-               ActivateRows activate{};
-               activate.x = {values, panel_columns, panel_columns};
-               activate.to = {activated_.get() + (image * squeezed_ + s * panel_columns), panel_columns, panel_columns};
-               activate.rows = rows;
-               activate.channels = panel_columns;
-               activate.act = call_.act;
-               kernels_.activate_rows_f32(activate);
-             });
+    for_panels(item, squeezed_, channels_, call_.w1, call_.b1, pooled_.get(), scratch,
+               [&](std::int64_t image, std::int64_t s, std::int64_t rows, std::int64_t images, float* values) {
+                 write_columns(values, rows, images, call_.hidden + image * squeezed_ + s, squeezed_);
+                 ActivateRows activate{};
+                 activate.x = {values, panel_columns, panel_columns};
+                 activate.to = {activated_.get() + (image * squeezed_ + s * panel_columns), panel_columns,
+                                panel_columns};
+                 activate.rows = rows;
+                 activate.channels = panel_columns;
+                 activate.act = call_.act;
+                 kernels_.activate_rows_f32(activate);
+               });
   }
 
   std::int64_t expand_items() const { return pairs_of(images_) * ceil_div(channels_, weight_rows); }
   void expand(std::int64_t item, float* scratch) const {
-    each_row(item, channels_, squeezed_, call_.w2, activated_.get(), scratch,
-             [&](std::int64_t image, std::int64_t c, std::int64_t rows, std::int64_t images, float* values) {
-               for (std::int64_t row = 0; row < rows; ++row) {
-                 const float bias = call_.b2 != nullptr ? call_.b2[c + row] : 0.0f;
-                 for (std::int64_t i = 0; i < panel_columns; ++i) {
-                   float& value = values[row * panel_columns + i];
-                   value = i < images ? value + bias : 0.0f;
-                 }
-               }
-               kernels_.gate_f32(values, rows * panel_columns, call_.gate_kind);
-               for (std::int64_t i = 0; i < images; ++i) {
-                 float* to = call_.gate + (image + i) * channels_ + c;
-                 for (std::int64_t row = 0; row < rows; ++row) to[row] = values[row * panel_columns + i];
-               }
-             });
+    for_panels(item, channels_, squeezed_, call_.w2, call_.b2, activated_.get(), scratch,
+               [&](std::int64_t image, std::int64_t c, std::int64_t rows, std::int64_t images, float* values) {
+                 kernels_.gate_f32(values, rows * panel_columns, call_.gate_kind);
+                 write_columns(values, rows, images, call_.gate + image * channels_ + c, channels_);
+               });
   }
 
  private:
-  // Multiplies a block of rows of a weight [outputs, inner] with a pair of panels of images, and calls
-  // f(first image, first row, rows, images, panel [rows, 16] of the product) for each panel.
+  // Multiplies a block of rows of a weight [outputs, inner] with a pair of panels of images, adds their bias, and calls
+  // f(first image, first row, rows, images, panel [rows, 16] of the sums, with zeros behind the images) for each panel.
   template <class Function>
-  void each_row(std::int64_t item, std::int64_t outputs, std::int64_t inner, const float* weight, const float* panels,
-                float* scratch, const Function& f) const {
+  void for_panels(std::int64_t item, std::int64_t outputs, std::int64_t inner, const float* weight, const float* bias,
+                  const float* panels, float* scratch, const Function& f) const {
     const std::int64_t blocks = ceil_div(outputs, weight_rows), first = outputs * (item % blocks) / blocks;
     const std::int64_t rows = outputs * (item % blocks + 1) / blocks - first;
     const std::int64_t image = item / blocks * pair_columns;
     const std::int64_t images =
         multiply(weight + first * inner, rows, inner, panels + image * inner, images_ - image, scratch, kernels_);
     for (std::int64_t i = 0; i < images; i += panel_columns, scratch += rows * panel_columns) {
-      f(image + i, first, rows, std::min(panel_columns, images - i), scratch);
+      const std::int64_t columns = std::min(panel_columns, images - i);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        float* values = scratch + row * panel_columns;
+        for (std::int64_t j = 0; j < columns; ++j) values[j] += bias != nullptr ? bias[first + row] : 0.0f;
+        std::fill(values + columns, values + panel_columns, 0.0f);
+      }
+      f(image + i, first, rows, columns, scratch);
+    }
+  }
+
+  // Writes the columns of a panel [rows, 16], each behind the other by `stride`.
+  static void write_columns(const float* panel, std::int64_t rows, std::int64_t columns, float* to,
+                            std::int64_t stride) {
+    for (std::int64_t j = 0; j < columns; ++j, to += stride) {
+      for (std::int64_t row = 0; row < rows; ++row) to[row] = panel[row * panel_columns + j];
     }
   }
 

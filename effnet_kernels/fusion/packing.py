@@ -31,7 +31,7 @@ class PackedChains:
     """
 
     def __init__(self, tensors: list[Tensor] | None = None) -> None:
-        """``tensors`` are those of the chain, where each call comes with the same."""
+        """``tensors`` are the chain's, if it has the same at every call; without them each call's chain is asked."""
         self._tensors = tensors
         self._packed: dict[tuple[bool, torch.dtype], _Packed] = {}
         released_with_memory(self)
@@ -67,7 +67,7 @@ class PackedChains:
         self._packed = {}
 
 
-# By the first convolution's weight and the chain's text, for as long as there is that weight.
+# Packed chains by the weight of their first convolution, which this does not keep alive, and by their text.
 _by_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

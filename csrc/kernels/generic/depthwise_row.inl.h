@@ -54,8 +54,8 @@ struct DepthwiseTiles<Y, L, K, S, Integers<T...>> {
   static constexpr DepthwiseTile<Y> of[] = {depthwise_tile<Y, L, K, S, T>...};
 };
 
-// Divides the row into tiles of nearly equal width, at most Most: 14 columns are 7 + 7, not 8 + 6. Strides other than S are computed
-// with tiles of one column, which read the stride at run time.
+// Divides the row into tiles of nearly equal width, at most Most: 14 columns are 7 + 7, not 8 + 6. Strides other than S
+// are computed with tiles of one column, which read the stride at run time.
 template <int L, int K, int S, int Most, class Y>
 void depthwise_columns(const effnet::DepthwiseRow<Y>& row) {
   const std::int64_t most = row.stride == S ? Most : 1;
