@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "engine/network.h"
+#include "gpu/launches.h"
 #include "kernels/dispatch.h"
 #include "kernels/peak.h"
 #include "operators/fingerprint.h"
@@ -18,7 +19,7 @@ namespace {
 
 // Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's
 // arguments change.
-constexpr int interface_version = 7;
+constexpr int interface_version = 8;
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -387,6 +388,28 @@ std::uint64_t fingerprint_of(const std::vector<std::tuple<std::uintptr_t, std::i
   return effnet::fingerprint(parts, execution);
 }
 
+// Name, function, the grid's three sizes, threads of a block, bytes of shared memory, and parameters as pairs of a base
+// and a value.
+using LaunchTuple = std::tuple<std::string, std::uintptr_t, std::tuple<unsigned, unsigned, unsigned>, unsigned,
+                               unsigned, std::vector<std::pair<int, std::uint64_t>>>;
+
+std::unique_ptr<effnet::Launches> make_launches(std::uintptr_t launch_kernel, const std::vector<LaunchTuple>& given) {
+  std::vector<effnet::Launch> launches;
+  for (const auto& [name, function, grid, threads, shared_bytes, parameters] : given) {
+    const auto [x, y, z] = grid;
+    effnet::Launch launch{name, pointer<void>(function), x, y, z, threads, shared_bytes, {}};
+    for (const auto& [base, value] : parameters) launch.parameters.push_back({base, value});
+    launches.push_back(std::move(launch));
+  }
+  return std::make_unique<effnet::Launches>(reinterpret_cast<effnet::LaunchKernel>(launch_kernel), std::move(launches));
+}
+
+void run_launches(const effnet::Launches& launches, std::uintptr_t stream,
+                  const std::vector<std::uint64_t>& addresses) {
+  const py::gil_scoped_release unlocked;
+  launches.run(pointer<void>(stream), addresses);
+}
+
 double fma_peak(int threads, bool bf16, const char* isa) {
   const std::string name = isa_or_selected(isa);
   py::gil_scoped_release unlocked;
@@ -420,7 +443,7 @@ py::list kernels() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Native CPU kernels; effnet_kernels.backends.cpu checks the arguments.";
+  m.doc() = "Native CPU kernels, and launches on GPUs; effnet_kernels.backends checks the arguments.";
   m.attr("interface") = interface_version;
   // Initialises everything that is initialised on first use: if another thread were doing so during a fork, the child
   // would wait for it for ever.
@@ -469,6 +492,9 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       .def("output_sizes", &output_sizes, py::arg("height"), py::arg("width"));
   m.def("fingerprint", &fingerprint_of, py::arg("memory"), py::arg("threads"), py::arg("isa") = py::none(),
         "A hash of the bytes at these addresses.");
+  py::class_<effnet::Launches>(m, "Launches")
+      .def(py::init(&make_launches), py::arg("launch_kernel"), py::arg("launches"))
+      .def("run", &run_launches, py::arg("stream"), py::arg("addresses"));
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("bf16") = false, py::arg("isa") = py::none(),
         "Measured floating-point operations a second of multiply-adds in registers.");
   m.def("kernels", &kernels, "The instruction sets of the table of kernels.");

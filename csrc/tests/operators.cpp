@@ -1,15 +1,17 @@
 // Runs every operator and a small network with the kernels of every instruction set that this machine supports, on
 // memory that ends where the tensors end. It is built with sanitizers, which see accesses that a test from Python
-// cannot. Values are compared with loops over doubles.
+// cannot. Values are compared with loops over doubles. A GPU's launches run, too, on a driver that is a function here.
 #include "operators/operators.h"
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "engine/network.h"
+#include "gpu/launches.h"
 #include "kernels/dispatch.h"
 
 namespace {
@@ -50,6 +52,12 @@ void expect_finite(const char* isa, const char* what, const Vector& values) {
     ++failures;
     return;
   }
+}
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("not true: %s\n", what);
+  ++failures;
 }
 
 double silu(double x) { return x / (1 + std::exp(-x)); }
@@ -206,10 +214,10 @@ void squeeze_excite(const effnet::Execution& execution, const effnet::ExciteShap
   const Vector of_pixels = random(images * parts * kinds * channels);
   Vector offset = empty(images * channels), grad_logits = empty(images * channels);
   Vector grad_hidden = empty(images * squeezed), norm_sums = empty(images * 2 * channels);
-  effnet::excite_backward({shape, parts, kinds, 0.1f, of_pixels.data(), gate.data(), hidden.data(), w1.data(),
-                           w2.data(), act, kind, offset.data(), grad_logits.data(), grad_hidden.data(),
-                           norm_sums.data()},
-                          execution);
+  effnet::excite_backward(
+      {shape, parts, kinds, 0.1f, of_pixels.data(), gate.data(), hidden.data(), w1.data(), w2.data(), act, kind,
+       offset.data(), grad_logits.data(), grad_hidden.data(), norm_sums.data()},
+      execution);
   Vector dw1 = empty(squeezed * channels), db1 = empty(squeezed), dw2 = empty(channels * squeezed);
   Vector db2 = empty(channels);
   effnet::excite_backward_weight({shape, grad_logits.data(), grad_hidden.data(), hidden.data(), pooled.data(), act,
@@ -265,9 +273,44 @@ void network(const char* isa, std::int64_t channels, std::int64_t size, effnet::
   expect_finite(isa, "network", y);
 }
 
+// A driver's function that adds up its parameters and fails without a function to launch.
+std::uint64_t sum_of_parameters = 0;
+
+int launch_kernel(void* function, unsigned x, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
+                  void** parameters, void**) {
+  for (unsigned i = 0; i < x; ++i) sum_of_parameters += *static_cast<const std::uint64_t*>(parameters[i]);
+  return function == nullptr ? 1 : 0;
+}
+
+// Launches with differing numbers of parameters, as many as their grid is wide.
+void launches() {
+  char function = 0;
+  std::vector<effnet::Launch> made;
+  std::uint64_t expected = 0;
+  for (unsigned count : {0u, 3u, 1u, 40u}) {
+    effnet::Launch launch{"kernel", &function, count, 1, 1, 32, 0, {}};
+    for (unsigned i = 0; i < count; ++i) {
+      launch.parameters.push_back({i % 2 == 0 ? -1 : 1, i});
+      expected += i + (i % 2 == 0 ? 0 : 1000);
+    }
+    made.push_back(launch);
+  }
+  effnet::Launches(launch_kernel, made).run(nullptr, {0, 1000});
+  expect(sum_of_parameters == expected, "launches: a sum of parameters");
+  made[1].function = nullptr;
+  bool thrown = false;
+  try {
+    effnet::Launches(launch_kernel, made).run(nullptr, {0, 1000});
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  expect(thrown, "launches: an error of the driver");
+}
+
 }  // namespace
 
 int main() {
+  launches();
   const Case cases[] = {{1, 3, 5, 1, 2}, {2, 8, 24, 5, 7}, {3, 17, 16, 9, 8}, {1, 40, 33, 7, 23}, {17, 24, 7, 3, 3}};
   for (const effnet::Kernels* kernels : effnet::kernel_table()) {
     if (!effnet::isa_supported(kernels->isa)) continue;
