@@ -1,8 +1,12 @@
-"""A driver for Triton that compiles for an H100 and launches nothing, to time the host's part of a launch."""
+"""Drivers for Triton that compile for an H100 and launch nothing, to time the host's part of a launch."""
 
 import contextlib
+import ctypes
 import itertools
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -47,6 +51,35 @@ class StubDriver:
         return lambda *arguments: self.launched.append(arguments)
 
 
+class NullDriver(StubDriver):
+    """Triton's own launchers, which call a libcuda.so.1 that does nothing.
+
+    There can be one in a process, and it has to be made before anything loads a real one. Needs a C compiler, ``$CC``
+    or cc, as these launchers do.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Compiles the library into ``folder``."""
+        super().__init__()
+        path = folder / "libcuda.so.1"
+        source = Path(__file__).with_name("null_driver.c")
+        compiler = os.environ.get("CC", "cc")
+        flags = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{path.name}"]
+        subprocess.run([compiler, *flags, source, "-o", path], check=True)
+        # Whoever loads a library of this name from now on gets this one.
+        self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(folder)):
+            from triton.backends.nvidia import driver
+
+            self.utils = driver.CudaUtils()
+        self.folder, self.launcher = folder, driver.CudaLauncher
+
+    def launcher_cls(self, source: object, metadata: object) -> Any:
+        # Some versions compile a launcher for each kernel.
+        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(self.folder)):
+            return self.launcher(source, metadata)
+
+
 def _current_device() -> int:
     return -1  # where CPU tensors are
 
@@ -59,13 +92,21 @@ def _is_capturing() -> bool:
     return False
 
 
-@contextlib.contextmanager
-def stub_driver() -> Iterator[StubDriver]:
-    """Inside the ``with`` block launches go to the stub, and CPU tensors take the place of a GPU's."""
-    from effnet_kernels.backends.triton import launch
+def _no_driver_function() -> None:
+    return None
 
-    driver = StubDriver()
+
+@contextlib.contextmanager
+def stub_driver(driver: StubDriver | None = None) -> Iterator[StubDriver]:
+    """Inside the ``with`` block launches go to ``driver``, a new stub by default, and CPU tensors take the place of a
+    GPU's. Plans launch by Triton's launchers, but with a :class:`NullDriver`.
+    """
+    from effnet_kernels.backends.triton import launch, plan_launches
+
+    function = plan_launches.driver_function if isinstance(driver, NullDriver) else _no_driver_function
+    driver = driver or StubDriver()
     with (
+        mock.patch.object(plan_launches, "driver_function", function),
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(torch.cuda, "current_device", _current_device),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", _is_capturing),

@@ -6,6 +6,7 @@ are read or allocated, and finds those to which addresses point.
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.jit import JITFunction
 
 from effnet_kernels import EfficientNet, freeze
-from effnet_kernels.backends import dense, select, triton
-from effnet_kernels.backends.triton import launch, plans
+from effnet_kernels.backends import cpu, dense, select, triton
+from effnet_kernels.backends.triton import launch, plan_launches, plans
 from effnet_kernels.modules import MBConvConfig
 from gpu.compare import channels_last
 from gpu.conftest import simulated
@@ -92,6 +93,7 @@ def _addresses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "_TRITONS_FILE", inspect.getfile(JITFunction.run))
     monkeypatch.setattr(launch, "_run_first", memory.run_first)
     monkeypatch.setattr(launch, "_handles", launch._handles)
+    monkeypatch.setattr(plan_launches, "driver_function", lambda: None)
     monkeypatch.setattr(triton, "off_device", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
@@ -135,6 +137,21 @@ def test_training(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
             assert torch.equal(b, c), key
             assert b._version - c._version == version, key
             assert "running" not in key or b._version > before[key], key
+
+
+def test_the_extension_launches_on_gpus_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(plans, "run_of", lambda launches: made.append(plan_launches.run_of(launches)) or made[-1])
+    make, shape = BLOCKS["no expand, residual"]
+    x = channels_last(*shape)
+    block = randomize(make()).train().to(x.device)
+    for _ in range(2):
+        run(block, x, torch.ones_like(x), "triton")
+    if torch.version.hip is None and "ttsem" not in sys.modules:
+        assert plan_launches.driver_function() is not None
+    by_extension = plan_launches.driver_function() is not None and cpu.unavailable_reason() is None
+    expected = plan_launches.ByExtension if by_extension else plan_launches.ByTriton
+    assert [type(launches) for launches in made] == [expected, expected]
 
 
 def test_inference() -> None:

@@ -2,18 +2,21 @@
 
 To choose tiles, build arguments and look up a binary costs the host more than the launch itself, and a training step
 makes hundreds of launches. All of that depends on the settings of a pass and on the layout of its tensors, not on their
-values or addresses. So a pass that comes again is recorded, and from then on a function is called that has been
-generated for it: it allocates, adds offsets to addresses, and launches.
+values or addresses. So a pass that comes again is recorded, and from then on its plan allocates, adds offsets to
+addresses, and launches (:mod:`.plan_launches`).
 """
 
 import enum
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from effnet_kernels.backends.triton.plan_launches import Parameter, PlannedLaunch, run_of
 
 Tensors = list[Tensor | None]
 Plan = Callable[..., Tensors | None]
@@ -182,123 +185,98 @@ def _record(given: list[Tensor], compute: Callable[[], Tensors]) -> tuple[Tensor
     if not memory.is_clear():
         return outputs, None
     # Allocations and launches refer to all memory of the pass, so that no address in it was used twice.
-    return outputs, _Writer(given, watch.allocations, list(zip(launches, handles, strict=True)), memory).plan(outputs)
+    return outputs, _plan(given, watch.allocations, list(zip(launches, handles, strict=True)), memory, outputs)
 
 
-class _Writer:
-    """Writes a plan as a function in Python."""
+def _plan(
+    given: list[Tensor], allocations: list[Tensor], launches: list[tuple[Any, Any]], memory: _Memory, outputs: Tensors
+) -> Plan | None:
+    """The plan of a recorded pass, whose ``launches`` are pairs of a launch and its handle."""
+    owned = _owned(given, allocations, memory, outputs)
+    used = _uses(launches, memory)
+    if owned is None or used is None:
+        return None
+    sizes = {index: allocations[index].untyped_storage().nbytes() for index in used if index not in owned}
+    offsets, workspace = _pack(sizes, used)
+    # The addresses that a call has: of what is given, of the outputs, and of the workspace.
+    numbers = {index: len(given) + k for k, index in enumerate(owned)}
 
-    def __init__(
-        self, given: list[Tensor], allocations: list[Tensor], launches: list[tuple[Any, Any]], memory: _Memory
-    ) -> None:
-        """``launches`` are pairs of a launch and its handle."""
-        self.given, self.allocations, self.launches, self.memory = given, allocations, launches, memory
-        self.names: dict[str, Any] = {
-            "empty_strided": torch.empty_strided,
-            "empty": torch.empty,
-            "uint8": torch.uint8,
-            "device": given[0].device,
-            "index": given[0].get_device(),
-            "bindings": torch._C,
-        }
+    def parameter(argument: Any) -> Parameter:
+        if not isinstance(argument, Tensor):
+            return Parameter(argument)
+        place = memory.find(argument.data_ptr())
+        assert place is not None
+        if place.base == "t":
+            return Parameter(place.offset, place.number)
+        if place.number in owned:
+            return Parameter(place.offset, numbers[place.number])
+        return Parameter(offsets[place.number] + place.offset, len(given) + len(owned))
 
-    def plan(self, outputs: Tensors) -> Plan | None:
-        returned = self._outputs(outputs)
-        used = self._uses()
-        if returned is None or used is None:
+    planned = [
+        PlannedLaunch(launch, handle, {name: parameter(value) for name, value in launch.arguments.items()})
+        for launch, handle in launches
+    ]
+    run = run_of(planned)
+    made = [(tuple(t.shape), tuple(t.stride()), t.dtype) for t in owned.values()]
+    sources = [_source(output, given, owned, numbers) for output in outputs]
+    device, index = given[0].device, given[0].get_device()
+    empty_strided, empty, raw_stream = torch.empty_strided, torch.empty, torch._C._cuda_getCurrentRawStream
+
+    def plan(*given: Tensor) -> Tensors | None:
+        used = [*given]
+        for shape, strides, dtype in made:
+            used.append(empty_strided(shape, strides, dtype=dtype, device=device))
+        if workspace:
+            used.append(empty(workspace, dtype=torch.uint8, device=device))
+        addresses = [t.data_ptr() for t in used]
+        if functools.reduce(operator.or_, addresses) & (_ALIGNMENT - 1):
             return None
-        results, owned = returned
-        workspace = {index: span for index, span in used.items() if index not in owned}
-        offsets, size = _pack({index: self._bytes(index) for index in workspace}, workspace)
-        lines = [f"a{index} = o{index}.data_ptr()" for index in owned]
-        if size:
-            lines.append(f"w = empty({size}, dtype=uint8, device=device)")
-            lines.append("w_address = w.data_ptr()")
-        lines += [f"t{index}_address = t{index}.data_ptr()" for index in range(len(self.given))]
-        addresses = [f"t{index}_address" for index in range(len(self.given))]
-        addresses += [f"a{index}" for index in owned] + (["w_address"] if size else [])
-        lines.append(f"if ({' | '.join(addresses)}) & {_ALIGNMENT - 1}: return None")
-        lines.append("stream = bindings._cuda_getCurrentRawStream(index)")
-        lines += [self._call(number, *pair, offsets) for number, pair in enumerate(self.launches)]
-        made = [f"o{index} = {self._made(index, outputs[at])}" for index, at in owned.items()]
-        body = "\n    ".join([*made, *lines, f"return [{', '.join(results)}]"])
-        parameters = ", ".join(f"t{index}" for index in range(len(self.given)))
-        exec(compile(f"def plan({parameters}):\n    {body}\n", "<launch plan>", "exec"), self.names)
-        return cast(Plan, self.names["plan"])
+        run(raw_stream(index), addresses)
+        return [None if source is None else used[source] for source in sources]
 
-    def _outputs(self, outputs: Tensors) -> tuple[list[str], dict[int, int]] | None:
-        """The outputs as expressions, and which allocations are outputs, with the number of the output."""
-        results: list[str] = []
-        owned: dict[int, int] = {}
-        for number, output in enumerate(outputs):
-            if output is None:
-                results.append("None")
+    return plan
+
+
+def _owned(
+    given: list[Tensor], allocations: list[Tensor], memory: _Memory, outputs: Tensors
+) -> dict[int, Tensor] | None:
+    """Which allocations are outputs, and these outputs; None where an output is only a part of one."""
+    owned: dict[int, Tensor] = {}
+    for output in outputs:
+        if output is None or any(output is t for t in given):
+            continue
+        place = memory.find(output.data_ptr())
+        if place is None or place.base != "a" or place.offset or place.number in owned:
+            return None
+        if output.numel() * output.element_size() != allocations[place.number].untyped_storage().nbytes():
+            return None
+        owned[place.number] = output
+    return owned
+
+
+def _source(
+    output: Tensor | None, given: list[Tensor], owned: dict[int, Tensor], numbers: dict[int, int]
+) -> int | None:
+    """The number of an output among the tensors that a call of the plan has."""
+    if output is None:
+        return None
+    same = [number for number, t in enumerate(given) if t is output]
+    return same[0] if same else next(numbers[index] for index, t in owned.items() if t is output)
+
+
+def _uses(launches: list[tuple[Any, Any]], memory: _Memory) -> dict[int, tuple[int, int]] | None:
+    """The first and the last launch between which each allocation holds values; None with other memory."""
+    spans: dict[int, tuple[int, int]] = {}
+    for number, (launch, _) in enumerate(launches):
+        for argument in launch.arguments.values():
+            if not isinstance(argument, Tensor):
                 continue
-            same = [index for index, t in enumerate(self.given) if t is output]
-            if same:
-                results.append(f"t{same[0]}")
-                continue
-            place = self.memory.find(output.data_ptr())
-            whole = place is not None and place.base == "a" and place.offset == 0 and place.number not in owned
-            if place is None or not whole or output.numel() * output.element_size() != self._bytes(place.number):
+            place = memory.find(argument.data_ptr())
+            if place is None:
                 return None
-            owned[place.number] = number
-            results.append(f"o{place.number}")
-        return results, owned
-
-    def _uses(self) -> dict[int, tuple[int, int]] | None:
-        """The first and the last launch between which each allocation holds values."""
-        spans: dict[int, tuple[int, int]] = {}
-        for number, (launch, _) in enumerate(self.launches):
-            for argument in launch.arguments.values():
-                if not isinstance(argument, Tensor):
-                    continue
-                place = self.memory.find(argument.data_ptr())
-                if place is None:
-                    return None
-                if place.base == "a":
-                    spans[place.number] = spans.get(place.number, (number, 0))[0], number
-        return spans
-
-    def _bytes(self, index: int) -> int:
-        return self.allocations[index].untyped_storage().nbytes()
-
-    def _made(self, index: int, output: Tensor | None) -> str:
-        assert output is not None
-        self.names[f"dtype{index}"] = output.dtype
-        shape, strides = tuple(output.shape), tuple(output.stride())
-        return f"empty_strided({shape}, {strides}, dtype=dtype{index}, device=device)"
-
-    def _call(self, number: int, launch: Any, handle: Any, offsets: dict[int, int]) -> str:
-        """A launch as a call of Triton's own launcher."""
-        _, execute, binary, metadata, kept = handle
-        names = {f"execute{number}": execute, f"binary{number}": binary, f"metadata{number}": metadata}
-        self.names |= names | {f"kept{number}": kept}
-        arguments = [
-            self._argument(f"{name}{number}", value, offsets)
-            for name, value in [*launch.arguments.items(), *launch.constants.items()]
-        ]
-        grid = ", ".join(map(str, launch.grid))
-        return (
-            f"execute{number}({grid}, stream, binary{number}, metadata{number}, None, None, None, "
-            f"{', '.join(arguments)})"
-        )
-
-    def _argument(self, name: str, value: Any, offsets: dict[int, int]) -> str:
-        if isinstance(value, Tensor):
-            place = self.memory.find(value.data_ptr())
-            assert place is not None
-            if place.base == "t":
-                start, offset = f"t{place.number}_address", place.offset
-            elif place.number in offsets:
-                start, offset = "w_address", offsets[place.number] + place.offset
-            else:
-                start, offset = f"a{place.number}", place.offset
-            return f"{start} + {offset}" if offset else start
-        if value is None or type(value) in (int, bool):
-            return repr(value)
-        self.names[name] = value
-        return name
+            if place.base == "a":
+                spans[place.number] = spans.get(place.number, (number, 0))[0], number
+    return spans
 
 
 def _pack(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
