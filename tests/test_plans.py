@@ -113,8 +113,11 @@ def test_a_plan_is_for_the_tensors_that_it_fits(driver, change: str) -> None:
         weight.data = torch.randn(96, 16, 1, 1, dtype=torch.complex64).conj().imag
         assert weight.is_neg()
     calls = []
+    kept = module.lowered().plans
     for plan_key, plan in plans_of(module).items():
-        module.lowered().plans._plans[plan_key] = lambda *given, plan=plan: calls.append(plan(*given)) or calls[-1]
+        kept._plans[plan_key] = lambda *given, plan=plan: calls.append(plan(*given)) or calls[-1]
+    (recent,) = kept._recent.values()
+    kept._recent["forward", False] = recent._replace(plan=next(iter(plans_of(module).values())))
     rows = launched(driver, lambda: module(x))
     assert len(rows) == len(expected)
     if change in ("strides", "negation"):
@@ -123,6 +126,28 @@ def test_a_plan_is_for_the_tensors_that_it_fits(driver, change: str) -> None:
         assert calls[0] is not None
     else:
         assert calls == ([None] if change == "address" else [])
+
+
+def test_a_plan_that_comes_again_is_not_looked_up(driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, other = block(), image(2, 16, 14, 14), image(3, 16, 14, 14)
+    for given in (x, x, x, other, other, other):
+        module(given)
+    looked_up = []
+    layouts = plans._layouts
+    monkeypatch.setattr(plans, "_layouts", lambda given: looked_up.append(len(given)) or layouts(given))
+    rows = launched(driver, lambda: module(other))
+    assert not looked_up
+    # Only the last layout is found without a look.
+    assert launched(driver, lambda: module(x)) != rows
+    assert len(looked_up) == 1
+    module(x)
+    assert len(looked_up) == 1
+    # Without torch's comparison each is looked up.
+    monkeypatch.setattr(plans, "TensorGuards", None)
+    module.lowered().plans._recent.clear()
+    assert launched(driver, lambda: module(other)) == rows
+    assert launched(driver, lambda: module(other)) == rows
+    assert len(looked_up) == 3
 
 
 def test_a_gradient_in_other_strides_is_not_read_as_the_planned_one(driver) -> None:
