@@ -96,6 +96,10 @@ def _no_driver_function() -> None:
     return None
 
 
+def _true(*arguments: object) -> bool:
+    return True
+
+
 @contextlib.contextmanager
 def stub_driver(driver: StubDriver | None = None) -> Iterator[StubDriver]:
     """Inside the ``with`` block launches go to ``driver``, a new stub by default, and CPU tensors take the place of a
@@ -114,3 +118,17 @@ def stub_driver(driver: StubDriver | None = None) -> Iterator[StubDriver]:
         mock.patch.dict(launch._handles, clear=True),
     ):
         yield driver
+
+
+@contextlib.contextmanager
+def models_on(driver: StubDriver | None = None) -> Iterator[StubDriver]:
+    """:func:`stub_driver`, in which modules run as on a GPU. Their outputs are whatever the memory held before."""
+    from effnet_kernels.backends import select, triton
+
+    with (
+        mock.patch.object(triton, "off_device", _true),
+        mock.patch.object(select.Call, "on_gpu", _true),
+        stub_driver(driver) as given,
+        select.use_backend("triton"),
+    ):
+        yield given

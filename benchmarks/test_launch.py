@@ -1,7 +1,9 @@
-"""The host's time for a launch, by a cached handle and by Triton itself, on a driver that does nothing.
+"""The host's time for a launch and for whole passes, on drivers that do nothing.
 
-``pytest benchmarks/ --benchmark-only``; on a GPU the driver's own launch comes on top of both.
+``pytest benchmarks/ --benchmark-only``; on a GPU the driver's own launches come on top.
 """
+
+import shutil
 
 import pytest
 import torch
@@ -68,3 +70,49 @@ def test_block_forward(benchmark) -> None:
     x = torch.randn(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
     with stub_driver(), use_target(H100), torch.no_grad():
         benchmark(forward, primitives_of("triton"), chain, x, None)
+
+
+@pytest.fixture(scope="session")
+def null_driver(tmp_path_factory):
+    from stub_driver import NullDriver
+
+    if torch.cuda.is_available():
+        pytest.skip("the driver of this machine's GPU is loaded, beside which there can be no null driver")
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler, with which Triton builds its launchers")
+    return NullDriver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.mark.parametrize("launched_by", ["extension", "Triton"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_b0(benchmark, monkeypatch, null_driver, training: bool, launched_by: str) -> None:
+    """The host's time for a pass of B0 by its launch plans: 363 launches forward and backward, or 66 at inference.
+
+    The stem's convolution and the classifier are torch's and run on the CPU, on a small image.
+    """
+    from stub_driver import models_on
+
+    import effnet_kernels as ek
+    from effnet_kernels.backends.triton import plan_launches
+
+    model = ek.create_model("efficientnet_b0", num_classes=8).train(training)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.set_grad_enabled(training):
+            y = model(x)
+            if training:
+                model.zero_grad()
+                y.sum().backward()
+
+    # What the memory held is computed with, and subnormal numbers take long.
+    flushed = torch.set_flush_denormal(True)
+    with models_on(null_driver):
+        if launched_by == "Triton":
+            monkeypatch.setattr(plan_launches, "driver_function", lambda: None)
+        # Compiled, recorded, repeated.
+        for _ in range(3):
+            step()
+        benchmark.pedantic(step, rounds=100)
+    if flushed:
+        torch.set_flush_denormal(False)

@@ -97,12 +97,10 @@ def test_values_are_packed_as_a_kernel_reads_them() -> None:
 COMPARE = """
 import ctypes, pathlib, sys
 sys.path.insert(0, {benchmarks!r})
-from unittest import mock
-from stub_driver import NullDriver, stub_driver
+from stub_driver import NullDriver, models_on
 driver = NullDriver(pathlib.Path({folder!r}))
 import torch
 from torch import nn
-from effnet_kernels.backends import select, triton
 from effnet_kernels.backends.triton import plan_launches, plans
 from effnet_kernels.modules import MBConvConfig
 
@@ -136,12 +134,7 @@ def compared(launches):
 run_of = plan_launches.run_of
 plans.run_of = compared
 driver.library.observe(observe)
-with (
-    mock.patch.object(triton, "off_device", lambda: True),
-    mock.patch.object(select.Call, "on_gpu", lambda self: True),
-    stub_driver(driver),
-    select.use_backend("triton"),
-):
+with models_on(driver):
     for config in (MBConvConfig(6, 3, 1, 16, 16, 1), MBConvConfig(1, 5, 2, 16, 24, 1)):
         module = config.block(config, 0.2, nn.BatchNorm2d)
         for dtype in (torch.float16, torch.float32):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels import freeze
-from effnet_kernels.backends import select, triton
+from effnet_kernels.backends import triton
 from effnet_kernels.backends.triton import plans
 from effnet_kernels.modules import MBConvConfig
 
@@ -19,12 +19,10 @@ ADDRESSES = 1 << 20  # no scalar is larger, and every address is
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from stub_driver import stub_driver
+def driver() -> Iterator[Any]:
+    from stub_driver import models_on
 
-    monkeypatch.setattr(triton, "off_device", lambda: True)
-    monkeypatch.setattr(select.Call, "on_gpu", lambda self: True)
-    with stub_driver() as driver, select.use_backend("triton"):
+    with models_on() as driver:
         yield driver
 
 
