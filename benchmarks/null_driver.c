@@ -14,10 +14,12 @@ typedef struct {
 
 static observer_t observer;
 static uintptr_t handles;
+static __thread void* current_context; /* A launch without one fails, as a driver's does. */
 
 void observe(observer_t function) { observer = function; }
 
 static int launch(void* function, const unsigned* sizes, void* stream, void** parameters) {
+  if (current_context == NULL) return 201;
   if (observer != NULL) observer(function, sizes, stream, parameters);
   return 0;
 }
@@ -39,7 +41,17 @@ static int new_handle(void** handle) {
 
 int cuModuleLoadData(void** module, const void* image) { return new_handle(module); }
 int cuModuleGetFunction(void** function, void* module, const char* name) { return new_handle(function); }
-int cuCtxGetCurrent(void** context) { return new_handle(context); }
+int cuDevicePrimaryCtxRetain(void** context, int device) { return new_handle(context); }
+
+int cuCtxGetCurrent(void** context) {
+  *context = current_context;
+  return 0;
+}
+
+int cuCtxSetCurrent(void* context) {
+  current_context = context;
+  return 0;
+}
 
 static int number(int* result, int value) {
   *result = value;
@@ -68,9 +80,7 @@ int cuGetErrorString(int error, const char** text) {
   int name(void) { return 0; }
 DOES_NOTHING(cuInit)
 DOES_NOTHING(cuCtxGetLimit)
-DOES_NOTHING(cuCtxSetCurrent)
 DOES_NOTHING(cuCtxSetLimit)
-DOES_NOTHING(cuDevicePrimaryCtxRetain)
 DOES_NOTHING(cuFuncSetAttribute)
 DOES_NOTHING(cuFuncSetCacheConfig)
 DOES_NOTHING(cuModuleUnload)

@@ -92,7 +92,7 @@ def _is_capturing() -> bool:
     return False
 
 
-def _no_driver_function() -> None:
+def _no_driver_functions() -> None:
     return None
 
 
@@ -107,10 +107,10 @@ def stub_driver(driver: StubDriver | None = None) -> Iterator[StubDriver]:
     """
     from effnet_kernels.backends.triton import launch, plan_launches
 
-    function = plan_launches.driver_function if isinstance(driver, NullDriver) else _no_driver_function
+    function = plan_launches.driver_functions if isinstance(driver, NullDriver) else _no_driver_functions
     driver = driver or StubDriver()
     with (
-        mock.patch.object(plan_launches, "driver_function", function),
+        mock.patch.object(plan_launches, "driver_functions", function),
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(torch.cuda, "current_device", _current_device),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", _is_capturing),

@@ -109,7 +109,7 @@ def test_b0(benchmark, monkeypatch, null_driver, training: bool, launched_by: st
     flushed = torch.set_flush_denormal(True)
     with models_on(null_driver):
         if launched_by == "Triton":
-            monkeypatch.setattr(plan_launches, "driver_function", lambda: None)
+            monkeypatch.setattr(plan_launches, "driver_functions", lambda: None)
         # Compiled, recorded, repeated.
         for _ in range(3):
             step()

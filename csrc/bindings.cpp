@@ -393,7 +393,19 @@ std::uint64_t fingerprint_of(const std::vector<std::tuple<std::uintptr_t, std::i
 using LaunchTuple = std::tuple<std::string, std::uintptr_t, std::tuple<unsigned, unsigned, unsigned>, unsigned,
                                unsigned, std::vector<std::pair<int, std::uint64_t>>>;
 
-std::unique_ptr<effnet::Launches> make_launches(std::uintptr_t launch_kernel, const std::vector<LaunchTuple>& given) {
+// The addresses of a Driver's functions, in its order.
+using DriverTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+effnet::Driver driver_of(const DriverTuple& given) {
+  const auto [launch_kernel, get_current, set_current, retain] = given;
+  return {reinterpret_cast<decltype(effnet::Driver::cuLaunchKernel)>(launch_kernel),
+          reinterpret_cast<decltype(effnet::Driver::cuCtxGetCurrent)>(get_current),
+          reinterpret_cast<decltype(effnet::Driver::cuCtxSetCurrent)>(set_current),
+          reinterpret_cast<decltype(effnet::Driver::cuDevicePrimaryCtxRetain)>(retain)};
+}
+
+std::unique_ptr<effnet::Launches> make_launches(const DriverTuple& driver, int device,
+                                                const std::vector<LaunchTuple>& given) {
   std::vector<effnet::Launch> launches;
   for (const auto& [name, function, grid, threads, shared_bytes, parameters] : given) {
     const auto [x, y, z] = grid;
@@ -401,7 +413,7 @@ std::unique_ptr<effnet::Launches> make_launches(std::uintptr_t launch_kernel, co
     for (const auto& [base, value] : parameters) launch.parameters.push_back({base, value});
     launches.push_back(std::move(launch));
   }
-  return std::make_unique<effnet::Launches>(reinterpret_cast<effnet::LaunchKernel>(launch_kernel), std::move(launches));
+  return std::make_unique<effnet::Launches>(driver_of(driver), device, std::move(launches));
 }
 
 void run_launches(const effnet::Launches& launches, std::uintptr_t stream,
@@ -493,7 +505,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("fingerprint", &fingerprint_of, py::arg("memory"), py::arg("threads"), py::arg("isa") = py::none(),
         "A hash of the bytes at these addresses.");
   py::class_<effnet::Launches>(m, "Launches")
-      .def(py::init(&make_launches), py::arg("launch_kernel"), py::arg("launches"))
+      .def(py::init(&make_launches), py::arg("driver"), py::arg("device"), py::arg("launches"))
       .def("run", &run_launches, py::arg("stream"), py::arg("addresses"));
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("bf16") = false, py::arg("isa") = py::none(),
         "Measured floating-point operations a second of multiply-adds in registers.");

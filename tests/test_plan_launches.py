@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +17,56 @@ POINTERS = ctypes.POINTER(ctypes.c_void_p)
 LAUNCH_KERNEL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *(ctypes.c_uint,) * 7, ctypes.c_void_p, POINTERS, ctypes.c_void_p
 )
+GET_CURRENT = ctypes.CFUNCTYPE(ctypes.c_int, POINTERS)
+SET_CURRENT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+RETAIN = ctypes.CFUNCTYPE(ctypes.c_int, POINTERS, ctypes.c_int)
+DEVICE = 3
 
 needs_extension = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
 
 class Driver:
-    """A ``cuLaunchKernel`` that notes its arguments and returns ``error``."""
+    """A driver's functions, of which ``cuLaunchKernel`` notes its arguments and returns ``error``."""
 
     def __init__(self, parameters: int) -> None:
         self.rows: list[dict[str, Any]] = []
         self.error = 0
+        # By thread.
+        self.contexts: dict[int, int] = {}
 
         def launch(function: int, *rest: Any) -> int:
             *sizes, stream, pointers, _ = rest
             values = [ctypes.c_uint64.from_address(pointers[i]).value for i in range(parameters)]
             self.rows.append({"function": function, "sizes": tuple(sizes), "stream": stream, "values": values})
-            return self.error
+            return self.error if threading.get_ident() in self.contexts else 201
 
-        self.function = LAUNCH_KERNEL(launch)
-        self.address = ctypes.cast(self.function, ctypes.c_void_p).value
+        def get_current(context: Any) -> int:
+            context[0] = self.contexts.get(threading.get_ident())
+            return 0
+
+        def set_current(context: int) -> int:
+            self.contexts[threading.get_ident()] = context
+            return 0
+
+        def retain(context: Any, device: int) -> int:
+            context[0] = 1000 + device
+            return 0
+
+        self.functions = LAUNCH_KERNEL(launch), GET_CURRENT(get_current), SET_CURRENT(set_current), RETAIN(retain)
+
+    def launches(self, rows: list[Any]) -> Any:
+        addresses = tuple(ctypes.cast(function, ctypes.c_void_p).value for function in self.functions)
+        return extension().Launches(addresses, DEVICE, rows)
 
 
 @needs_extension
 def test_launches_have_their_sizes_values_and_addresses() -> None:
     driver = Driver(parameters=3)
-    launches = extension().Launches(
-        driver.address,
+    launches = driver.launches(
         [
             ("one", 0x10, (5, 6, 7), 128, 1024, [(1, 0), (-1, 3), (0, 16)]),
             ("two", 2**40, (1, 1, 2**16 - 1), 32, 0, [(-1, 2**64 - 1), (0, 0), (1, 2**33)]),
-        ],
+        ]
     )
     for first in (2**47, 256):
         driver.rows.clear()
@@ -64,9 +85,9 @@ def test_launches_have_their_sizes_values_and_addresses() -> None:
 @needs_extension
 def test_a_launch_that_fails_is_named_and_the_last() -> None:
     driver = Driver(parameters=1)
-    launches = extension().Launches(driver.address, [(name, 1, (1, 1, 1), 32, 0, [(-1, 0)]) for name in ("one", "two")])
+    launches = driver.launches([(name, 1, (1, 1, 1), 32, 0, [(-1, 0)]) for name in ("one", "two")])
     driver.error = 719
-    with pytest.raises(RuntimeError, match=r"^one: the driver's cuLaunchKernel failed with CUDA error 719$"):
+    with pytest.raises(RuntimeError, match=r"^one: cuLaunchKernel failed with CUDA error 719$"):
         launches.run(0, [])
     assert len(driver.rows) == 1
 
@@ -74,10 +95,26 @@ def test_a_launch_that_fails_is_named_and_the_last() -> None:
 @needs_extension
 def test_an_address_that_is_missing_is_an_error() -> None:
     driver = Driver(parameters=1)
-    launches = extension().Launches(driver.address, [("one", 1, (1, 1, 1), 32, 0, [(2, 0)])])
+    launches = driver.launches([("one", 1, (1, 1, 1), 32, 0, [(2, 0)])])
     with pytest.raises(IndexError):
         launches.run(0, [1, 2])
     assert not driver.rows
+
+
+@needs_extension
+def test_a_thread_without_a_context_gets_that_of_the_device() -> None:
+    driver = Driver(parameters=0)
+    launches = driver.launches([("one", 1, (1, 1, 1), 32, 0, [])])
+    threads = [threading.Thread(target=launches.run, args=(0, [])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert len(driver.rows) == 2
+    assert set(driver.contexts.values()) == {1000 + DEVICE}
+    # Another context that is current stays so.
+    driver.contexts[threading.get_ident()] = 7
+    launches.run(0, [])
+    assert driver.contexts[threading.get_ident()] == 7
 
 
 def test_values_are_packed_as_a_kernel_reads_them() -> None:
@@ -95,7 +132,7 @@ def test_values_are_packed_as_a_kernel_reads_them() -> None:
 
 # Every launch of a few blocks' plans, by both ways, with the same addresses: what the driver gets is compared.
 COMPARE = """
-import ctypes, pathlib, sys
+import ctypes, gc, pathlib, sys, threading, weakref
 sys.path.insert(0, {benchmarks!r})
 from stub_driver import NullDriver, models_on
 driver = NullDriver(pathlib.Path({folder!r}))
@@ -104,7 +141,7 @@ from torch import nn
 from effnet_kernels.backends.triton import plan_launches, plans
 from effnet_kernels.modules import MBConvConfig
 
-seen, sizes_of = [], {{}}
+seen, sizes_of, recorded = [], {{}}, []
 WIDTHS = {{"u32": 4, "f32": 4, "u64": 8}}
 
 UINTS, POINTERS = ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p)
@@ -118,16 +155,19 @@ def compared(launches):
     for _, handle, _ in launches:
         declared = plan_launches._declared_types(handle[4].asm["ptx"])
         sizes_of[handle[2]] = [WIDTHS[type_] for type_ in declared]
+    recorded.extend(weakref.ref(t) for launch, *_ in launches for t in launch.arguments.values() if torch.is_tensor(t))
     native = run_of(launches)
     assert isinstance(native, plan_launches.ByExtension)
     addresses = [256 * (i + 1) for i in range(64)]
-    rows = []
-    for run in (plan_launches.ByTriton(launches), native):
+    by_triton, rows = plan_launches.ByTriton(launches), []
+    # In a new thread no context is current.
+    in_thread = lambda *arguments: [(t := threading.Thread(target=native, args=arguments)).start(), t.join()]
+    for run in (by_triton, native, in_thread):
         seen.clear()
         run(99, addresses)
         rows.append(list(seen))
     assert len(rows[0]) == len(launches) and all(row[3] for row in rows[0])
-    assert rows[0] == rows[1], (rows[0], rows[1])
+    assert rows[0] == rows[1] == rows[2], rows
     print(len(launches), "launches")
     return native
 
@@ -145,6 +185,10 @@ with models_on(driver):
             with torch.no_grad():
                 for _ in range(3):
                     module.eval()(x)
+        gc.collect()
+        # A plan holds no tensor of the pass that it was recorded from.
+        assert len(recorded) > 100 and not any(ref() is not None for ref in recorded)
+        recorded.clear()
 """
 
 

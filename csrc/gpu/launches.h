@@ -7,10 +7,16 @@
 
 namespace effnet {
 
-// The driver's cuLaunchKernel: a function, three sizes of the grid and of a block, bytes of shared memory, a stream,
-// the address of each parameter, and nothing. It returns 0, or an error's number.
-using LaunchKernel = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                             void**);
+// Functions of CUDA's driver, by its names. Each returns 0, or an error's number.
+struct Driver {
+  // A function, three sizes of the grid and of a block, bytes of shared memory, a stream, the address of each
+  // parameter, and null.
+  int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                        void**);
+  int (*cuCtxGetCurrent)(void** context);
+  int (*cuCtxSetCurrent)(void* context);
+  int (*cuDevicePrimaryCtxRetain)(void** context, int device);
+};
 
 // A parameter of eight bytes or fewer: `value`, or that many bytes behind address number `base`.
 struct Parameter {
@@ -29,14 +35,17 @@ struct Launch {
 
 class Launches {
  public:
-  Launches(LaunchKernel launch_kernel, std::vector<Launch> launches);
+  Launches(const Driver& driver, int device, std::vector<Launch> launches);
 
-  // Makes all launches on a stream. Throws std::runtime_error with the driver's error where one fails, and makes none
-  // after it.
+  // Makes all launches on a stream of the device. Throws std::runtime_error with the driver's error where one fails,
+  // and makes none after it.
   void run(void* stream, const std::vector<std::uint64_t>& addresses) const;
 
  private:
-  LaunchKernel launch_kernel_;
+  void bind_context() const;
+
+  Driver driver_;
+  int device_;
   std::vector<Launch> launches_;
 };
 

@@ -273,13 +273,30 @@ void network(const char* isa, std::int64_t channels, std::int64_t size, effnet::
   expect_finite(isa, "network", y);
 }
 
-// A driver's function that adds up its parameters and fails without a function to launch.
+// A driver whose launches add up their parameters. They fail without a function or a context.
 std::uint64_t sum_of_parameters = 0;
+
+void* current_context = nullptr;
+
+int get_current(void** context) {
+  *context = current_context;
+  return 0;
+}
+
+int set_current(void* context) {
+  current_context = context;
+  return 0;
+}
+
+int retain(void** context, int device) {
+  *context = &current_context;
+  return device == 3 ? 0 : 101;
+}
 
 int launch_kernel(void* function, unsigned x, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
                   void** parameters, void**) {
   for (unsigned i = 0; i < x; ++i) sum_of_parameters += *static_cast<const std::uint64_t*>(parameters[i]);
-  return function == nullptr ? 1 : 0;
+  return function == nullptr || current_context == nullptr ? 1 : 0;
 }
 
 // Launches with differing numbers of parameters, as many as their grid is wide.
@@ -295,12 +312,13 @@ void launches() {
     }
     made.push_back(launch);
   }
-  effnet::Launches(launch_kernel, made).run(nullptr, {0, 1000});
+  const effnet::Driver driver{launch_kernel, get_current, set_current, retain};
+  effnet::Launches(driver, 3, made).run(nullptr, {0, 1000});
   expect(sum_of_parameters == expected, "launches: a sum of parameters");
   made[1].function = nullptr;
   bool thrown = false;
   try {
-    effnet::Launches(launch_kernel, made).run(nullptr, {0, 1000});
+    effnet::Launches(driver, 3, made).run(nullptr, {0, 1000});
   } catch (const std::runtime_error&) {
     thrown = true;
   }

@@ -7,6 +7,7 @@ are read or allocated, and finds those to which addresses point.
 import copy
 import inspect
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,7 +94,7 @@ def _addresses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "_TRITONS_FILE", inspect.getfile(JITFunction.run))
     monkeypatch.setattr(launch, "_run_first", memory.run_first)
     monkeypatch.setattr(launch, "_handles", launch._handles)
-    monkeypatch.setattr(plan_launches, "driver_function", lambda: None)
+    monkeypatch.setattr(plan_launches, "driver_functions", lambda: None)
     monkeypatch.setattr(triton, "off_device", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
@@ -148,10 +149,22 @@ def test_the_extension_launches_on_gpus_of_nvidia(monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         run(block, x, torch.ones_like(x), "triton")
     if torch.version.hip is None and "ttsem" not in sys.modules:
-        assert plan_launches.driver_function() is not None
-    by_extension = plan_launches.driver_function() is not None and cpu.unavailable_reason() is None
+        assert plan_launches.driver_functions() is not None
+    by_extension = plan_launches.driver_functions() is not None and cpu.unavailable_reason() is None
     expected = plan_launches.ByExtension if by_extension else plan_launches.ByTriton
     assert [type(launches) for launches in made] == [expected, expected]
+
+
+def test_a_thread_that_has_not_used_the_device_yet() -> None:
+    make, shape = BLOCKS["no expand, residual"]
+    x = channels_last(*shape, dtype=torch.float16)
+    block = randomize(make()).eval().to(x.device)
+    *_, expected = (run(block, x, None, "triton")[0] for _ in range(3))
+    outputs: list[Tensor] = []
+    thread = threading.Thread(target=lambda: outputs.append(run(block, x, None, "triton")[0]))
+    thread.start()
+    thread.join()
+    assert torch.equal(outputs[0], expected)
 
 
 def test_inference() -> None:

@@ -46,9 +46,12 @@ _NO_SCRATCH = [(-1, 0), (-1, 0)]
 
 def run_of(launches: Sequence[PlannedLaunch]) -> Run:
     """What makes these launches, in their order."""
-    launch_kernel, native = driver_function(), extension.load()[0]
-    rows = None if launch_kernel is None or native is None else _native_launches(launches)
-    return ByTriton(launches) if rows is None else ByExtension(launches, native.Launches(launch_kernel, rows))
+    functions, native = driver_functions(), extension.load()[0]
+    rows = None if functions is None or native is None else _native_launches(launches)
+    if rows is None:
+        return ByTriton(launches)
+    handles = [handle for _, handle, _ in launches]
+    return ByExtension(handles, native.Launches(functions, handles[0][0], rows))
 
 
 class ByTriton:
@@ -69,22 +72,27 @@ class ByTriton:
 class ByExtension:
     """Launches by the extension's ``Launches``."""
 
-    def __init__(self, launches: Sequence[PlannedLaunch], native: Any) -> None:
-        # Triton unloads a binary to which nothing refers.
-        self._launches = launches
+    def __init__(self, handles: list["Handle"], native: Any) -> None:
+        # Triton unloads a binary to whose handle nothing refers.
+        self._handles = handles
         self._run = native.run
 
     def __call__(self, stream: int, addresses: list[int]) -> None:
         self._run(stream, addresses)
 
 
+# Of CUDA's driver, in the order of csrc/gpu/launches.h.
+_FUNCTIONS = ("cuLaunchKernel", "cuCtxGetCurrent", "cuCtxSetCurrent", "cuDevicePrimaryCtxRetain")
+
+
 @functools.cache
-def driver_function() -> int | None:
-    """The address of the driver's ``cuLaunchKernel``; None where there is none."""
+def driver_functions() -> tuple[int, ...] | None:
+    """The addresses of the driver's functions that the extension calls; None where there is no driver of CUDA's."""
     if torch.version.hip is not None:
         return None
     try:
-        return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p).value
+        driver = ctypes.CDLL("libcuda.so.1")
+        return tuple(ctypes.cast(getattr(driver, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS)
     except (OSError, AttributeError):
         return None
 
@@ -103,8 +111,9 @@ def _native_launches(launches: Sequence[PlannedLaunch]) -> list[tuple[Any, ...]]
 def _native_launch(launch: "Launch", handle: "Handle", parameters: dict[str, Parameter]) -> tuple[Any, ...] | None:
     _, _, function, _, compiled = handle
     metadata = compiled.metadata
-    options = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
-    if metadata.num_ctas != 1 or any(getattr(metadata, name) for name in options):
+    extras = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    # What a version of Triton does not say is not known to be absent.
+    if getattr(metadata, "num_ctas", None) != 1 or any(getattr(metadata, name, True) for name in extras):
         return None
     declared, packed = [], []
     for name, type_ in compiled.src.signature.items():
@@ -115,7 +124,7 @@ def _native_launch(launch: "Launch", handle: "Handle", parameters: dict[str, Par
             return None
         declared.append(declared_type)
         packed.append(_packed(parameters[name], form))
-    if _declared_types(compiled.asm["ptx"]) != declared + _SCRATCH_TYPES:
+    if _declared_types(compiled.asm.get("ptx", "")) != declared + _SCRATCH_TYPES:
         return None
     name, threads = launch.kernel.__name__, 32 * metadata.num_warps
     return name, function, launch.grid, threads, metadata.shared, packed + _NO_SCRATCH

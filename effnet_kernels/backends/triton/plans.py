@@ -54,7 +54,7 @@ class _Recent(NamedTuple):
 
     circumstances: tuple[Any, ...]
     absent: list[bool]  # which of the tensors are None
-    have_their_layouts: Callable[..., bool]  # of the others
+    have_their_layouts: Callable[..., bool]  # of the others, of which there must be as many
     plan: Plan
 
 
@@ -92,9 +92,9 @@ class Plans:
         key = (settings, circumstances, tuple(absent), *_layouts(given))
         plan = self._plans.get(key, _State.NEW)
         if callable(plan):
-            if TensorGuards is not None:
-                guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-                self._recent[settings] = _Recent(circumstances, absent, guards.check, plan)
+            have_their_layouts = _comparison_with(given)
+            if have_their_layouts is not None:
+                self._recent[settings] = _Recent(circumstances, absent, have_their_layouts, plan)
             return _repeat(plan, given, compute)
         if plan is _State.CAME_ONCE:
             outputs, made = _record(given, compute)
@@ -106,6 +106,18 @@ class Plans:
                 self._plans.clear()
             self._plans[key] = _State.CAME_ONCE
         return compute()
+
+
+def _comparison_with(given: list[Tensor]) -> Callable[..., bool] | None:
+    """Whether as many tensors have the layouts of these, as a function, or None where torch has none."""
+    if TensorGuards is None:
+        return None
+    try:
+        # For the classes, dispatch keys, dtypes, devices, sizes and strides, and for whether they require gradients.
+        return TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except TypeError:
+        # Its arguments are no promise of torch's.
+        return None
 
 
 def _repeat(plan: Plan, given: list[Tensor], compute: Callable[[], Tensors]) -> Tensors:
