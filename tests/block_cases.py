@@ -64,6 +64,15 @@ def timm_block() -> nn.Module:
     return InvertedResidual(16, 24, 5, 2, pad_type="same", exp_ratio=4.0, **layers)
 
 
+def timm_edge_block() -> nn.Module:
+    """A dense convolution, with squeeze-and-excitation behind it."""
+    from timm.layers import BatchNormAct2d
+    from timm.models._efficientnet_blocks import EdgeResidual, SqueezeExcite
+
+    layers = {"act_layer": nn.SiLU, "norm_layer": BatchNormAct2d, "se_layer": SqueezeExcite}
+    return EdgeResidual(16, 16, 3, exp_ratio=3.0, **layers)
+
+
 def lukemelas_block() -> nn.Module:
     from efficientnet_pytorch import EfficientNet
 
@@ -73,6 +82,7 @@ def lukemelas_block() -> nn.Module:
 THIRD_PARTY_BLOCKS = {
     "torchvision": (lambda: accelerate(torchvision_block()), (4, 16, 7, 7)),
     "timm": (lambda: accelerate(timm_block()), (1, 16, 14, 15)),
+    "timm, dense with an excitation": (lambda: accelerate(timm_edge_block()), (2, 16, 9, 7)),
     "efficientnet_pytorch": (lambda: accelerate(lukemelas_block()), (1, 24, 7, 7)),
 }
 

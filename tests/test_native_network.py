@@ -30,6 +30,7 @@ class Target(NamedTuple):
 
 
 TARGETS = [Target(isa, dtype) for dtype in (torch.float32, torch.bfloat16) for isa in kernel_isas(dtype)]
+DTYPES = dict.fromkeys(target.dtype for target in TARGETS)
 # Numbers that differ in float32's last bit are now and then rounded to neighbours of bfloat16, 2^-8 apart, and a gate's
 # product with weights is rounded too. tests/test_bfloat16.py tests single products bit for bit.
 NETWORK_TOLERANCES = TOLERANCES | {torch.bfloat16: 2**-7}
@@ -51,12 +52,16 @@ def dense(inputs, outputs, kernel=1, stride=1, padding=None, act="none", residua
 
 
 def depthwise(channels, kernel=3, squeeze=0, gate="sigmoid", padding=None, stride=1, act="none"):
-    excitation = None
-    if squeeze:
-        w1, w2 = torch.randn(squeeze, channels, 1, 1) / math.sqrt(channels), torch.randn(channels, squeeze, 1, 1)
-        excitation = Excitation(w1, torch.randn(squeeze), w2, torch.randn(channels), "silu", gate)
     weight, padding = torch.randn(channels, 1, kernel, kernel) / kernel, padding or (kernel // 2,) * 4
-    return Step(Layer("depthwise", weight, torch.randn(channels), stride, padding, None, act, excitation))
+    step = Step(Layer("depthwise", weight, torch.randn(channels), stride, padding, None, act))
+    return excited(step, squeeze, gate) if squeeze else step
+
+
+def excited(step: Step, squeeze: int, gate: str = "sigmoid") -> Step:
+    channels = step.layer.weight.shape[0]
+    w1, w2 = torch.randn(squeeze, channels, 1, 1) / math.sqrt(channels), torch.randn(channels, squeeze, 1, 1)
+    excitation = Excitation(w1, torch.randn(squeeze), w2, torch.randn(channels), "silu", gate)
+    return step._replace(layer=step.layer._replace(excitation=excitation))
 
 
 def rounded(steps: list[Step], dtype: torch.dtype) -> list[Step]:
@@ -106,7 +111,8 @@ def expected(steps: list[Step], x: Tensor, outputs: list[int]) -> list[Tensor]:
         y = y.mean((2, 3), keepdim=True) if pool else y
         # The rows between a convolution and a depthwise one stay float32.
         before_depthwise = i + 1 < len(steps) and steps[i + 1].layer.kind == "depthwise"
-        on_the_way = before_depthwise and layer.kind != "depthwise" and residual < 0 and i + 1 not in read_twice
+        plain = layer.kind != "depthwise" and layer.excitation is None and residual < 0
+        on_the_way = before_depthwise and plain and i + 1 not in read_twice
         tensors.append(y if on_the_way else stored(y))
     return tensors
 
@@ -262,6 +268,39 @@ def test_squeeze_and_excitation(target, gate, size):
         check(layers, x, target)
         check(layers, x, target, outputs=[2, 3])
         check(layers[:2], x, target)
+
+
+KINDS = {
+    "dense": lambda channels: dense(channels, channels, 3, act="silu"),
+    "winograd": lambda channels: dense(channels, channels, 3, act="silu"),
+    "strided": lambda channels: dense(channels, channels, 3, 2, act="silu"),
+    "pointwise": lambda channels: dense(channels, channels + 3, act="silu"),
+    "depthwise": lambda channels: depthwise(channels, act="silu"),
+}
+
+
+@pytest.mark.parametrize("target", [[t for t in TARGETS if t.dtype is dtype][-1] for dtype in DTYPES], ids=str)
+@pytest.mark.parametrize("size", [3, 12])
+def test_squeeze_and_excitation_behind_any_layer(target, size):
+    """Three layers of any kinds behind a first one, each with and without an excitation."""
+    for kinds in itertools.product(KINDS, repeat=3):
+        for excitations in itertools.product([0, 5], repeat=3):
+            if not any(excitations):
+                continue
+            channels = 24 if "winograd" in kinds else 11
+            steps = [dense(3, channels)]
+            for kind, squeeze in zip(kinds, excitations, strict=True):
+                step = KINDS[kind](channels)
+                channels = step.layer.weight.shape[0]
+                steps.append(excited(step, squeeze) if squeeze else step)
+            check(steps, torch.randn(2, 3, size, size), target)
+
+
+@pytest.mark.parametrize("beside", [{"residual": 0}, {"pool": True}])
+def test_squeeze_and_excitation_beside_a_residual_or_pooling_is_refused(beside):
+    step = excited(dense(8, 8), 4)._replace(**beside)
+    with pytest.raises(ValueError, match="neither a residual nor pooling beside squeeze-and-excitation"):
+        network_of([step], [1])
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)

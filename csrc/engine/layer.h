@@ -40,7 +40,7 @@ struct Weights {
   }
 };
 
-// Squeeze-and-excitation after a depthwise layer: gate(w2 @ act(w1 @ mean + b1) + b2).
+// Squeeze-and-excitation after a layer: gate(w2 @ act(w1 @ mean + b1) + b2).
 struct Excitation {
   std::int64_t squeeze = 0;  // channels between the two layers; 0 where there is none
   Activation act = Activation::none;
@@ -64,7 +64,7 @@ struct LayerSpec {
   bool pool = false;            // whether the output is averaged over its pixels
   Weights weight;               // [out, in, kernel, kernel], a depthwise one [out, kernel, kernel]
   const float* bias = nullptr;  // [out]
-  Excitation excitation;        // of a depthwise layer
+  Excitation excitation;        // of the output, without a residual or pooling
   bool winograd = false;        // whether a 3 x 3 convolution may be computed by Winograd's transforms
 
   // Whether each pixel of the output depends on the pixel of the input at the same place alone.

@@ -45,6 +45,9 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs, T
     if (spec.pool && (!spec.pointwise() || spec.residual >= 0)) {
       throw std::invalid_argument(name + "expected a 1x1 convolution without a residual to pool, got another");
     }
+    if (spec.excitation.squeeze > 0 && (spec.pool || spec.residual >= 0)) {
+      throw std::invalid_argument(name + "expected neither a residual nor pooling beside squeeze-and-excitation");
+    }
     if (spec.residual > i || (spec.residual >= 0 && spec.kind == LayerKind::depthwise)) {
       throw std::invalid_argument(name + "expected a residual out of tensors 0 to " + std::to_string(i) +
                                   " added to a convolution, got " + std::to_string(spec.residual));

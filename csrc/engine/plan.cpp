@@ -57,21 +57,23 @@ class Layout {
   }
 
   // Whether a convolution runs inside the step of the depthwise layer after it, as it does if no other layer reads its
-  // output: that is the largest tensor of the block, and a few of its rows at a time stay in cache.
+  // output and no gate scales it: that is the largest tensor of the block, and a few of its rows at a time stay in
+  // cache.
   bool fused_into_next(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
     return at + 1 < layers_.size() && layers_[at].spec.kind == LayerKind::conv && layers_[at].winograd == nullptr &&
-           !layers_[at].spec.pool && layers_[at].spec.residual < 0 &&
+           !layers_[at].spec.pool && layers_[at].spec.residual < 0 && layers_[at].spec.excitation.squeeze == 0 &&
            layers_[at + 1].spec.kind == LayerKind::depthwise && last_use(i + 1) == i + 1;
   }
 
   // Whether the gate scales the map, rather than the weights of the 1 x 1 convolution after it, which costs a pass over
-  // them for each image: the map is scaled where it has fewer numbers, or another layer reads it.
+  // them for each image: the map is scaled where it has fewer numbers, another layer reads it, or the convolution runs
+  // inside the step of a depthwise layer, which takes no scaled weights.
   bool gates_map(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
     if (at + 1 == layers_.size() || last_use(i + 1) != i + 1) return true;
     const LayerSpec& next = layers_[at + 1].spec;
-    if (!next.pointwise()) return true;
+    if (!next.pointwise() || fused_into_next(i + 1)) return true;
     return places[at + 1].pixels() < next.out_channels;
   }
 
@@ -156,23 +158,20 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
     if (layer.spec.residual >= 0) residual = layout.places[static_cast<std::size_t>(layer.spec.residual)];
     if (layer.spec.kind == LayerKind::depthwise) {
       steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i], images, threads));
-      scaled = layout.scaled[i];
-      if (layer.spec.excitation.squeeze > 0) {
-        const Layer* next = scaled != absent ? &layers[i + 1] : nullptr;
-        steps.push_back(squeeze_step(layer, y, layout.sums[i], layout.hidden[i], images));
-        steps.push_back(excite_step<T>(layer, y, layout.hidden[i], layout.gate[i], next, scaled));
-        if (next == nullptr) steps.push_back(scale_step<T>(y, layout.gate[i]));
-      }
-      continue;
-    }
-    if (spec.pointwise() && (!x.is_image || x.in_place)) {
+    } else if (spec.pointwise() && (!x.is_image || x.in_place)) {
       steps.push_back(pointwise_step<T>(layer, x, y, residual, scaled));
     } else if (layer.winograd != nullptr) {
       steps.push_back(winograd_step(layer, x, y, residual, images, threads));
     } else {
       steps.push_back(dense_step<T>(layer, x, y, residual));
     }
-    scaled = absent;
+    scaled = layout.scaled[i];
+    if (layer.spec.excitation.squeeze == 0) continue;
+    if (layer.spec.kind != LayerKind::depthwise) steps.push_back(sum_step<T>(y, layout.sums[i]));
+    const Layer* next = scaled != absent ? &layers[i + 1] : nullptr;
+    steps.push_back(squeeze_step(layer, y, layout.sums[i], layout.hidden[i], images));
+    steps.push_back(excite_step<T>(layer, y, layout.hidden[i], layout.gate[i], next, scaled));
+    if (next == nullptr) steps.push_back(scale_step<T>(y, layout.gate[i]));
   }
   return steps;
 }
@@ -199,12 +198,7 @@ std::vector<MapSize> tensor_sizes(const std::vector<Layer>& layers, std::int64_t
 
 Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
            std::int64_t height, std::int64_t width, bool in_place, const Kernels& kernels, int threads)
-    : type_(type),
-      images_(images),
-      height_(height),
-      width_(width),
-      in_place_(in_place),
-      kernels_(kernels),
+    : type_(type), images_(images), height_(height), width_(width), in_place_(in_place), kernels_(kernels),
       threads_(threads) {
   const Layout layout(layers, outputs, images, height, width, type, in_place);
   steps_ = type == Type::bf16 ? make_steps<Bf16>(layers, layout, images, threads)

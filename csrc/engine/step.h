@@ -101,6 +101,10 @@ template <class T>
 std::unique_ptr<Step> depthwise_step(const Layer& layer, const Layer* producer, const Place& x, const Place& y,
                                      std::int64_t sums, std::int64_t images, int threads);
 
+// The same sums of a map that another step has made.
+template <class T>
+std::unique_ptr<Step> sum_step(const Place& map, std::int64_t sums);
+
 // The squeeze and the first layer of squeeze-and-excitation: from sums to hidden, [images, round_up(squeeze, 16)].
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
                                    std::int64_t images);

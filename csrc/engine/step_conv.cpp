@@ -44,11 +44,7 @@ class PointwiseStep final : public Step {
       : Step(std::string(layer.spec.pool ? "pointwise and pool " : "pointwise ") +
              std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
              std::to_string(x.height) + "x" + std::to_string(x.width)),
-        layer_(layer),
-        x_(x),
-        y_(y),
-        residual_(residual),
-        scaled_(scaled) {}
+        layer_(layer), x_(x), y_(y), residual_(residual), scaled_(scaled) {}
 
   std::int64_t items(const Run& run) const override {
     const Blocks blocks = blocks_of(run);
@@ -134,13 +130,8 @@ class DenseStep final : public Step {
       : Step("dense " + std::to_string(layer.spec.kernel) + "x" + std::to_string(layer.spec.kernel) + " " +
              std::to_string(layer.spec.in_channels) + " to " + std::to_string(layer.spec.out_channels) + " at " +
              std::to_string(x.height) + "x" + std::to_string(x.width)),
-        layer_(layer),
-        x_(x),
-        y_(y),
-        residual_(residual),
-        shape_(conv_shape(layer.spec, x.height, x.width)),
-        pixel_(padded_channels(type_of<T>, layer.spec.in_channels)),
-        pitch_(shape_.padded_width() * pixel_) {
+        layer_(layer), x_(x), y_(y), residual_(residual), shape_(conv_shape(layer.spec, x.height, x.width)),
+        pixel_(padded_channels(type_of<T>, layer.spec.in_channels)), pitch_(shape_.padded_width() * pixel_) {
     const std::int64_t rows = std::max<std::int64_t>(1, block_bytes / (pitch_ * size_of(type_of<T>)) - shape_.kernel);
     most_rows_ = std::min(y.height, std::max<std::int64_t>(1, rows / shape_.stride));
   }
@@ -196,6 +187,29 @@ class DenseStep final : public Step {
   const ConvShape shape_;
   const std::int64_t pixel_, pitch_;  // numbers of a pixel and of a padded row
   std::int64_t most_rows_;
+};
+
+template <class T>
+class SumStep final : public Step {
+ public:
+  SumStep(const Place& map, std::int64_t sums) : Step("sum"), map_(map), sums_(sums) {}
+
+  std::int64_t items(const Run& run) const override { return run.images * sum_shards; }
+
+  void run_item(const Run& run, std::int64_t item, float*) const override {
+    const std::int64_t image = item / sum_shards, shard = item % sum_shards;
+    const std::int64_t begin = map_.pixels() * shard / sum_shards, end = map_.pixels() * (shard + 1) / sum_shards;
+    float* sums = run.at(sums_) + item * map_.vector();
+    std::fill(sums, sums + map_.vector(), 0.0f);
+    const T* pixel = run.at<T>(map_) + (image * map_.pixels() + begin) * map_.pitch();
+    for (std::int64_t i = begin; i < end; ++i, pixel += map_.pitch()) {
+      for (std::int64_t c = 0; c < map_.channels; ++c) sums[c] += convert<float>(pixel[c]);
+    }
+  }
+
+ private:
+  const Place map_;
+  const std::int64_t sums_;
 };
 
 class SqueezeStep final : public Step {
@@ -337,6 +351,11 @@ std::unique_ptr<Step> dense_step(const Layer& layer, const Place& x, const Place
   return std::make_unique<DenseStep<T>>(layer, x, y, residual);
 }
 
+template <class T>
+std::unique_ptr<Step> sum_step(const Place& map, std::int64_t sums) {
+  return std::make_unique<SumStep<T>>(map, sums);
+}
+
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
                                    std::int64_t images) {
   return std::make_unique<SqueezeStep>(layer, map, sums, hidden, images);
@@ -357,6 +376,7 @@ std::unique_ptr<Step> scale_step(const Place& map, std::int64_t gate) {
   template std::unique_ptr<Step> pointwise_step<T>(const Layer&, const Place&, const Place&,                           \
                                                    const std::optional<Place>&, std::int64_t);                         \
   template std::unique_ptr<Step> dense_step<T>(const Layer&, const Place&, const Place&, const std::optional<Place>&); \
+  template std::unique_ptr<Step> sum_step<T>(const Place&, std::int64_t);                                              \
   template std::unique_ptr<Step> excite_step<T>(const Layer&, const Place&, std::int64_t, std::int64_t, const Layer*,  \
                                                 std::int64_t);                                                         \
   template std::unique_ptr<Step> scale_step<T>(const Place&, std::int64_t);
