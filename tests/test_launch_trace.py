@@ -160,3 +160,47 @@ def test_weights_on_another_device_are_refused(mbconv: nn.Module) -> None:
         pytest.raises(ValueError, match="expected the input on cpu, where the weights are, got meta"),
     ):
         block(meta_map(2, 16, 7, 7, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("model", ["efficientnet_b0", "efficientnet_b4", "efficientnet_v2_s"])
+def test_an_image_takes_few_steps(model: str) -> None:
+    """A batch of one leaves an H100 idle, so that its time is that of steps that wait for memory, one after another."""
+    import compile_report
+    from launch_trace import trace_step
+
+    from effnet_kernels.backends.triton.configs import H100, use_target
+
+    with use_target(H100):
+        step = trace_step(model, 1, "fp16", training=False)
+    for launch in step.forward.launches:
+        if launch.kernel.__name__ not in ("pointwise_conv_kernel", "depthwise_conv_kernel"):
+            continue
+        outer, inner = compile_report.trips(launch)
+        steps, programs = outer * inner, launch.grid[0] * launch.grid[1] * launch.grid[2]
+        shape = launch.arguments["x_ptr"].shape
+        # Either it fills the multiprocessors, or what is left for each is little.
+        assert programs >= 99 or steps <= 15, f"{launch.kernel.__name__} of {shape}: {programs} programs, {steps} steps"
+
+
+def test_tiles_of_small_batches_fit_the_least_shared_memory() -> None:
+    """Weights in float32, as under autocast, take twice the bytes of the maps beside them."""
+    from disassembly import SHARED_LIMITS
+
+    from effnet_kernels.backends.triton.compilation import binary_of, compile_for, gpu_target
+    from effnet_kernels.backends.triton.configs import Target, use_target
+    from effnet_kernels.backends.triton.launch import capture_launches
+
+    model = ek.create_model("efficientnet_b4").to("meta").eval()
+    x = torch.empty(4, 3, 380, 380, dtype=torch.float16, device="meta")
+    with use_target(Target("cuda", 89, 128)), capture_launches() as launches, torch.no_grad():
+        model(x)
+    largest = max(
+        {binary_of(launch) for launch in launches if launch.kernel.__name__ == "pointwise_conv_kernel"},
+        key=lambda binary: _bytes_of_stages(dict(binary.constants), dict(binary.options)),
+    )
+    assert dict(largest.options)["num_stages"] > 2, largest
+    assert compile_for(largest, gpu_target(89)).metadata.shared <= SHARED_LIMITS[89], largest
+
+
+def _bytes_of_stages(constants: dict, options: dict) -> int:
+    return options["num_stages"] * constants["BLOCK_K"] * (2 * constants["BLOCK_M"] + 4 * constants["BLOCK_N"])

@@ -88,11 +88,21 @@ def _device() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def _device_of(multiprocessors: int) -> Target:
+    if simulated():
+        return Target("cuda", 90, multiprocessors)
+    return device_target(torch.device("cuda"))._replace(multiprocessors=multiprocessors)
+
+
 @pytest.fixture(autouse=True)
 def _small_device() -> Iterator[None]:
     """Configurations as for a GPU of four multiprocessors, so that programs of small tests walk over several tiles."""
-    target = Target("cuda", 90, 4)
-    if not simulated():
-        target = device_target(torch.device("cuda"))._replace(multiprocessors=4)
-    with use_target(target):
+    with use_target(_device_of(4)):
         yield
+
+
+@pytest.fixture(params=[4, 132])
+def multiprocessors(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As for a GPU that these maps fill, and for one that they leave idle; a test asks for it where rules differ."""
+    with use_target(_device_of(request.param)):
+        yield request.param

@@ -67,6 +67,7 @@ def test_training_forward(case: Case) -> None:
     assert_accurate(merge_statistics(partials), moments(y))
 
 
+@pytest.mark.usefixtures("multiprocessors")
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_inference_forward(case: Case) -> None:
     statistics = RunningStatistics(vector(case.channels), vector(case.channels).abs() + 0.5, 1e-3)

@@ -75,6 +75,7 @@ def test_training_forward(case: Case) -> None:
         assert_accurate(merge_statistics(partials), moments(y))
 
 
+@pytest.mark.usefixtures("multiprocessors")
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_inference_forward(case: Case) -> None:
     x, weight = case.x(), case.weight()

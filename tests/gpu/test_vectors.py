@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends.reference import primitives as reference
-from effnet_kernels.backends.triton import batch_norm, squeeze_excite
+from effnet_kernels.backends.triton import batch_norm, pointwise, squeeze_excite
 from effnet_kernels.backends.triton.bn_act_add import bn_act_add
 from effnet_kernels.fusion.spec import (
     ACTIVATIONS,
@@ -174,6 +174,22 @@ EXCITATIONS = [
     (2, 7, 3, "hardswish", "sigmoid"),
     (1, 40, 300, "silu", "hardsigmoid"),
 ]
+
+
+@pytest.mark.parametrize("size", [7, 200, 700])
+def test_sums_of_partial_results(size: int) -> None:
+    partials = vector(300, size)
+    assert_accurate(pointwise.sum_partials(partials), partials.double().sum(dim=0))
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize(("samples", "channels", "squeezed"), [(3, 32, 8), (1, 1152, 48), (2, 7, 3), (1, 40, 300)])
+def test_excite_of_many_partial_sums(samples: int, channels: int, squeezed: int) -> None:
+    w1, b1 = vector(squeezed, channels, 1, 1) / channels**0.5, vector(squeezed)
+    w2, b2 = vector(channels, squeezed, 1, 1) / squeezed**0.5, vector(channels)
+    for partials in (1, 75):
+        arguments = (vector(samples, partials, channels), 5, w1, b1, w2, b2, "silu", "sigmoid")
+        compare(squeeze_excite.excite(*arguments), reference.excite, *arguments)
 
 
 @pytest.mark.parametrize(("samples", "channels", "squeezed", "act", "kind"), EXCITATIONS)

@@ -40,6 +40,9 @@ def depthwise_conv(
     sizes = (samples, channels, out_height, out_width, kernel, stride)
     config = launch_config.forward(*sizes, limit, x.dtype, target_of(x))
     row_strips, column_strips = -(-out_height // config.height), -(-out_width // config.width)
+    strips = row_strips * column_strips
+    # The strips of a program are added up where none of its programs has strips of two images.
+    merges = reduction == "pool" and strips % config.strips == 0
     y = torch.empty(
         samples, channels, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -47,7 +50,8 @@ def depthwise_conv(
     if reduction == "statistics":
         partials = torch.empty(config.num_programs, 3, channels, dtype=torch.float32, device=x.device)
     elif reduction == "pool":
-        partials = torch.empty(samples, row_strips * column_strips, channels, dtype=torch.float32, device=x.device)
+        sums = strips // config.strips if merges else strips
+        partials = torch.empty(samples, sums, channels, dtype=torch.float32, device=x.device)
     statistics = epilogue.statistics
     divisor = channel_divisor(channels)
     launch_depthwise_conv(
@@ -62,7 +66,7 @@ def depthwise_conv(
         out_var_ptr=None if statistics is None else statistics.var,
         y_ptr=y,
         partials_ptr=partials,
-        strips=samples * row_strips * column_strips,
+        strips=samples * strips,
         c_quotient=channels // divisor,
         height=height,
         width=width,
@@ -79,6 +83,7 @@ def depthwise_conv(
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
         REDUCTION=reduction,
+        MERGES=merges,
         C_DIVISOR=divisor,
         K=kernel,
         STRIDE=stride,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from effnet_kernels.backends.triton.batch_norm import apply_gradient
 from effnet_kernels.backends.triton.configs import target_of
+from effnet_kernels.backends.triton.configs.elementwise import partial_sums
 from effnet_kernels.backends.triton.configs.pointwise import MAX_STATISTICS, MAX_SUMS, gemm, weight_gradient
 from effnet_kernels.backends.triton.kernels.pointwise import (
     pointwise_conv_backward_data_kernel,
@@ -229,14 +230,14 @@ def sum_partials(partials: Tensor) -> Tensor:
     if partials.shape[0] == 1:
         return partials[0]
     total = torch.empty(partials.shape[1:], dtype=torch.float32, device=partials.device)
-    block = 128
+    block_p, block = partial_sums(total.numel(), target_of(partials))
     launch_sum_partials(
         (-(-total.numel() // block), 1, 1),
         partials_ptr=partials,
         out_ptr=total,
         P=partials.shape[0],
         size=total.numel(),
-        BLOCK_P=16,
+        BLOCK_P=block_p,
         BLOCK=block,
         num_warps=4,
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends.triton.configs import target_of
-from effnet_kernels.backends.triton.configs.elementwise import excitation, stream
+from effnet_kernels.backends.triton.configs.elementwise import excitation, excitation_backward, stream
 from effnet_kernels.backends.triton.kernels.squeeze_excite import (
     excite_backward_kernel,
     excite_backward_weight_kernel,
@@ -112,7 +112,7 @@ def excite(
     """
     samples, partials, channels = sums.shape
     squeezed = w1.shape[0]
-    config = excitation(samples, channels, squeezed, target_of(sums))
+    config = excitation(samples, partials, channels, squeezed, target_of(sums))
     mean, gate = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
     divisor, squeezed_divisor = channel_divisor(channels), channel_divisor(squeezed, (4, 2))
@@ -136,6 +136,7 @@ def excite(
         S_DIVISOR=squeezed_divisor,
         BLOCK_S=config.block_s,
         BLOCK_C=config.block_c,
+        BLOCK_T=config.block_t,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )
@@ -166,7 +167,7 @@ def excite_backward(
     """
     samples, partials, num_sums, channels = sums.shape
     squeezed = w1.shape[0]
-    config = excitation(samples, channels, squeezed, target_of(sums))
+    config = excitation_backward(samples, channels, squeezed, target_of(sums))
     offset, grad_logits = (torch.empty(samples, channels, dtype=torch.float32, device=sums.device) for _ in range(2))
     grad_hidden = torch.empty(samples, squeezed, dtype=torch.float32, device=sums.device)
     norm_sums = None
@@ -198,6 +199,7 @@ def excite_backward(
         S_DIVISOR=squeezed_divisor,
         BLOCK_S=config.block_s,
         BLOCK_C=config.block_c,
+        BLOCK_T=config.block_t,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
     )

@@ -43,6 +43,9 @@ def forward(
     A lane has two channels and seven columns, because the width of every map of an image of 224 is a multiple of seven.
     Strips are high, because the first rows of each are computed from input that its neighbour reads, too. At most
     ``partials`` programs share a block of channels, where each of them leaves a partial result.
+
+    At inference a small batch may leave multiprocessors idle. Then strips are lower, because what the launch takes is
+    the time of their rows, each of which waits for memory, and programs have fewer of them.
     """
     tile = {
         "width": 7 if stride == 1 and kernel <= 5 else 4,
@@ -50,9 +53,21 @@ def forward(
         "block_c": 32,
         "num_warps": 4,
     }
+    wanted, lowest = 2 * target.multiprocessors, 14
+    few = 3 * target.multiprocessors // 4
+    blocks = -(-channels // tile["block_c"])
+
+    def strip_rows() -> tuple[int, int]:
+        return _strip_rows(samples, channels, height, width, 1, tile, wanted, lowest)
+
+    if partials is None and strip_rows()[1] * blocks < few:
+        wanted, lowest = few, 4
+        while tile["strips"] > 2 and strip_rows()[1] * blocks < few:
+            tile["strips"] //= 2
+            tile["num_warps"] //= 2
     sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
     tile = apply_tuned("depthwise", dtype, target, sizes, tile)
-    rows, programs = _strip_rows(samples, channels, height, width, 1, tile, target)
+    rows, programs = strip_rows()
     return StripConfig(height=rows, num_programs=programs if partials is None else min(programs, partials), **tile)
 
 
@@ -85,7 +100,7 @@ def backward(
     }
     sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
     tile = apply_tuned("depthwise_backward", dtype, target, sizes, tile)
-    rows, programs = _strip_rows(samples, channels, height, width, stride, tile, target)
+    rows, programs = _strip_rows(samples, channels, height, width, stride, tile, 2 * target.multiprocessors, 14)
     blocks = -(-channels // tile["block_c"])
     at_once = 3 if half and kernel == 3 else 2  # programs that a multiprocessor has registers for
     programs = min(programs, max(1, at_once * target.multiprocessors // blocks))
@@ -93,9 +108,12 @@ def backward(
 
 
 def _strip_rows(
-    samples: int, channels: int, height: int, width: int, multiple: int, tile: Tile, target: Target
+    samples: int, channels: int, height: int, width: int, multiple: int, tile: Tile, wanted: int, lowest: int
 ) -> tuple[int, int]:
-    """The rows of a strip, as many as leave two programs a multiprocessor, and the programs for a block of channels."""
+    """The rows of a strip, and the programs for a block of channels.
+
+    The rows are as many as leave ``wanted`` programs, and no fewer than ``lowest`` allows.
+    """
     blocks = -(-channels // tile["block_c"])
     columns = -(-width // tile["width"])
 
@@ -103,6 +121,6 @@ def _strip_rows(
         return -(-samples * columns * -(-height // rows) // tile["strips"])
 
     rows = -(-height // multiple) * multiple
-    while rows > 14 and programs(rows) * blocks < 2 * target.multiprocessors:
+    while rows > lowest and programs(rows) * blocks < wanted:
         rows = -(-rows // (2 * multiple)) * multiple
     return rows, programs(rows)

@@ -41,25 +41,77 @@ def stream(groups: int, rows: int, channels: int, target: Target, partials: int 
     return StreamConfig(block_m, block_c, num_programs, target.max_registers())
 
 
+class SumConfig(NamedTuple):
+    """Tiles of ``block_p`` partial results by ``block`` elements."""
+
+    block_p: int
+    block: int
+
+
+@cached_rule
+def partial_sums(size: int, target: Target) -> SumConfig:
+    """For partial results of ``size`` elements: a program a multiprocessor where there are elements enough.
+
+    Each block of partial results waits for the memory of the one before. Eight elements are the 32 bytes that memory
+    moves at once.
+    """
+    block = next((block for block in (128, 32) if size >= block * target.multiprocessors), 8)
+    return SumConfig(2048 // block, block)
+
+
 # The most squeezed channels that a program holds; the networks of the family have 4 to 288.
 MAX_SQUEEZED = 1024
 
 
 class ExcitationConfig(NamedTuple):
-    """Tiles of the fully connected layers; ``num_programs`` programs share a sample's channels."""
+    """Tiles of the fully connected layers; ``num_programs`` programs share a sample's channels.
+
+    Partial sums of the squeeze are added ``block_t`` at a time.
+    """
 
     block_s: int
     block_c: int
+    block_t: int
     num_programs: int
     num_warps: int
     max_registers: int | None
 
 
 @cached_rule
-def excitation(samples: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
-    """The hidden layer in one block of 16, 64, 256 or 1024; a program a multiprocessor if there are channels enough."""
+def excitation(samples: int, partials: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
+    """For the forward pass, with ``partials`` partial sums of each channel.
+
+    A small batch leaves multiprocessors idle. There, programs have more threads and as many more channels, because each
+    block of channels waits for the memory of the one before. So does each block of partial sums.
+    """
+    block_s, block_c, warps = _blocks(squeezed)
+    if warps == 4 and block_c < channels and samples * -(-channels // block_c) < target.multiprocessors:
+        block_c, warps = 2 * block_c, 8
+    block_t = _BLOCK_T
+    if partials > block_t:
+        block_c = min(block_c, max(32, 1 << (channels - 1).bit_length()))
+        block_t = max(block_t, 2048 // block_c)
+    return _excitation(samples, channels, block_s, block_c, block_t, warps, target)
+
+
+@cached_rule
+def excitation_backward(samples: int, channels: int, squeezed: int, target: Target) -> ExcitationConfig:
+    block_s, block_c, warps = _blocks(squeezed)
+    return _excitation(samples, channels, block_s, block_c, _BLOCK_T, warps, target)
+
+
+_BLOCK_T = 8
+
+
+def _blocks(squeezed: int) -> tuple[int, int, int]:
+    """Squeezed channels, of which a block has all, channels, and warps."""
     block_s = next(size for size in (16, 64, 256, MAX_SQUEEZED) if squeezed <= size)
-    block_c = {16: 256, 64: 128, 256: 32, 1024: 16}[block_s]
+    return block_s, {16: 256, 64: 128, 256: 32, 1024: 16}[block_s], 4 if block_s <= 64 else 8
+
+
+def _excitation(
+    samples: int, channels: int, block_s: int, block_c: int, block_t: int, warps: int, target: Target
+) -> ExcitationConfig:
+    """A program a multiprocessor if there are channels enough."""
     num_programs = min(-(-channels // block_c), max(1, target.multiprocessors // samples))
-    warps = 4 if block_s <= 64 else 8
-    return ExcitationConfig(block_s, block_c, num_programs, warps, target.max_registers())
+    return ExcitationConfig(block_s, block_c, block_t, num_programs, warps, target.max_registers())

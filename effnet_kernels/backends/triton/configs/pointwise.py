@@ -1,5 +1,6 @@
 """Tiles and grids of the pointwise convolution's GEMMs."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,9 @@ def gemm(
         tile["block_k"] = max(tile["block_k"], 32)
         if dtype != torch.float32:
             tile["num_warps"] = 4 if target.backend == "cuda" else 2
+    trains = computes_on_load or sums_on_store or partials == MAX_STATISTICS
+    if not trains and dtype != torch.float32 and target.backend == "cuda":
+        _fill(tile, inner, programs, target)
     sizes = {"owners": owners, "rows": groups * rows, "columns": columns, "inner": inner}
     sizes |= {"loads": computes_on_load, "stores": sums_on_store}
     tile = apply_tuned("gemm", dtype, target, sizes, tile)
@@ -85,6 +89,33 @@ def gemm(
     if partials is not None:
         num_programs = min(tiles, partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
     return GemmConfig(num_programs=num_programs, max_registers=target.max_registers(), **tile)
+
+
+# What all GPUs have, at the least, for a block: 99 KiB but what the compiler takes itself.
+_SHARED_BYTES = 96 << 10
+
+
+def _fill(tile: dict[str, int], inner: int, programs: Callable[[int, int], int], target: Target) -> None:
+    """Makes the tile of a small batch smaller, where it leaves multiprocessors idle.
+
+    What such a launch takes is the time of its steps, each of which waits for memory. So steps are few and long, and
+    loads run ahead of all of them. A warp has 16 by 16 elements of the result, the least that matrix units take.
+    """
+    wanted = 3 * target.multiprocessors // 4
+    block_m, block_n = tile["block_m"], tile["block_n"]
+    if programs(block_n, block_m) >= wanted:
+        return
+    while programs(block_n, block_m) < wanted and max(block_m, block_n) > 16:
+        if block_m >= block_n:
+            block_m //= 2
+        else:
+            block_n //= 2
+    block_k = min(128, max(32, 1 << (inner - 1).bit_length()))
+    tile |= {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+    tile["num_warps"] = block_m * block_n // 256
+    # All stages but one are in shared memory at a time, and weights may be in float32.
+    stages = 1 + _SHARED_BYTES // (block_k * (2 * block_m + 4 * block_n))
+    tile["num_stages"] = min(4, stages, -(-inner // block_k))
 
 
 def _hopper_tile(

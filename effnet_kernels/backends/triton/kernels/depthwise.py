@@ -92,6 +92,7 @@ def depthwise_conv_kernel(
     ACT: tl.constexpr,
     OUT_ACT: tl.constexpr,
     REDUCTION: tl.constexpr,
+    MERGES: tl.constexpr,
     C_DIVISOR: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -105,7 +106,8 @@ def depthwise_conv_kernel(
     Parameters: weight [C, 1, K, K].
     Prologue: scale and shift [C]. Epilogue: out_scale, out_shift, out_mean and out_var [C], see :func:`load_affine`.
     partials: (count, mean, M2) of the stored values, [P, 3, C] for P programs of the grid's first dimension, for
-        "statistics"; their sums, [N, row_strips * column_strips, C], for "pool".
+        "statistics"; their sums, [N, row_strips * column_strips, C], for "pool", of which MERGES adds up STRIPS at a
+        time: then no STRIPS strips may be of different samples.
 
     ``strips`` strips of ``strip_height`` by WIDTH pixels of the output, row_strips by column_strips a sample. The steps
     before ``first_step`` read padding alone.
@@ -199,6 +201,9 @@ def depthwise_conv_kernel(
         if REDUCTION == "statistics":
             columns = tl.minimum(out_width - out_column, WIDTH)  # [STRIPS, 1]
             count += tl.where(strip < strips, rows * columns, 0).to(tl.float32)
+        elif MERGES:
+            merged = (first // STRIPS).to(tl.int64)
+            tl.store(partials_ptr + merged * C + c, tl.sum(total, axis=0), mask=inside)
         elif REDUCTION == "pool":
             tl.store(partials_ptr + strip.to(tl.int64) * C + c[None, :], total, mask=valid)
     if REDUCTION == "statistics":

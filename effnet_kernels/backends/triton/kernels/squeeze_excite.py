@@ -87,20 +87,19 @@ def mean_of_sums_kernel(sums_ptr, mean_ptr, T, C, reciprocal_count, BLOCK_C: tl.
     sample = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = channels < C
-    total = sum_of_partials(sums_ptr + sample * T * C, T, C, channels, inside)
+    total = sum_of_partials(sums_ptr + sample * T * C, T, C, channels, inside, 8)
     tl.store(mean_ptr + sample * C + channels, total * reciprocal_count, mask=inside)
 
 
-# Partial sums that are loaded at once; one after the other, each load would wait for the one before.
-_BLOCK_T = tl.constexpr(8)
-
-
 @triton.jit
-def sum_of_partials(ptr, T, stride, channels, inside):
-    """The sum [BLOCK_C] of T partial sums that are ``stride`` elements apart, in the same order at every call."""
+def sum_of_partials(ptr, T, stride, channels, inside, BLOCK_T: tl.constexpr):
+    """The sum [BLOCK_C] of T partial sums that are ``stride`` elements apart, in the same order at every call.
+
+    BLOCK_T of them are loaded at once; one after the other, each load would wait for the one before.
+    """
     total = tl.zeros(channels.shape, tl.float32)
-    for start in range(0, T, _BLOCK_T):
-        t = start + tl.arange(0, _BLOCK_T)  # [BLOCK_T]
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         at = ptr + t[:, None] * stride + channels[None, :]  # [BLOCK_T, BLOCK_C]
         total += tl.sum(tl.load(at, mask=(t < T)[:, None] & inside[None, :], other=0.0), axis=0)
     return total
@@ -126,6 +125,7 @@ def excite_kernel(
     S_DIVISOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """gate = GATE(w2 act(hidden) + b2), with hidden = w1 mean + b1 and mean the squeeze, from pooled sums.
 
@@ -143,7 +143,8 @@ def excite_kernel(
     for start in range(0, C, BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         inside = channels < C
-        mean = sum_of_partials(sums_ptr + sample * T * C, T, C, channels, inside) * reciprocal_count  # [BLOCK_C]
+        sums = sum_of_partials(sums_ptr + sample * T * C, T, C, channels, inside, BLOCK_T)
+        mean = sums * reciprocal_count  # [BLOCK_C]
         weight_mask = (s < S)[:, None] & inside[None, :]  # [BLOCK_S, BLOCK_C]
         w1 = tl.load(w1_ptr + s[:, None] * C + channels[None, :], mask=weight_mask, other=0.0).to(tl.float32)
         products += w1 * mean[None, :]
@@ -184,6 +185,7 @@ def excite_backward_kernel(
     S_DIVISOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """The gradients of the logits, of the hidden layer and of the mean, and the sums for the BatchNorm before.
 
@@ -207,7 +209,7 @@ def excite_backward_kernel(
         channels = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         inside = channels < C
         gate = tl.load(gate_ptr + sample * C + channels, mask=inside, other=0.0)  # [BLOCK_C]
-        grad_gate = sum_of_partials(sums_ptr, T, NUM_SUMS * C, channels, inside)  # [BLOCK_C]
+        grad_gate = sum_of_partials(sums_ptr, T, NUM_SUMS * C, channels, inside, BLOCK_T)  # [BLOCK_C]
         grad_logits = grad_gate * gate_derivative(gate, GATE)  # [BLOCK_C]
         tl.store(grad_logits_ptr + sample * C + channels, grad_logits, mask=inside & (program == 0))
         weight_mask = inside[:, None] & (s < S)[None, :]  # [BLOCK_C, BLOCK_S]
@@ -226,11 +228,11 @@ def excite_backward_kernel(
         tl.store(offset_ptr + sample * C + channels, offset, mask=inside)
         if slopes_ptr is not None:
             gate = tl.load(gate_ptr + sample * C + channels, mask=inside, other=0.0)  # [BLOCK_C]
-            grad_shift = sum_of_partials(sums_ptr + C, T, NUM_SUMS * C, channels, inside)
-            grad_scale = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside)
+            grad_shift = sum_of_partials(sums_ptr + C, T, NUM_SUMS * C, channels, inside, BLOCK_T)
+            grad_scale = sum_of_partials(sums_ptr + 2 * C, T, NUM_SUMS * C, channels, inside, BLOCK_T)
             own_slopes_ptr = slopes_ptr + sample * slopes_T * 2 * C
-            slope = sum_of_partials(own_slopes_ptr, slopes_T, 2 * C, channels, inside)
-            centred_slope = sum_of_partials(own_slopes_ptr + C, slopes_T, 2 * C, channels, inside)
+            slope = sum_of_partials(own_slopes_ptr, slopes_T, 2 * C, channels, inside, BLOCK_T)
+            centred_slope = sum_of_partials(own_slopes_ptr + C, slopes_T, 2 * C, channels, inside, BLOCK_T)
             out = norm_sums_ptr + sample * 2 * C + channels
             tl.store(out, gate * grad_shift + offset * slope, mask=inside)
             tl.store(out + C, gate * grad_scale + offset * centred_slope, mask=inside)
