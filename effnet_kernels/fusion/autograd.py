@@ -15,7 +15,7 @@ from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.first_order import first_order
-from effnet_kernels.fusion.forward import convolve, dtype_of_input, forward, infer
+from effnet_kernels.fusion.forward import check_input, convolve, dtype_of_input, forward, infer
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, Prologue
 
@@ -37,7 +37,7 @@ def run(
     Raises ValueError where the channels, the device or the dtype are not those of the weights, which a kernel would not
     notice, and where BatchNorm would normalise a single value a channel by itself.
     """
-    _check_input(chain, x)
+    check_input(chain, x)
     if backend == "cpu" and drop_path_scale is not None:
         # Drawn in the input's dtype, which need not be float32 under autocast.
         drop_path_scale = drop_path_scale.float()
@@ -72,14 +72,14 @@ def _run(
         with profiling.profiled(f"chain of {len(chain.layers)}"):
             if drop_path_scale is None and not chain.batch_statistics:
                 if packed is not None and backend == "cpu":
-                    for dtype in _packed_dtypes(dtypes):
-                        found = packed.infer(chain, _cast(backend, x, dtype))
+                    for dtype in packed_dtypes(dtypes):
+                        found = packed.infer([chain], cast(backend, x, dtype))
                         if found is not None:
-                            return _cast(backend, found, returned)
-                out = infer(primitives_of(backend), chain, _cast(backend, x, computed), plans)
+                            return cast(backend, found, returned)
+                out = infer(primitives_of(backend), [chain], cast(backend, x, computed), plans)
             else:
-                out, _ = forward(primitives_of(backend), chain, _cast(backend, x, computed), drop_path_scale, plans)
-        return _cast(backend, out, returned)
+                out, _ = forward(primitives_of(backend), chain, cast(backend, x, computed), drop_path_scale, plans)
+        return cast(backend, out, returned)
 
 
 def infer_packed(chain: Chain, x: Tensor, packed: PackedChains | None) -> Tensor | None:
@@ -87,16 +87,16 @@ def infer_packed(chain: Chain, x: Tensor, packed: PackedChains | None) -> Tensor
 
     For what the primitives of the CPU do not compute: bfloat16 without autocast. Raises ValueError as :func:`run` does.
     """
-    _check_input(chain, x)
+    check_input(chain, x)
     if packed is None:
         return None
     if profiling.enabled():
         profiling.record_convolutions(chain, x.shape, dense=False)
     with profiling.profiled(f"chain of {len(chain.layers)}"):
-        return packed.infer(chain, as_map(x))
+        return packed.infer([chain], as_map(x))
 
 
-def _packed_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.dtype, ...]:
+def packed_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.dtype, ...]:
     """The dtypes in which packed networks compute a chain, the preferred one first.
 
     Under autocast in bfloat16 they compute in it where they can: unlike the primitives they have kernels for it, and
@@ -122,13 +122,13 @@ class ChainFunction(torch.autograd.Function):
     ) -> Tensor:
         computed, returned = dtypes
         ctx.chain, ctx.backend, ctx.computed, ctx.input_dtype, ctx.plans = chain, backend, computed, x.dtype, plans
-        x = _cast(backend, x, dtype_of_input(backend, chain, dtypes))
+        x = cast(backend, x, dtype_of_input(backend, chain, dtypes))
         out, saved = forward(primitives_of(backend), chain, x, drop_path_scale, plans)
         kept: list[Tensor | None] = list(saved)
         if _recomputes(chain, x):
             kept[0] = None
         ctx.save_for_backward(x, drop_path_scale, *parameters, *kept)
-        return _cast(backend, out, returned)
+        return cast(backend, out, returned)
 
     @staticmethod
     @first_order
@@ -137,7 +137,7 @@ class ChainFunction(torch.autograd.Function):
         _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad
         chain, parameters = ctx.chain, rest[: len(needs)]
         kept = rest[len(needs) :]
-        primitives, grad = primitives_of(ctx.backend), _cast(ctx.backend, grad, ctx.computed)
+        primitives, grad = primitives_of(ctx.backend), cast(ctx.backend, grad, ctx.computed)
         # A backward pass may be started under autocast too.
         with select.without_autocast(x):
             if kept[0] is None:
@@ -146,28 +146,16 @@ class ChainFunction(torch.autograd.Function):
             grad_x, gradients = backward(
                 primitives, chain, parameters, grad, x, drop_path_scale, kept, needs_input, needs, ctx.plans
             )
-        grad_x = None if grad_x is None else _cast(ctx.backend, grad_x, ctx.input_dtype)
+        grad_x = None if grad_x is None else cast(ctx.backend, grad_x, ctx.input_dtype)
         return None, None, None, None, grad_x, None, *gradients
 
 
-def _cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A map, or a pooled one, in another dtype, without autograd."""
     # Tensor.to takes as long to find out that there is nothing to do as ten of these comparisons.
     if x.dtype is dtype:
         return x
     return cast_map(x, dtype) if backend == "cpu" and x.dim() == 4 else x.to(dtype)
-
-
-def _check_input(chain: Chain, x: Tensor) -> None:
-    weight, channels = chain.layers[0].weight, chain.layers[0].in_channels
-    if x.shape[1] != channels:
-        raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
-    if x.device != weight.device:
-        raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
-    if x.dtype is weight.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
-        return
-    if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"expected an input in {weight.dtype}, the dtype of the weights, got {x.dtype}")
 
 
 def _recomputes(chain: Chain, x: Tensor) -> bool:

@@ -144,10 +144,10 @@ def _inference(x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor
     chain, x = decoded.chain(parameters, running), as_map(x)
     # Primitives answer in float32 on a CPU, packed networks in the input's dtype.
     if decoded.backend == "cpu" and x.dtype is torch.float32:
-        packed = packed_for(text, chain).infer(chain, x)
+        packed = packed_for(text, chain).infer([chain], x)
         if packed is not None:
             return packed
-    out = infer(decoded.primitives, chain, x)
+    out = infer(decoded.primitives, [chain], x)
     # An operator's outputs may not be its inputs.
     return out.clone() if out is x else out
 

@@ -71,26 +71,47 @@ def unflatten(chain: Chain, tensors: Sequence[Tensor]) -> list[Saved]:
     ]
 
 
-def infer(primitives: Primitives, chain: Chain, x: Tensor, plans: Plans | None = None) -> Tensor:
-    """The chain at inference: every BatchNorm is folded into the epilogue of its convolution, from running statistics.
+def infer(
+    primitives: Primitives,
+    chains: Sequence[Chain],
+    x: Tensor,
+    plans: Plans | None = None,
+    tensors: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Chains at inference, of which each reads the output of the one before.
 
-    x [N, C, H, W] in channels-last strides to [N, K, H', W'], or [N, K] with ``chain.pool``. ``plans`` are the chain's,
-    on the Triton backend.
+    Every BatchNorm is folded into the epilogue of its convolution, from running statistics. x [N, C, H, W] in
+    channels-last strides to [N, K, H', W'], or [N, K] where the last chain pools. ``plans`` are those of these chains,
+    on the Triton backend, and ``tensors`` all of the chains' (:meth:`.spec.Chain.all_tensors`), if the caller has them.
+
+    Raises ValueError as :func:`check_input` does.
     """
-    chain = contiguous(chain)
-    if plans is None or chain.layers[0].kind == "dense":
-        out = _infer(primitives, chain, x)
+
+    if tensors is None:
+        chains = [contiguous(chain) for chain in chains]
+        tensors = [t for chain in chains for t in chain.all_tensors()]
+
+    def compute() -> list[Tensor | None]:
+        y = x
+        for chain in chains:
+            check_input(chain, y)
+            y = _infer(primitives, contiguous(chain), y)
+        return [y]
+
+    if plans is None or chains[0].layers[0].kind == "dense":
+        (out,) = compute()
     else:
-        read = [x, *chain.all_tensors()]
-        (out,) = cast(list[Tensor], plans.run(("infer", chain.pool), read, lambda: [_infer(primitives, chain, x)]))
-    return out.to(x.dtype) if chain.pool else out
+        (out,) = plans.run(("infer", chains[-1].pool), [x, *tensors], compute)
+    assert out is not None
+    return out.to(x.dtype) if chains[-1].pool else out
 
 
 def _infer(primitives: Primitives, chain: Chain, x: Tensor) -> Tensor:
     """:func:`infer`, but for a cast of pooled means from fp32."""
     residual = x if chain.residual else None
-    gate, sums = None, None
+    gate = None
     for index, layer in enumerate(chain.layers):
+        sums = None
         last = index == len(chain.layers) - 1
         epilogue, bias = _epilogue(layer)
         reduction: Literal["none", "pool"] = "none" if layer.excitation is None else "pool"
@@ -184,6 +205,19 @@ def _forward(
     if chain.pool:
         return primitives.mean_of_sums(primitives.squeeze(x, prologue), x.shape[2] * x.shape[3]), saved
     return primitives.bn_act_add(x, prologue, _beside(residual, x), drop_path_scale), saved
+
+
+def check_input(chain: Chain, x: Tensor) -> None:
+    """Raises ValueError where x does not have the channels, the device or the dtype of a chain's weights."""
+    weight, channels = chain.layers[0].weight, chain.layers[0].in_channels
+    if x.shape[1] != channels:
+        raise ValueError(f"expected an input [N, {channels}, H, W], got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"expected the input on {weight.device}, where the weights are, got {x.device}")
+    if x.dtype is weight.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
+        return
+    if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"expected an input in {weight.dtype}, the dtype of the weights, got {x.dtype}")
 
 
 def dtype_of_input(backend: PrimitivesBackend, chain: Chain, dtypes: tuple[torch.dtype, torch.dtype]) -> torch.dtype:

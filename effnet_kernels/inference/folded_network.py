@@ -1,8 +1,9 @@
 """A folded network as a module: fused chains where there are kernels, torch's own convolutions elsewhere."""
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
+from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
 
 
@@ -39,7 +41,7 @@ class FoldedNetwork(nn.Module):
         self.generation = 0
         # The chains' settings; their tensors are meta tensors here, and the buffers take their places.
         self._settings: list[Chain] = []
-        self._assembled: tuple[list[Tensor | None], list[Chain]] | None = None
+        self._assembled: _Assembled | None = None
         self._plans = [Plans() for _ in chains]
         layers = [layer for chain in chains for layer in chain.layers]
         self._depthwise = {(layer.kernel_size, layer.stride) for layer in layers if layer.kind == "depthwise"}
@@ -65,10 +67,19 @@ class FoldedNetwork(nn.Module):
         """The chains with their weights of this moment; the same ones while the buffers are the same."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._assemble()
+        return self._current().chains
+
+    def _current(self) -> "_Assembled":
         buffers = list(self._buffers.values())
-        if self._assembled is None or not all(map(operator.is_, buffers, self._assembled[0])):
-            self._assembled = buffers, self._assemble()
-        return self._assembled[1]
+        if self._assembled is None or not all(map(operator.is_, buffers, self._assembled.buffers)):
+            chains = self._assemble()
+            self._assembled = _Assembled(buffers, chains, self._sequences(chains))
+        return self._assembled
+
+    def _sequences(self, chains: list[Chain]) -> list[ChainSequence]:
+        """The chains of each output, and the fully connected layer behind a pooled one by itself."""
+        ends = [number + 1 for number, chain in enumerate(chains) if number in self.outputs or chain.pool]
+        return [ChainSequence(chains[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_assembled": None}
@@ -101,7 +112,21 @@ class FoldedNetwork(nn.Module):
         self.check(x)
         # The user has chosen the dtype of the weights.
         with select.without_autocast(x):
-            return [y.to(x.dtype) for y, is_output in self.each(x.to(self.weight.dtype)) if is_output]
+            return [y.to(x.dtype) for y in self._outputs(x.to(self.weight.dtype))]
+
+    def _outputs(self, x: Tensor) -> Iterator[Tensor]:
+        observed = torch.compiler.is_compiling() or profiling.enabled()
+        if observed or select.chain_backend(x) != "triton" or not self._has_kernels("triton"):
+            yield from (y for y, is_output in self.each(x) if is_output)
+            return
+        x, number = x.contiguous(memory_format=torch.channels_last), 0
+        for sequence in self._current().sequences:
+            number += len(sequence.chains)
+            y = _linear(sequence.chains[0], x) if x.dim() == 2 else sequence.infer("triton", x)
+            assert y is not None
+            x = y
+            if number - 1 in self.outputs:
+                yield x
 
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """The output of every group of layers, and whether it is one of the network's."""
@@ -112,9 +137,7 @@ class FoldedNetwork(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         for number, chain in enumerate(self.chains()):
             if x.dim() == 2:
-                weight, bias = chain.layers[0][1:3]
-                assert bias is not None
-                x = F.linear(x, weight.flatten(1), bias.to(x.dtype))
+                x = _linear(chain, x)
             elif backend is not None:
                 x = autograd.run(backend, chain, x, None, plans=self._plans[number])
             else:
@@ -135,6 +158,14 @@ class FoldedNetwork(nn.Module):
         return getattr(self, f"{name}_{number}")
 
 
+class _Assembled(NamedTuple):
+    """The chains as they were made of buffers, and as they are computed together."""
+
+    buffers: list[Tensor | None]
+    chains: list[Chain]
+    sequences: list[ChainSequence]
+
+
 _NAMES = ("weight", "bias", "w1", "b1", "w2", "b2")
 
 
@@ -147,6 +178,13 @@ def _tensors_of(layer: Layer) -> list[Tensor]:
 
 def _setting(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty_like(tensor, device="meta")
+
+
+def _linear(chain: Chain, x: Tensor) -> Tensor:
+    """A fully connected layer of x [N, C]."""
+    weight, bias = chain.layers[0][1:3]
+    assert bias is not None
+    return F.linear(x, weight.flatten(1), bias.to(x.dtype))
 
 
 def _run_eagerly(chain: Chain, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import select
+from effnet_kernels.modules import fused_sequence
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
 from effnet_kernels.modules.fused_module import memory_format
 
@@ -35,6 +36,9 @@ class Features(nn.Sequential):
         # Two conditions, because TorchScript compiles what follows an ``and``.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if len(self) > 0 and select.interception(input) is None:
+                y = fused_sequence.infer(self, input)
+                if y is not None:
+                    return y.contiguous(memory_format=memory_format(input))
                 return self.intermediates(input, [len(self) - 1])[0]
         for module in self:
             input = module(input)
@@ -57,6 +61,9 @@ class Features(nn.Sequential):
     @torch.jit.unused
     def pooled(self, input: Tensor) -> Tensor:
         """The spatial mean [N, C] of the last layer's output, which it need not store."""
+        mean = fused_sequence.infer(self, input, pool=True)
+        if mean is not None:
+            return mean
         x = input.contiguous(memory_format=torch.channels_last)
         *layers, head = self
         for module in layers:

@@ -84,6 +84,23 @@ def test_two_threads() -> None:
         assert_gradients_close(model, other)
 
 
+def test_a_thread_that_has_not_used_the_device_yet() -> None:
+    """It has no current context, which a plan's launches need."""
+    model, x = network().eval(), channels_last(4, 3, 64, 64)
+    with torch.no_grad():
+        *_, expected = (model(x) for _ in range(3))
+    torch.cuda.synchronize()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        y = pool.submit(run).result()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_a_captured_training_step(dtype: torch.dtype | None) -> None:
     model, x = network(), channels_last(4, 3, 64, 64)

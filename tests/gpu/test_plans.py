@@ -7,7 +7,6 @@ are read or allocated, and finds those to which addresses point.
 import copy
 import inspect
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,8 @@ from triton.runtime.jit import JITFunction
 from effnet_kernels import EfficientNet, freeze
 from effnet_kernels.backends import cpu, dense, select, triton
 from effnet_kernels.backends.triton import launch, plan_launches, plans
-from effnet_kernels.modules import MBConvConfig
+from effnet_kernels.fusion.sequence import ChainSequence
+from effnet_kernels.modules import MBConvConfig, fused_sequence
 from gpu.compare import channels_last
 from gpu.conftest import simulated
 
@@ -155,18 +155,6 @@ def test_the_extension_launches_on_gpus_of_nvidia(monkeypatch: pytest.MonkeyPatc
     assert [type(launches) for launches in made] == [expected, expected]
 
 
-def test_a_thread_that_has_not_used_the_device_yet() -> None:
-    make, shape = BLOCKS["no expand, residual"]
-    x = channels_last(*shape, dtype=torch.float16)
-    block = randomize(make()).eval().to(x.device)
-    *_, expected = (run(block, x, None, "triton")[0] for _ in range(3))
-    outputs: list[Tensor] = []
-    thread = threading.Thread(target=lambda: outputs.append(run(block, x, None, "triton")[0]))
-    thread.start()
-    thread.join()
-    assert torch.equal(outputs[0], expected)
-
-
 def test_inference() -> None:
     make, shape = BLOCKS["no expand, residual"]
     x = channels_last(*shape, dtype=torch.float16)
@@ -196,6 +184,13 @@ def test_network_with_a_pooled_head() -> None:
             want = engine(x)
             assert torch.equal(engine(x), want)
             assert torch.equal(engine(x), want)
+            first, second, third = (model(x) for _ in range(3))
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+        sequence = fused_sequence._sequences.get(model.features)
+        assert isinstance(sequence, ChainSequence)
+        # The block and the head behind the stem are one plan.
+        assert [len(run.plans._plans) for run in sequence._runs] == [0, 1]
 
 
 def test_a_block_whose_tensors_change() -> None:

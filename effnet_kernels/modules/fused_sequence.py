@@ -1,0 +1,74 @@
+"""A sequence of fused modules at inference, computed as one where nothing observes the calls that this leaves out."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels.backends import profiling, select
+from effnet_kernels.backends.select import Call
+from effnet_kernels.fusion.cache import Snapshots
+from effnet_kernels.fusion.inspection import is_plain
+from effnet_kernels.fusion.sequence import ChainSequence
+from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.modules.conv_bn_act import ConvBnAct
+from effnet_kernels.modules.fused_mbconv import FusedMBConv
+from effnet_kernels.modules.fused_module import FusedModule
+from effnet_kernels.modules.mbconv import MBConv
+
+# Beside the modules, so that it is not copied, written or listed with them. False where modules have to be called.
+_sequences: Snapshots[ChainSequence | bool] = Snapshots()
+
+
+def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
+    """The output of a sequence's modules, one behind the other, in eval mode and without gradients.
+
+    With ``pool`` the output's mean over all pixels, [N, K]. None where each module has to be called by itself.
+    """
+    if torch.is_grad_enabled() or sequence.training or torch.compiler.is_compiling():
+        return None
+    if select.interception(x) is not None or select.global_hook() is not None or profiling.enabled():
+        return None
+    force, call = select.forced(), Call.of(x)
+    if force == "torch":
+        return None
+    backend = select.backend_for(call, force)
+    reason = select.bf16_fallback_reason if select.is_in_bf16(x) else lambda call: select.fallback_reason(backend, call)
+    if backend == "reference" or reason(call) is not None:
+        return None
+    found = _sequences.get(sequence)
+    if found is None:
+        found = _sequences.keep(sequence, _lower(sequence))
+    if isinstance(found, bool) or not found.has_kernels(backend):
+        return None
+    return found.infer(backend, x, pool)
+
+
+def _lower(sequence: nn.Module) -> ChainSequence | bool:
+    if any(module.training for module in sequence.modules()):
+        return False
+    chains: list[Chain] = []
+    for module in _fused_modules(sequence):
+        spec = module.lowered() if module is not None else ""
+        if isinstance(spec, str) or spec.chain.batch_statistics:
+            return False
+        if chains and chains[-1].layers[-1].out_channels != spec.chain.layers[0].in_channels:
+            return False
+        chains.append(spec.chain)
+    return ChainSequence(chains) if chains else False
+
+
+def _fused_modules(sequence: nn.Module) -> list[FusedModule | None]:
+    """The fused modules in a sequence and in the sequences in it; None for any other module."""
+    found: list[FusedModule | None] = []
+    for child in sequence._modules.values():
+        # A module that was compiled by itself is called as it was compiled.
+        if child is None or child._compiled_call_impl is not None:
+            found.append(None)
+        elif is_plain(child, nn.Sequential):
+            found += _fused_modules(child)
+        elif is_plain(child, ConvBnAct, MBConv, FusedMBConv):
+            found.append(cast(FusedModule, child))
+        else:
+            found.append(None)
+    return found

@@ -1,0 +1,234 @@
+"""Networks whose modules are computed together at inference, against the same modules called one by one."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import assert_close, randomize
+from native_cases import needs_native
+from torch import Tensor, nn
+
+import effnet_kernels as ek
+from effnet_kernels import EfficientNet
+from effnet_kernels.backends import cpu
+from effnet_kernels.backends.cpu.network import Network
+from effnet_kernels.fusion.sequence import ChainSequence
+from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig, fused_sequence
+
+pytestmark = needs_native
+
+SETTINGS = [
+    MBConvConfig(1, 3, 1, 16, 8, 2),
+    FusedMBConvConfig(2, 3, 2, 8, 16, 2),
+    MBConvConfig(2, 5, 2, 16, 24, 2),
+    MBConvConfig(2, 3, 1, 24, 24, 2, squeeze_ratio=None),
+]
+
+
+def network() -> EfficientNet:
+    torch.manual_seed(0)
+    model = randomize(EfficientNet(SETTINGS, 0.0, num_classes=5, last_channel=40)).eval()
+    assert isinstance(model, EfficientNet)
+    return model
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape or (2, 3, 33, 46))
+
+
+def by_torch(model: nn.Module, x: Tensor) -> Tensor:
+    with ek.use_backend("torch"), torch.no_grad():
+        return model(x)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers of each native call."""
+    numbers: list[int] = []
+    make, run = Network.__init__, Network.run
+
+    def made(self: Network, chains, *arguments, **named) -> None:
+        self.layers = sum(len(chain.layers) for chain in chains)
+        make(self, chains, *arguments, **named)
+
+    monkeypatch.setattr(Network, "__init__", made)
+    monkeypatch.setattr(Network, "run", lambda self, *rest: numbers.append(self.layers) or run(self, *rest))
+    return numbers
+
+
+@pytest.mark.parametrize("strides", [torch.contiguous_format, torch.channels_last])
+def test_a_network_is_one_native_call(calls, monkeypatch, strides) -> None:
+    model, x = network(), image().contiguous(memory_format=strides)
+    with torch.no_grad():
+        logits, maps = model(x), model.features(x)
+        assert len(calls) == 2
+        assert calls[0] == calls[1] > 15
+        calls.clear()
+        monkeypatch.setattr(fused_sequence, "infer", lambda *arguments, **named: None)
+        one_by_one = model(x), model.features(x)
+        assert len(calls) == 20
+    assert torch.equal(logits, one_by_one[0])
+    assert torch.equal(maps, one_by_one[1])
+    assert maps.is_contiguous(memory_format=strides)
+    assert_close(logits, by_torch(model, x), 1e-5)
+
+
+def test_a_part_of_a_network_is_one_call_too(calls) -> None:
+    model, x = network(), image()
+    part = model.features[:3]
+    with torch.no_grad():
+        # A slice is a new module, in train mode with blocks in eval mode.
+        assert_close(part(x), by_torch(part, x), 1e-5)
+        assert len(calls) == 5
+        calls.clear()
+        assert_close(part.eval()(x), by_torch(part, x), 1e-5)
+        assert len(calls) == 1
+
+
+def test_a_change_of_a_parameter_is_seen(calls) -> None:
+    model, x = network(), image()
+    with torch.no_grad():
+        model(x)
+        for change in (
+            lambda: model.features[2][1].block[0].conv.weight.data.mul_(1.5),
+            lambda: model.features[-1].norm.running_var.data.add_(1.0),
+            lambda: model.load_state_dict(network().state_dict()),
+            lambda: setattr(model.features[1][0].block[0].norm, "eps", 0.5),
+        ):
+            change()
+            assert_close(model(x), by_torch(model, x), 1e-5)
+    assert len(calls) == 5
+
+
+def add_hook(module: nn.Module) -> None:
+    module.fired = 0
+
+    def hook(*arguments: object) -> None:
+        module.fired += 1
+
+    module.register_forward_hook(hook)
+
+
+class Scaled(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def replace_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda input: 2 * forward(input)
+
+
+def scale_stage(model: EfficientNet) -> None:
+    model.features[2] = Scaled(*model.features[2])
+
+
+def subclass_block(model: EfficientNet) -> None:
+    kind = type(model.features[3][0])
+    made = type("Doubled", (kind,), {"forward": lambda self, input: 2 * kind.forward(self, input)})
+    model.features[3][0].__class__ = made
+
+
+def without_statistics(model: EfficientNet) -> None:
+    norm = model.features[2][0].block[0].norm
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+
+
+CHANGES: dict[str, Callable[[EfficientNet], object]] = {
+    "hook on a stage": lambda model: add_hook(model.features[2]),
+    "hook on a block": lambda model: add_hook(model.features[2][1]),
+    "hook in a block": lambda model: add_hook(model.features[3][0].block[1]),
+    "hook on the head": lambda model: add_hook(model.features[-1]),
+    "forward of a stage": lambda model: replace_forward(model.features[1]),
+    "forward of a block": lambda model: replace_forward(model.features[1][0]),
+    "class of a stage": scale_stage,
+    "class of a block": subclass_block,
+    "another module": lambda model: model.features.insert(2, nn.ReLU()),
+    "another activation": lambda model: setattr(model.features[3][0].block[0], "2", nn.GELU()),
+    "batch statistics": without_statistics,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("before", [True, False], ids=["before the first call", "after it"])
+def test_what_has_to_be_called_is_called(calls, change: str, before: bool) -> None:
+    model, x = network(), image()
+    with torch.no_grad():
+        if not before:
+            model(x)
+            model.features(x)
+        CHANGES[change](model)
+        calls.clear()
+        y, maps = model(x), model.features(x)
+        fired = [module.fired for module in model.modules() if hasattr(module, "fired")]
+        assert fired == [2] * change.startswith("hook")
+        assert len(calls) > 2
+        assert_close(y, by_torch(model, x), 1e-5)
+        assert_close(maps, by_torch(model.features, x), 1e-5)
+
+
+def test_a_global_hook_fires_for_each_module(calls) -> None:
+    model, x, seen = network(), image(), []
+    with torch.no_grad():
+        model(x)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module))
+        try:
+            model(x)
+        finally:
+            handle.remove()
+    assert {model.features, *model.features} <= set(seen)
+
+
+def test_a_block_in_train_mode_trains() -> None:
+    model, x = network(), image()
+    with torch.no_grad():
+        model(x)
+        block = model.features[2][0].train()
+        before = copy.deepcopy(block.state_dict())
+        model(x)
+    changed = [key for key, value in block.state_dict().items() if not torch.equal(value, before[key])]
+    assert any("running_mean" in key for key in changed)
+
+
+def test_gradients_are_recorded_where_they_are_wanted() -> None:
+    model, x = network(), image().requires_grad_()
+    with torch.no_grad():
+        model(x)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_another_dtype() -> None:
+    model, x = network(), image()
+    with torch.no_grad():
+        right = by_torch(model.double(), x.double())
+        assert_close(model(x.double()), right, 1e-12)
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model.features(x)
+            assert y.dtype == torch.bfloat16
+        assert_close(y.double(), by_torch(model.double().features, x.double()), 5e-2)
+        model.bfloat16()
+        y = model.features(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        assert not cpu.runs_bf16() or isinstance(fused_sequence._sequences.get(model.features), ChainSequence)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = network()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"expected an input \[N, 3, H, W\]"):
+            model(image(2, 4, 33, 33))
+        other = SETTINGS[3]
+        model.features[4][0] = other.block(MBConvConfig(2, 3, 1, 16, 24, 1), 0.0, nn.BatchNorm2d).eval()
+        with pytest.raises(ValueError, match=r"expected an input \[N, 16, H, W\], got shape"):
+            model(image())
+
+
+def test_an_empty_batch() -> None:
+    model = network()
+    with torch.no_grad():
+        model(image())
+        assert model(image(0, 3, 33, 33)).shape == (0, 5)
