@@ -736,3 +736,20 @@ def test_lazily_negated_statistics_are_torchs_to_move():
         norm.running_var = torch._neg_view(-norm.running_var.detach())
         module(x)
     assert_buffers_close(block, theirs)
+
+
+def test_a_model_whose_blocks_are_all_left_alone_says_why() -> None:
+    import torchvision
+
+    model = torchvision.models.efficientnet_b0(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    with pytest.warns(
+        UserWarning, match=r"left alone all 18 blocks that it knows, features\.0 because .*FrozenBatchNorm"
+    ):
+        ek.accelerate(model)
+    with pytest.warns(UserWarning, match="found nothing in Linear that it could switch$"):
+        ek.accelerate(nn.Linear(2, 2))
+
+
+def test_explain_wants_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"expected the model's input as a tensor .* got tuple"):
+        ek.explain(nn.Linear(2, 2), (1, 3, 64, 64))

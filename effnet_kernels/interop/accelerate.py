@@ -52,8 +52,19 @@ def accelerate(model: Model) -> Model:
         if _network_of(type(network)) is not None:
             object.__setattr__(network, "__class__", _accelerated_class(type(network)))
     if not any(isinstance(module, FusedModule) for module in model.modules()):
-        warnings.warn(f"accelerate() found nothing in {type(model).__name__} that it could switch", stacklevel=2)
+        warnings.warn(_found_nothing(model, found), stacklevel=2)
     return model
+
+
+def _found_nothing(model: nn.Module, known: list[nn.Module]) -> str:
+    text = f"accelerate() found nothing in {type(model).__name__} that it could switch"
+    if not known:
+        return text
+    first = next(name for name, module in model.named_modules() if module is known[0])
+    return (
+        f"{text}: it left alone all {len(known)} blocks that it knows, {first or 'the model'} because "
+        f"{why_left_alone(known[0])}; print(effnet_kernels.explain(model)) lists them"
+    )
 
 
 def restore(model: Model) -> Model:

@@ -46,6 +46,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         x: the model's input, [N, C, H, W]; None for one of the device and dtype of the model's parameters.
 
     Raises:
+        TypeError: ``x`` is no tensor.
         BackendError: a backend is forced that cannot run one of the layers.
     """
     rows = Explanation()
@@ -66,6 +67,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
 
 def _call(model: nn.Module, x: Tensor | None) -> Call:
     if x is not None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected the model's input as a tensor [N, C, H, W], got {type(x).__name__}")
         intercepted = select.interception(x)
         return Call.of(x) if intercepted is None else Call(x.device, x.dtype, intercepted)
     parameter = next(model.parameters(), None)
