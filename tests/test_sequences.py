@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import effnet_kernels as ek
 from effnet_kernels import EfficientNet
-from effnet_kernels.backends import cpu
+from effnet_kernels.backends import cpu, triton
 from effnet_kernels.backends.cpu.network import Network
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig, fused_sequence
@@ -232,3 +233,31 @@ def test_an_empty_batch() -> None:
     with torch.no_grad():
         model(image())
         assert model(image(0, 3, 33, 33)).shape == (0, 5)
+
+
+@pytest.mark.skipif(triton.unavailable_reason() is not None, reason=f"{triton.unavailable_reason()}")
+def test_what_does_not_fit_the_memory_together_is_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stub_driver import models_on
+
+    model, engine, x = network(), ek.freeze(network()), image(1, 3, 33, 33)
+    together = []
+    planned = ChainSequence._infer_by_plans
+
+    def infer(self: ChainSequence, *arguments: Any) -> Tensor:
+        together.append(self)
+        if len(together) % 2 == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return planned(self, *arguments)
+
+    monkeypatch.setattr(ChainSequence, "_infer_by_plans", infer)
+    with models_on() as driver, torch.no_grad():
+        for call in (lambda: model(x), lambda: engine.folded(x)):
+            together.clear()
+            launches = []
+            for _ in range(4):
+                driver.launched.clear()
+                call()
+                launches.append(len(driver.launched))
+            assert len(together) == 2, "what failed is not tried again"
+            assert launches[0] > 20
+            assert set(launches) == {launches[0]}

@@ -5,7 +5,7 @@ longer than its kernels take.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class ChainSequence:
         self._tensors = tensors_of(chains)
         self._packed = PackedChains(self._tensors)
         self._runs = [_Run(run, [t for chain in run for t in chain.all_tensors()], Plans()) for run in _runs(chains)]
+        self._too_large: set[torch.Size] = set()
         self._depthwise = {
             (layer.kernel_size, layer.stride) for chain in chains for layer in chain.layers if layer.kind == "depthwise"
         }
@@ -47,7 +48,7 @@ class ChainSequence:
     def has_kernels(self, backend: PrimitivesBackend) -> bool:
         return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
 
-    def infer(self, backend: PrimitivesBackend, x: Tensor, pool: bool = False) -> Tensor | None:
+    def infer(self, backend: Literal["cpu", "triton"], x: Tensor, pool: bool = False) -> Tensor | None:
         """The last output [N, K, H', W'] for x [N, C, H, W], or with ``pool`` its mean over all pixels, [N, K].
 
         The output is in channels-last strides and, as a chain's, in the dtype of x or of autocast. None where each
@@ -57,14 +58,23 @@ class ChainSequence:
         dtypes = select.chain_dtypes(backend, x)
         if backend == "cpu":
             return self._infer_natively(x, dtypes, pool)
+        if x.shape in self._too_large:
+            return None
+        try:
+            return self._infer_by_plans(x, dtypes, pool)
+        except torch.OutOfMemoryError:
+            # A pass holds all of the network's maps while its plan is recorded. One chain's are few.
+            self._too_large.add(x.shape)
+            return None
+
+    def _infer_by_plans(self, x: Tensor, dtypes: tuple[torch.dtype, torch.dtype], pool: bool) -> Tensor:
         computed, returned = dtypes
-        y = cast(backend, as_map(x), computed)
-        primitives = select.primitives_of(backend)
+        y = cast("triton", as_map(x), computed)
+        primitives = select.primitives_of("triton")
         for run in self._runs:
-            pooled = pool and run is self._runs[-1]
-            chains = _pooled(run.chains) if pooled else run.chains
-            y = infer(primitives, chains, y, run.plans if backend == "triton" else None, run.tensors)
-        return cast(backend, y, returned)
+            chains = _pooled(run.chains) if pool and run is self._runs[-1] else run.chains
+            y = infer(primitives, chains, y, run.plans, run.tensors)
+        return cast("triton", y, returned)
 
     def _infer_natively(self, x: Tensor, dtypes: tuple[torch.dtype, torch.dtype], pool: bool) -> Tensor | None:
         if dtypes[0] is not dtypes[1] and any(t.dtype is not torch.float32 for t in self._tensors):

@@ -30,11 +30,10 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
     if select.interception(x) is not None or select.global_hook() is not None or profiling.enabled():
         return None
     force, call = select.forced(), Call.of(x)
-    if force == "torch":
-        return None
     backend = select.backend_for(call, force)
-    reason = select.bf16_fallback_reason if select.is_in_bf16(x) else lambda call: select.fallback_reason(backend, call)
-    if backend == "reference" or reason(call) is not None:
+    in_bf16 = select.is_in_bf16(x)
+    reason = select.bf16_fallback_reason(call) if in_bf16 else select.fallback_reason(backend, call)
+    if force == "torch" or backend == "reference" or reason is not None:
         return None
     found = _sequences.get(sequence)
     if found is None:
