@@ -51,9 +51,16 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     return module is not None and type(module) in kinds and deviation("it", module) is None
 
 
+def has_hook(module: nn.Module) -> bool:
+    """Whether a hook fires at calls of the module, or at the backward pass of one."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def deviation(name: str, module: nn.Module) -> str | None:
     """Why a module computes something else than its class says (a hook, a replaced method, a setting), or None."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hook(module):
         return f"{name} has a hook, which only its own call would fire"
     names, patched = methods_of(type(module))
     for method in ("_call_impl", *names):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.select import Call
 from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import is_plain
+from effnet_kernels.fusion.inspection import has_hook, is_plain
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
@@ -37,6 +37,9 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
         return None
     found = _sequences.get(sequence)
     if found is None:
+        # While there is a hook, nothing that is kept holds.
+        if any(map(has_hook, sequence.modules())):
+            return None
         found = _sequences.keep(sequence, _lower(sequence))
     if isinstance(found, bool) or not found.has_kernels(backend):
         return None
