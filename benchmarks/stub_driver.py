@@ -67,7 +67,7 @@ class NullDriver(StubDriver):
         flags = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{path.name}"]
         subprocess.run([compiler, *flags, source, "-o", path], check=True)
         # Whoever loads a library of this name from now on gets this one.
-        self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.libcuda = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(folder)):
             from triton.backends.nvidia import driver
 

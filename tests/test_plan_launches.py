@@ -173,7 +173,7 @@ def compared(launches):
 
 run_of = plan_launches.run_of
 plans.run_of = compared
-driver.library.observe(observe)
+driver.libcuda.observe(observe)
 with models_on(driver):
     for config in (MBConvConfig(6, 3, 1, 16, 16, 1), MBConvConfig(1, 5, 2, 16, 24, 1)):
         module = config.block(config, 0.2, nn.BatchNorm2d)

@@ -136,6 +136,12 @@ def without_statistics(model: EfficientNet) -> None:
     norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
 
 
+def compile_block(model: EfficientNet) -> None:
+    """As ``block.compile()`` does, with something that is seen in the output."""
+    block = model.features[3][1]
+    block._compiled_call_impl = lambda input: 2 * block._call_impl(input)
+
+
 CHANGES: dict[str, Callable[[EfficientNet], object]] = {
     "hook on a stage": lambda model: add_hook(model.features[2]),
     "hook on a block": lambda model: add_hook(model.features[2][1]),
@@ -145,6 +151,7 @@ CHANGES: dict[str, Callable[[EfficientNet], object]] = {
     "forward of a block": lambda model: replace_forward(model.features[1][0]),
     "class of a stage": scale_stage,
     "class of a block": subclass_block,
+    "a compiled block": compile_block,
     "another module": lambda model: model.features.insert(2, nn.ReLU()),
     "another activation": lambda model: setattr(model.features[3][0].block[0], "2", nn.GELU()),
     "batch statistics": without_statistics,

@@ -89,7 +89,6 @@ def infer(
 
     if tensors is None:
         chains = [contiguous(chain) for chain in chains]
-        tensors = [t for chain in chains for t in chain.all_tensors()]
 
     def compute() -> list[Tensor | None]:
         y = x
@@ -101,7 +100,8 @@ def infer(
     if plans is None or chains[0].layers[0].kind == "dense":
         (out,) = compute()
     else:
-        (out,) = plans.run(("infer", chains[-1].pool), [x, *tensors], compute)
+        read = [t for chain in chains for t in chain.all_tensors()] if tensors is None else tensors
+        (out,) = plans.run(("infer", chains[-1].pool), [x, *read], compute)
     assert out is not None
     return out.to(x.dtype) if chains[-1].pool else out
 

@@ -121,12 +121,13 @@ class FoldedNetwork(nn.Module):
             return
         x, number = x.contiguous(memory_format=torch.channels_last), 0
         for sequence in self._current().sequences:
+            plans = self._plans[number : number + len(sequence.chains)]
             number += len(sequence.chains)
             y = _linear(sequence.chains[0], x) if x.dim() == 2 else sequence.infer("triton", x)
             if y is None:
                 y = x
-                for chain in sequence.chains:
-                    y = autograd.run("triton", chain, y, None)
+                for chain, own in zip(sequence.chains, plans, strict=True):
+                    y = autograd.run("triton", chain, y, None, plans=own)
             x = y
             if number - 1 in self.outputs:
                 yield x
