@@ -67,13 +67,13 @@ class Layout {
   }
 
   // Whether the gate scales the map, rather than the weights of the 1 x 1 convolution after it, which costs a pass over
-  // them for each image: the map is scaled where it has fewer numbers, another layer reads it, or the convolution runs
-  // inside the step of a depthwise layer, which takes no scaled weights.
+  // them for each image: the map is scaled where it has fewer numbers, or another layer reads it. So it is before a
+  // convolution that runs inside the step of the depthwise layer behind it, which takes no scaled weights.
   bool gates_map(std::int64_t i) const {
     const std::size_t at = static_cast<std::size_t>(i);
     if (at + 1 == layers_.size() || last_use(i + 1) != i + 1) return true;
     const LayerSpec& next = layers_[at + 1].spec;
-    if (!next.pointwise() || fused_into_next(i + 1)) return true;
+    if (!next.pointwise()) return true;
     return places[at + 1].pixels() < next.out_channels;
   }
 
