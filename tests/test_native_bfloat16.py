@@ -62,11 +62,12 @@ def multiply(isa: str, a: Tensor, b: Tensor, bias: Tensor, in_place: bool = Fals
     In place the kernels read the image where it is; otherwise they copy its pixels, filled up with a zero where the
     channels are odd.
     """
-    weight, x = b.T[:, :, None, None], a.T[None, :, None, :]
-    layout = torch.channels_last if in_place else torch.contiguous_format
+    weight, x = b.T[:, :, None, None], a.T[None, :, None, :].contiguous(memory_format=torch.channels_last)
+    if not in_place:
+        x = x.repeat_interleave(2, 3)[..., ::2]
     with running(isa, 1):
         network = Network([Chain((Layer("pointwise", weight, bias),))], [0])
-        y = network.run(x.contiguous(memory_format=layout), layout)[0]
+        y = network.run(x, torch.channels_last if in_place else torch.contiguous_format)[0]
     return y[0, :, 0, :].T
 
 

@@ -117,32 +117,37 @@ def expected(steps: list[Step], x: Tensor, outputs: list[int]) -> list[Tensor]:
     return tensors
 
 
-def check(steps: list[Step], x: Tensor, target: Target, threads: int = 1, outputs: list[int] | None = None) -> None:
+def with_gaps(x: Tensor) -> Tensor:
+    """The values of x in channels-last strides with other pixels behind each row."""
+    return torch.cat([x, x], 3).contiguous(memory_format=torch.channels_last)[..., : x.shape[3]]
+
+
+DENSE = (torch.contiguous_format, torch.channels_last)
+
+
+def check(
+    steps: list[Step],
+    x: Tensor,
+    target: Target,
+    threads: int = 1,
+    outputs: list[int] | None = None,
+    mixed: bool = False,
+) -> None:
+    """In contiguous and channels-last strides; ``mixed``, too, with an image in other strides than the outputs."""
     outputs = [len(steps)] if outputs is None else outputs
     steps, x = rounded(steps, target.dtype), x.to(target.dtype)
     right = expected(steps, x, outputs)
     network = network_of(steps, outputs)
-    # Copied from one layout to the other, and where there is one output read and written in place.
-    for strides in (torch.contiguous_format, torch.channels_last):
+    images = [x.contiguous(memory_format=strides) for strides in DENSE]
+    # Images and a single output in channels-last strides are read and written in place, the others are copied.
+    pairs = itertools.product([*images, with_gaps(x)], DENSE) if mixed else zip(images, DENSE, strict=True)
+    for image, strides in pairs:
         with running(target.isa, threads):
-            actual = network.run(x.contiguous(memory_format=strides), strides)
+            actual = network.run(image, strides)
         for index, y in zip(outputs, actual, strict=True):
             assert y.dtype == target.dtype
             assert y.is_contiguous(memory_format=strides)
             assert_close(y.double(), right[index], NETWORK_TOLERANCES[target.dtype])
-
-
-def check_in_place(steps: list[Step], x: Tensor, target: Target, threads: int = 1) -> None:
-    """A network that takes an image in channels-last strides alone."""
-    steps, x = rounded(steps, target.dtype), x.to(target.dtype).contiguous(memory_format=torch.channels_last)
-    right = expected(steps, x, [len(steps)])[-1]
-    network = network_of(steps, [len(steps)])
-    with running(target.isa, threads):
-        (y,) = network.run(x, torch.channels_last)
-        assert_close(y.double(), right, NETWORK_TOLERANCES[target.dtype])
-        for strided in (x.contiguous(), torch.cat([x, x], 3)[..., : x.shape[3]]):
-            with pytest.raises(ValueError, match="dense channels-last strides"):
-                network.run(strided, torch.channels_last)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -183,30 +188,33 @@ def test_dense_with_residual(target):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_blocks_by_themselves(target, threads):
     """Networks that begin with a depthwise convolution, or add or pool the image: blocks of a model."""
-    for channels, size, images in itertools.product((8, 16, 24, 40), ((5, 6), (14, 14)), (1, 6)):
+    for channels, size, images in itertools.product((7, 8, 16, 40), ((5, 6), (14, 14)), (1, 6)):
         x = torch.randn(images, channels, *size)
         expand, middle = 3 * channels + 1, dense(channels, 3 * channels + 1, act="silu")
         project = dense(expand, channels, residual=0)
-        check_in_place([middle, depthwise(expand, squeeze=3, act="silu"), project], x, target, threads)
-        check_in_place([depthwise(channels, 5, squeeze=2, act="silu"), dense(channels, 16)], x, target, threads)
-        check_in_place([depthwise(channels, stride=2, act="relu6")], x, target, threads)
-        check_in_place([dense(channels, channels, residual=0)], x, target, threads)
-        check_in_place([dense(channels, channels, 3, act="silu", residual=0)], x, target, threads)
-        check_in_place([dense(channels, 72, act="silu", pool=True)], x, target, threads)
+        for steps in (
+            [middle, depthwise(expand, squeeze=3, act="silu"), project],
+            [depthwise(channels, 5, squeeze=2, act="silu"), dense(channels, 16)],
+            [depthwise(channels, stride=2, act="relu6")],
+            [dense(channels, channels, residual=0)],
+            [dense(channels, channels, 3, act="silu", residual=0)],
+            [dense(channels, 72, act="silu", pool=True)],
+        ):
+            check(steps, x, target, threads, mixed=True)
 
 
-def test_what_cannot_be_read_in_place_is_refused():
-    for steps in (
-        [dense(7, 7, residual=0)],
-        [depthwise(12)],
-        [dense(8, 12, pool=True)],
-        [depthwise(8), dense(8, 8), dense(8, 8, residual=2)],
-        [dense(8, 8, residual=0), dense(8, 8)],
-    ):
-        with pytest.raises(ValueError, match="expected one output, of a multiple of 8 channels"):
-            network_of(steps, [len(steps)])
-    with pytest.raises(ValueError, match="expected one output"):
-        network_of([depthwise(8), dense(8, 8)], [1, 2])
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_blocks_behind_one_another(target):
+    """The image and the output are added, read twice, returned, or none of it, with every kind of first layer."""
+    for channels, images in itertools.product((7, 8, 16), (1, 6)):
+        x = torch.randn(images, channels, 6, 5)
+        begins = [depthwise(channels, act="silu")], [dense(channels, channels, 3)], [dense(channels, channels)]
+        for begin in (*begins, []):
+            at = len(begin)
+            for residuals in ((-1, -1), (at, -1), (-1, at + 1), (at, at + 1), (-1, at)):
+                behind = [dense(channels, channels, act="silu", residual=residual) for residual in residuals]
+                check([*begin, *behind], x, target, mixed=True)
+            check([*begin, dense(channels, channels, residual=at)], x, target, outputs=sorted({1, at + 1}))
 
 
 @pytest.mark.parametrize("isa", kernel_isas())

@@ -158,15 +158,29 @@ def test_the_memory_is_given_back() -> None:
     assert is_packed(module)
 
 
-def test_channels_that_cannot_be_packed() -> None:
+@pytest.mark.parametrize("channels", [3, 7, 12])
+def test_any_number_of_channels_is_packed(channels: int) -> None:
     timm_blocks = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
     torch.manual_seed(0)
-    module = randomize(ek.accelerate(timm_blocks.InvertedResidual(12, 12, exp_ratio=3.0))).eval()
-    x = torch.randn(2, 12, 9, 9)
+    block = timm_blocks.InvertedResidual(channels, channels, exp_ratio=3.0)
+    module, x = randomize(ek.accelerate(block)).eval(), torch.randn(2, channels, 9, 9)
     with torch.no_grad():
-        for _ in range(2):
-            assert_close(module(x), eager(module, x))
-        assert not is_packed(module)
+        assert_close(module(x), eager(module, x))
+        assert is_packed(module)
+
+
+def with_gaps(module: nn.Module) -> None:
+    """Gives a weight memory that holds other numbers in between."""
+    weight = module.get_parameter("block.0.0.weight")
+    weight.data = weight.data.repeat_interleave(2, 0)[::2]
+
+
+def test_weights_that_cannot_be_packed() -> None:
+    module, x = block()
+    with_gaps(module)
+    for _ in range(2):
+        assert_close(module(x), eager(module, x))
+    assert not is_packed(module)
 
 
 def test_threads_share_a_packed_chain() -> None:
@@ -202,11 +216,10 @@ def test_in_bfloat16(name: str, autocast: bool, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", BF16_ISAS)
-def test_channels_that_cannot_be_packed_in_bfloat16(isa: str) -> None:
-    timm_blocks = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
-    module = randomize(ek.accelerate(timm_blocks.InvertedResidual(12, 12, exp_ratio=3.0))).eval().to(BF16)
-    x = torch.randn(2, 12, 9, 9).to(BF16)
-    with running(isa, 1), torch.no_grad():
+def test_weights_that_cannot_be_packed_in_bfloat16(isa: str) -> None:
+    module, x = block("expand", BF16)
+    with_gaps(module)
+    with running(isa, 1):
         for _ in range(2):
             assert torch.equal(module(x), eager(module, x))
             assert {row.backend for row in ek.explain(module, x)} == {"torch"}

@@ -69,21 +69,6 @@ Network::Network(std::vector<Layer> layers, std::vector<std::int64_t> outputs, T
                                   std::to_string(tensor));
     }
   }
-  // Kernels write multiples of 8 channels. Pixels of the image and the output have other pitches than those in an
-  // arena, so that nothing but the image may be added to the output.
-  runs_in_place_ = outputs_ == std::vector<std::int64_t>{count} && layers_.back().spec.out_channels % 8 == 0;
-  const LayerSpec& first = layers_.front().spec;
-  needs_in_place_ = first.kind == LayerKind::depthwise || first.pool;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t residual = layers_[static_cast<std::size_t>(i)].spec.residual;
-    if (residual > 0 || (residual == 0 && i + 1 < count)) runs_in_place_ = false;
-    if (residual == 0) needs_in_place_ = true;
-  }
-  if (needs_in_place_ && !runs_in_place_) {
-    throw std::invalid_argument(
-        "expected one output, of a multiple of 8 channels and without another residual than the "
-        "image, of a network whose first layer is depthwise or pools, or that adds its image");
-  }
   const Lock lock;
   networks().insert(this);
 }
@@ -100,7 +85,32 @@ std::vector<MapSize> Network::output_sizes(std::int64_t height, std::int64_t wid
   return chosen;
 }
 
-std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place,
+InPlace Network::in_place(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
+                          const std::vector<View>& outputs) const {
+  const std::int64_t count = static_cast<std::int64_t>(layers_.size());
+  InPlace in_place;
+  in_place.image = image.type == type_ && image.is_dense({layers_.front().spec.in_channels, height, width}, batch);
+  // Kernels write multiples of 8 channels.
+  in_place.output = outputs_ == std::vector<std::int64_t>{count} && layers_.back().spec.out_channels % 8 == 0 &&
+                    outputs.front().type == type_ &&
+                    outputs.front().is_dense(output_sizes(height, width).front(), batch);
+  // A residual and what it is added to have one pitch.
+  for (std::int64_t i = 0; i < count; ++i) {
+    const LayerSpec& spec = layers_[static_cast<std::size_t>(i)].spec;
+    if (spec.residual < 0 || spec.out_channels % panel_columns == 0) continue;
+    const bool of_image = spec.residual == 0, to_output = i + 1 == count;
+    if (of_image && to_output) {
+      in_place.image = in_place.output = in_place.image && in_place.output;
+    } else if (of_image) {
+      in_place.image = false;
+    } else if (to_output) {
+      in_place.output = false;
+    }
+  }
+  return in_place;
+}
+
+std::shared_ptr<Plan> Network::plan_for(std::int64_t images, std::int64_t height, std::int64_t width, InPlace in_place,
                                         const std::string& isa, int threads) const {
   {
     const Lock lock;
@@ -135,14 +145,8 @@ void release_plans() {
 void Network::run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
                   const std::vector<View>& outputs, const std::string& isa, int threads,
                   std::vector<StepProfile>* profile) const {
-  const bool in_place = runs_in_place_ && image.type == type_ && outputs.front().type == type_ &&
-                        image.is_dense({layers_.front().spec.in_channels, height, width}, batch) &&
-                        outputs.front().is_dense(output_sizes(height, width).front(), batch);
-  if (needs_in_place_ && !in_place) {
-    throw std::invalid_argument(
-        "expected an image and an output in dense channels-last strides and the network's type");
-  }
-  const std::shared_ptr<Plan> plan = plan_for(std::min(batch, images_together), height, width, in_place, isa, threads);
+  const std::shared_ptr<Plan> plan = plan_for(std::min(batch, images_together), height, width,
+                                              in_place(image, batch, height, width, outputs), isa, threads);
   for (std::int64_t first = 0; first < batch; first += images_together) {
     std::vector<View> parts;
     for (const View& output : outputs) parts.push_back(output.from_image(first));

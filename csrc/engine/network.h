@@ -14,6 +14,14 @@ namespace effnet {
 
 class Plan;
 
+// Whether the image is read, and the one output written, where the caller has them: in dense memory of the network's
+// type. What is not is copied.
+struct InPlace {
+  bool image = false, output = false;
+
+  bool operator==(const InPlace& other) const { return image == other.image && output == other.output; }
+};
+
 // The cost of a step of the network.
 struct StepProfile {
   std::string name;
@@ -31,10 +39,9 @@ class Network {
 
   std::vector<MapSize> output_sizes(std::int64_t height, std::int64_t width) const;
 
-  // The image and the outputs may be of any type and strides; dense and of the network's type where the first layer is
-  // depthwise or pools, or where the image is added. Throws std::invalid_argument for others, and if the instruction
-  // set has no kernels for the network's type. Any number of threads may call it at the same time. If profile is not
-  // null, each step's cost is added to it.
+  // The image and the outputs may be of any type and strides. Throws std::invalid_argument if the instruction set has
+  // no kernels for the network's type. Any number of threads may call it at the same time. If profile is not null, each
+  // step's cost is added to it.
   void run(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
            const std::vector<View>& outputs, const std::string& isa, int threads,
            std::vector<StepProfile>* profile) const;
@@ -42,14 +49,14 @@ class Network {
  private:
   friend void release_plans();
 
-  std::shared_ptr<Plan> plan_for(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place,
+  InPlace in_place(const View& image, std::int64_t batch, std::int64_t height, std::int64_t width,
+                   const std::vector<View>& outputs) const;
+  std::shared_ptr<Plan> plan_for(std::int64_t images, std::int64_t height, std::int64_t width, InPlace in_place,
                                  const std::string& isa, int threads) const;
 
   std::vector<Layer> layers_;
   std::vector<std::int64_t> outputs_;
   Type type_;
-  // Whether the image and the output may be read and written where they are, and whether they have to be.
-  bool runs_in_place_ = false, needs_in_place_ = false;
   mutable std::list<std::shared_ptr<Plan>> plans_;  // the latest first
 };
 

@@ -30,7 +30,7 @@ bool contains(const std::vector<std::int64_t>& values, std::int64_t value) {
 class Layout {
  public:
   Layout(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, std::int64_t images,
-         std::int64_t height, std::int64_t width, Type type, bool in_place)
+         std::int64_t height, std::int64_t width, Type type, InPlace in_place)
       : layers_(layers), outputs_(outputs), images_(images) {
     const std::vector<MapSize> sizes = tensor_sizes(layers, height, width);
     const std::int64_t count = static_cast<std::int64_t>(layers.size());
@@ -39,9 +39,13 @@ class Layout {
     hidden = gate = scaled = sums;
     for (std::int64_t i = 0; i <= count; ++i) {
       const MapSize& size = sizes[static_cast<std::size_t>(i)];
-      places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type, i == 0};
+      places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type};
     }
-    if (in_place) places.front().in_place = places.back().in_place = true;
+    Place& image = places.front();
+    image.in_place = in_place.image;
+    image.is_image = in_place.image || !reads_image_as_tensor();
+    if (!image.is_image) place(images * image.floats(), 0, last_use(0), image.offset);
+    if (in_place.output) places.back().in_place = true;
     for (std::int64_t i = 0; i < count; ++i) {
       const std::size_t at = static_cast<std::size_t>(i);
       if (!fused_into_next(i) && !places[at + 1].in_place) {
@@ -86,6 +90,13 @@ class Layout {
   struct Taken {
     std::int64_t begin, end, first, last;
   };
+
+  // Whether a step reads the image otherwise than a dense convolution does, which takes it in any type and strides.
+  bool reads_image_as_tensor() const {
+    const LayerSpec& first = layers_.front().spec;
+    return first.kind == LayerKind::depthwise || first.pool ||
+           std::any_of(layers_.begin(), layers_.end(), [](const Layer& layer) { return layer.spec.residual == 0; });
+  }
 
   // The last layer that reads a tensor.
   std::int64_t last_use(std::int64_t tensor) const {
@@ -145,6 +156,7 @@ template <class T>
 std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, const Layout& layout,
                                               std::int64_t images, int threads) {
   std::vector<std::unique_ptr<Step>> steps;
+  if (!layout.places.front().is_image) steps.push_back(copy_step<T>(layout.places.front()));
   std::int64_t scaled = absent;
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LayerSpec& spec = layers[i].spec;
@@ -197,7 +209,7 @@ std::vector<MapSize> tensor_sizes(const std::vector<Layer>& layers, std::int64_t
 }
 
 Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
-           std::int64_t height, std::int64_t width, bool in_place, const Kernels& kernels, int threads)
+           std::int64_t height, std::int64_t width, InPlace in_place, const Kernels& kernels, int threads)
     : type_(type), images_(images), height_(height), width_(width), in_place_(in_place), kernels_(kernels),
       threads_(threads) {
   const Layout layout(layers, outputs, images, height, width, type, in_place);
@@ -213,7 +225,7 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
   scratch_floats_ = round_up(scratch_floats_, panel_columns) + panel_columns;
 }
 
-bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place, const std::string& isa,
+bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, InPlace in_place, const std::string& isa,
                 int threads) const {
   return images == images_ && height == height_ && width == width_ && in_place == in_place_ && threads == threads_ &&
          isa == kernels_.isa;
@@ -222,7 +234,7 @@ bool Plan::fits(std::int64_t images, std::int64_t height, std::int64_t width, bo
 void Plan::run(const View& image, std::int64_t images, const std::vector<View>& outputs,
                std::vector<StepProfile>* profile) const {
   const Scratch arena(tensor_floats_ + threads_ * scratch_floats_);
-  const Run run{image, in_place_ ? outputs.front() : View{}, arena.get(), images, threads_, kernels_};
+  const Run run{image, in_place_.output ? outputs.front() : View{}, arena.get(), images, threads_, kernels_};
   // Each thread takes the next work item when it is free, so that a thread that is interrupted delays the others by one
   // item at most.
   const auto taken = std::make_unique<std::atomic<std::int64_t>[]>(steps_.size());
@@ -243,7 +255,7 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
         start = now;
       }
     }
-    for (std::size_t i = 0; i < outputs_.size() && !in_place_; ++i) {
+    for (std::size_t i = 0; i < outputs_.size() && !in_place_.output; ++i) {
       const auto& [offset, size] = outputs_[i];
       const View& view = outputs[i];
       const std::int64_t pitch = round_up(size.channels, panel_columns), rows = images * size.height;

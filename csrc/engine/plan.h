@@ -12,12 +12,11 @@ namespace effnet {
 
 class Plan {
  public:
-  // For up to `images` images at a time. In place, the image and the one output are dense memory of the network's type,
-  // which no step copies.
+  // For up to `images` images at a time.
   Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& outputs, Type type, std::int64_t images,
-       std::int64_t height, std::int64_t width, bool in_place, const Kernels& kernels, int threads);
+       std::int64_t height, std::int64_t width, InPlace in_place, const Kernels& kernels, int threads);
 
-  bool fits(std::int64_t images, std::int64_t height, std::int64_t width, bool in_place, const std::string& isa,
+  bool fits(std::int64_t images, std::int64_t height, std::int64_t width, InPlace in_place, const std::string& isa,
             int threads) const;
 
   // Runs the first `images` images of a view, no more than the plan was made for.
@@ -32,7 +31,7 @@ class Plan {
 
   Type type_;
   std::int64_t images_, height_, width_;
-  bool in_place_;
+  InPlace in_place_;
   const Kernels& kernels_;
   int threads_;
   std::vector<std::unique_ptr<Step>> steps_;

@@ -2,7 +2,7 @@
 //
 // Tensors are [images, height, width, pitch] of the network's type: T in the functions below, which is float or Bf16.
 // In the plan's arena the pitch is round_up(channels, 16), and the numbers after the last channel of a pixel are never
-// read. The caller's image and outputs are read and written in place where all of them are dense, with the channels as
+// read. The caller's image and its one output are read and written in place where they are dense, with the channels as
 // their pitch. Vectors of a number a channel are floats.
 #pragma once
 
@@ -78,6 +78,10 @@ constexpr std::int64_t absent = -1;
 
 // Shards of a map's rows, each of which has partial sums of its own in a depthwise step.
 constexpr std::int64_t sum_shards = 4;
+
+// Copies the caller's image to a tensor.
+template <class T>
+std::unique_ptr<Step> copy_step(const Place& to);
 
 // A 1 x 1 convolution: act(x @ w + b) + residual, which has y's pitch; or with Layer.spec.pool the spatial mean of
 // that. If scaled is not absent, the weights are there, for each image.
