@@ -143,6 +143,7 @@ def test_copies_and_pickles() -> None:
     model, x = ek.accelerate(small().eval()), torch.randn(1, 3, 32, 32)
     for other in copies(model):
         assert len(switched(other)) == len(switched(model)) == 5
+        assert list(map(type, other.modules())) == list(map(type, model.modules()))
         assert torch.equal(other(x), model(x))
     for block in switched(model):
         assert pickle.loads(pickle.dumps(type(block))) is type(block)

@@ -7,7 +7,7 @@ hooks or classes of the module or of those inside it, or in the methods that are
 
 import operator
 from types import FunctionType
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -15,10 +15,24 @@ from torch import nn
 Finding = TypeVar("Finding")
 
 
+class Switched:
+    """Mixed into a module's class by :func:`effnet_kernels.accelerate`.
+
+    Attributes:
+        original: the class that the module was of.
+    """
+
+    original: ClassVar[Any]
+
+
+def is_accelerated(kind: type[nn.Module]) -> bool:
+    """Whether a class is one that :func:`effnet_kernels.accelerate` made of another."""
+    return issubclass(kind, Switched) and "original" in kind.__dict__
+
+
 def original_of(kind: type[nn.Module]) -> type[nn.Module]:
     """The class itself, or the one that an accelerated class was made of."""
-    original = kind.__dict__.get("original")
-    return original if isinstance(original, type) and issubclass(kind, original) else kind
+    return kind.__dict__["original"] if is_accelerated(kind) else kind
 
 
 def forward_methods(kind: type[nn.Module]) -> list[str]:

@@ -47,8 +47,8 @@ def unknown(name: str, module: nn.Module | None) -> Unsupported:
 
 
 def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is exactly of one of these classes, and computes what its class says."""
-    return module is not None and type(module) in kinds and deviation("it", module) is None
+    """Whether a module is exactly of one of these classes, accelerated or not, and computes what its class says."""
+    return module is not None and original_of(type(module)) in kinds and deviation("it", module) is None
 
 
 def has_hook(module: nn.Module) -> bool:

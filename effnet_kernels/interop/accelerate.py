@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import select
+from effnet_kernels.fusion.cache import Switched
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.interop.blocks import ADAPTER_MODULES, Adapter, Pair, adapter_of, look_up
+from effnet_kernels.modules import fused_sequence
 from effnet_kernels.modules.fused_module import FusedModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +35,9 @@ def accelerate(model: Model) -> Model:
     later (a hook inside, a parametrization, another norm) computes as it did for as long as that is so.
     ``print(explain(model))`` lists what was switched, and why the rest was not. :func:`restore` undoes it.
 
+    A plain ``torch.nn.Sequential`` of switched blocks is switched likewise: in eval mode without gradients it computes
+    them together, unless a hook or anything else observes a call that this would leave out.
+
     Outputs of switched blocks are in channels-last strides. Models may be trained, copied, pickled and accelerated
     again; ``torch.jit.script`` compiles the blocks' own forward, as if they were not switched. Before reading a pickle
     with a block of a class of your own, import that class's module.
@@ -48,9 +53,9 @@ def accelerate(model: Model) -> Model:
     for block in found:
         if why_left_alone(block) is None:
             object.__setattr__(block, "__class__", _accelerated_class(type(block)))
-    for network in model.modules():
-        if _network_of(type(network)) is not None:
-            object.__setattr__(network, "__class__", _accelerated_class(type(network)))
+    for module in model.modules():
+        if _network_of(type(module)) is not None or _is_sequence_of_blocks(module):
+            object.__setattr__(module, "__class__", _accelerated_class(type(module)))
     if not any(isinstance(module, FusedModule) for module in model.modules()):
         warnings.warn(_found_nothing(model, found), stacklevel=2)
     return model
@@ -70,7 +75,7 @@ def _found_nothing(model: nn.Module, known: list[nn.Module]) -> str:
 def restore(model: Model) -> Model:
     """Gives every block that :func:`accelerate` switched its own class back, and returns the model."""
     for module in model.modules():
-        if isinstance(module, Accelerated | AcceleratedNetwork):
+        if isinstance(module, Switched):
             object.__setattr__(module, "__class__", module.original)
     return model
 
@@ -107,7 +112,7 @@ def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             try:
                 return method(self, *arguments, **named)
             except AttributeError:
-                if isinstance(self, Accelerated | AcceleratedNetwork):
+                if isinstance(self, Switched):
                     raise
                 return getattr(self, name)(*arguments, **named)
 
@@ -116,10 +121,9 @@ def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-class Accelerated(FusedModule):
+class Accelerated(Switched, FusedModule):
     """Mixed into a block's own class: its forward as one fused chain wherever kernels compute it."""
 
-    original: ClassVar[type[nn.Module]]
     adapter: ClassVar[Adapter]
     keeps_memory_format = False
     method: ClassVar[str] = "forward"
@@ -140,13 +144,37 @@ class Accelerated(FusedModule):
         return type(self).adapter(self)
 
 
+class AcceleratedSequence(Switched):
+    """Mixed into ``nn.Sequential`` where it holds blocks alone: at inference they are computed together."""
+
+    method: ClassVar[str] = "forward"
+    scripted: ClassVar[Callable[..., Any]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return AcceleratedSequence.dispatched(self, input)
+        return self.scripted(input)
+
+    @_outliving("forward")
+    def dispatched(self: Any, input: Tensor) -> Tensor:
+        y = fused_sequence.infer(self, input)
+        return self.original.forward(self, input) if y is None else y
+
+
+def _is_sequence_of_blocks(module: nn.Module) -> bool:
+    """Whether a module is torch's plain sequence, maybe of such sequences, of two blocks or more that were switched."""
+    if type(module) is not nn.Sequential:
+        return False
+    blocks = fused_sequence.fused_modules(module)
+    return len(blocks) > 1 and all(isinstance(block, Accelerated) for block in blocks)
+
+
 Pairs = tuple[tuple[str, str, str | None], ...]
 
 
-class AcceleratedNetwork:
+class AcceleratedNetwork(Switched):
     """Mixed into the class of a network that calls its stem, and maybe its head, convolution by convolution."""
 
-    original: ClassVar[Any]
     # The method that calls them.
     method: ClassVar[str]
     # The names of a convolution, its norm and the activation behind it.
@@ -252,7 +280,7 @@ def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
     return None if issubclass(kind, AcceleratedNetwork) else look_up(kind, _NETWORKS, _METHODS)
 
 
-_KNOWN_MODULES = ADAPTER_MODULES | {name.rpartition(".")[0] for name in _NETWORKS}
+_KNOWN_MODULES = ADAPTER_MODULES | {name.rpartition(".")[0] for name in _NETWORKS} | {nn.Sequential.__module__}
 _classes: dict[type[nn.Module], Any] = {}
 
 
@@ -260,7 +288,7 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
     """The subclass for modules of a class. It can be imported from this module, under a name without dots."""
     if original not in _classes:
         adapter, network = adapter_of(original), _network_of(original)
-        mixed_in: Any = Accelerated if network is None else network
+        mixed_in: Any = network or (AcceleratedSequence if original is nn.Sequential else Accelerated)
         own = getattr(original, mixed_in.method)
         takes_more = adapter is not None and len(inspect.signature(own).parameters) > 2
         made = type(
@@ -279,6 +307,10 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
         )
         _classes[original] = made
     return _classes[original]
+
+
+def _can_be_switched(kind: type[nn.Module]) -> bool:
+    return adapter_of(kind) is not None or _network_of(kind) is not None or kind is nn.Sequential
 
 
 def _under_the_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,7 +335,7 @@ def __getattr__(name: str) -> Any:
         for part in qualified.split("."):
             # Not getattr, which could run a module's own __getattr__ or a descriptor.
             found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
-    if not isinstance(found, type) or (adapter_of(found) is None and _network_of(found) is None):
+    if not isinstance(found, type) or not _can_be_switched(found):
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}: expected the name of an accelerated class"
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
+from effnet_kernels.fusion.cache import original_of
 from effnet_kernels.fusion.inspection import ACTIVATIONS_OF, GATES_OF, Unsupported, deviation, unknown
 from effnet_kernels.fusion.lowering import ChainSpec, check_convolution, lower_chain, lower_excitation, lower_layer
 from effnet_kernels.fusion.spec import Activation, Chain, Excitation, Gate, Layer, Padding
@@ -186,7 +187,7 @@ def read_pair(pair: nn.Module) -> ChainSpec:
 
 def blocks_of(name: str, module: nn.Module, read: BlockReader) -> Iterator[tuple[str, Chain]]:
     """The blocks that a module calls, by name: itself, or those in a sequence."""
-    if type(module) is nn.Sequential:
+    if original_of(type(module)) is nn.Sequential:
         for inner, child in children_of(name, module):
             yield from blocks_of(inner, child, read)
     else:
@@ -196,7 +197,7 @@ def blocks_of(name: str, module: nn.Module, read: BlockReader) -> Iterator[tuple
 def children_of(name: str, sequence: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that a sequence calls, by name; one may be there twice. Raises ValueError where it does more."""
     reason = deviation(name, sequence)
-    if reason is None and type(sequence) not in (nn.Sequential, Features):
+    if reason is None and original_of(type(sequence)) not in (nn.Sequential, Features):
         reason = f"{name} is a {type(sequence).__name__}, not a sequence of modules"
     if reason is not None:
         raise ValueError(reason)

@@ -7,6 +7,7 @@ read, and those that it applies to that map stay its own.
 from torch import nn
 
 from effnet_kernels.backends import select
+from effnet_kernels.fusion.cache import original_of
 from effnet_kernels.fusion.inspection import Unsupported, deviation
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.interop import accelerate, efficientnet_pytorch, timm, torchvision
@@ -34,7 +35,7 @@ def read_network(model: nn.Module) -> Network:
             )
         raise TypeError(
             "expected an EfficientNet of effnet_kernels, torchvision, timm or efficientnet_pytorch, "
-            f"got {name_of(getattr(type(model), 'original', type(model)))}{hint}"
+            f"got {name_of(original_of(type(model)))}{hint}"
         )
     reason = deviation("the model", model)
     replaced = next((method for method in kind.methods if method in model.__dict__), None)

@@ -51,7 +51,7 @@ class Features(nn.Sequential):
         if select.prefers_channels_last(input):
             x = x.contiguous(memory_format=torch.channels_last)
         for index, module in enumerate(self):
-            x = module(x)
+            x = fused_sequence.call(module, x)
             if index in indices:
                 outputs.append(x)
         if select.interception(input) is None:
@@ -67,7 +67,7 @@ class Features(nn.Sequential):
         x = input.contiguous(memory_format=torch.channels_last)
         *layers, head = self
         for module in layers:
-            x = module(x)
+            x = fused_sequence.call(module, x)
         return cast(ConvBnAct, head).pooled(x)
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.select import Call
-from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import has_hook, is_plain
+from effnet_kernels.fusion.cache import Snapshots, is_accelerated
+from effnet_kernels.fusion.inspection import deviation, has_hook, is_plain
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
@@ -18,6 +18,15 @@ from effnet_kernels.modules.mbconv import MBConv
 
 # Beside the modules, so that it is not copied, written or listed with them. False where modules have to be called.
 _sequences: Snapshots[ChainSequence | bool] = Snapshots()
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, computed as one where the module is torch's plain sequence of fused ones."""
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(module, nn.Sequential):
+        y = infer(module, x)
+        if y is not None:
+            return y
+    return module(x)
 
 
 def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
@@ -50,7 +59,7 @@ def _lower(sequence: nn.Module) -> ChainSequence | bool:
     if any(module.training for module in sequence.modules()):
         return False
     chains: list[Chain] = []
-    for module in _fused_modules(sequence):
+    for module in fused_modules(sequence):
         spec = module.lowered() if module is not None else ""
         if isinstance(spec, str) or spec.chain.batch_statistics:
             return False
@@ -60,7 +69,7 @@ def _lower(sequence: nn.Module) -> ChainSequence | bool:
     return ChainSequence(chains) if chains else False
 
 
-def _fused_modules(sequence: nn.Module) -> list[FusedModule | None]:
+def fused_modules(sequence: nn.Module) -> list[FusedModule | None]:
     """The fused modules in a sequence and in the sequences in it; None for any other module."""
     found: list[FusedModule | None] = []
     for child in sequence._modules.values():
@@ -68,9 +77,16 @@ def _fused_modules(sequence: nn.Module) -> list[FusedModule | None]:
         if child is None or child._compiled_call_impl is not None:
             found.append(None)
         elif is_plain(child, nn.Sequential):
-            found += _fused_modules(child)
-        elif is_plain(child, ConvBnAct, MBConv, FusedMBConv):
+            found += fused_modules(child)
+        elif _is_plain_fused(child):
             found.append(cast(FusedModule, child))
         else:
             found.append(None)
     return found
+
+
+def _is_plain_fused(module: nn.Module) -> bool:
+    """Whether the module's call returns what its method ``fused`` does, wherever that is not None."""
+    if isinstance(module, FusedModule) and is_accelerated(type(module)):
+        return deviation("it", module) is None
+    return is_plain(module, ConvBnAct, MBConv, FusedMBConv)
