@@ -148,6 +148,7 @@ class Primitives(Protocol):
 
 
 PrimitivesBackend = Literal["reference", "cpu", "triton"]
+PRIMITIVES_BACKENDS: tuple[PrimitivesBackend, ...] = ("reference", "cpu", "triton")
 """The backends that have primitives; "torch" has modules alone."""
 
 

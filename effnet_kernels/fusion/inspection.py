@@ -1,6 +1,6 @@
 """Whether a module computes what its class says, so that a kernel can compute it instead."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from effnet_kernels.backends import select
+from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
 from effnet_kernels.fusion.cache import forward_methods, original_of, static_method
-from effnet_kernels.fusion.spec import Activation, Gate
+from effnet_kernels.fusion.spec import Activation, Chain, Gate
 
 # A plain tuple, because a tracer cannot unpack a named one that a constant function returns.
 ForwardMethods = tuple[tuple[str, ...], str | None]
@@ -81,6 +82,14 @@ def deviation(name: str, module: nn.Module) -> str | None:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.is_neg():
                 return f"{name} holds a tensor that is negated lazily"
+    return None
+
+
+def missing_kernel(backend: PrimitivesBackend, chains: Iterable[Chain]) -> str | None:
+    """Which of the chains' convolutions the kernels of a backend do not have, or None."""
+    for layer in (layer for chain in chains for layer in chain.layers):
+        if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
+            return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
     return None
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends import select
-from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
+from effnet_kernels.backends.base import PRIMITIVES_BACKENDS
 from effnet_kernels.backends.operands import as_map
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion.autograd import cast, packed_dtypes
 from effnet_kernels.fusion.forward import check_input, infer
+from effnet_kernels.fusion.inspection import missing_kernel
 from effnet_kernels.fusion.packing import PackedChains, tensors_of
 from effnet_kernels.fusion.spec import Chain
 
@@ -33,6 +34,9 @@ class ChainSequence:
 
     On the CPU they are one native call with packed weights; on a GPU those between dense convolutions are one launch
     plan.
+
+    Attributes:
+        missing_kernels: for each backend which convolution it has no kernels for, or None.
     """
 
     def __init__(self, chains: Sequence[Chain]) -> None:
@@ -41,12 +45,7 @@ class ChainSequence:
         self._packed = PackedChains(self._tensors)
         self._runs = [_Run(run, [t for chain in run for t in chain.all_tensors()], Plans()) for run in _runs(chains)]
         self._too_large: set[torch.Size] = set()
-        self._depthwise = {
-            (layer.kernel_size, layer.stride) for chain in chains for layer in chain.layers if layer.kind == "depthwise"
-        }
-
-    def has_kernels(self, backend: PrimitivesBackend) -> bool:
-        return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
+        self.missing_kernels = {backend: missing_kernel(backend, chains) for backend in PRIMITIVES_BACKENDS}
 
     def infer(self, backend: Literal["cpu", "triton"], x: Tensor, pool: bool = False) -> Tensor | None:
         """The last output [N, K, H', W'] for x [N, C, H, W], or with ``pool`` its mean over all pixels, [N, K].

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.activation import activate, gate_of
-from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
+from effnet_kernels.backends.base import PRIMITIVES_BACKENDS
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
+from effnet_kernels.fusion.inspection import missing_kernel
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain, Excitation, Layer
 
@@ -43,8 +44,7 @@ class FoldedNetwork(nn.Module):
         self._settings: list[Chain] = []
         self._assembled: _Assembled | None = None
         self._plans = [Plans() for _ in chains]
-        layers = [layer for chain in chains for layer in chain.layers]
-        self._depthwise = {(layer.kernel_size, layer.stride) for layer in layers if layer.kind == "depthwise"}
+        self._missing_kernels = {backend: missing_kernel(backend, chains) for backend in PRIMITIVES_BACKENDS}
         number = 0
         for chain in chains:
             self._settings.append(chain.with_parameters([_setting(t) for t in chain.parameters()]))
@@ -116,7 +116,7 @@ class FoldedNetwork(nn.Module):
 
     def _outputs(self, x: Tensor) -> Iterator[Tensor]:
         observed = torch.compiler.is_compiling() or profiling.enabled()
-        if observed or select.chain_backend(x) != "triton" or not self._has_kernels("triton"):
+        if observed or select.chain_backend(x) != "triton" or self._missing_kernels["triton"]:
             yield from (y for y, is_output in self.each(x) if is_output)
             return
         x, number = x.contiguous(memory_format=torch.channels_last), 0
@@ -135,7 +135,7 @@ class FoldedNetwork(nn.Module):
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """The output of every group of layers, and whether it is one of the network's."""
         backend = select.chain_backend(x)
-        if backend is not None and not self._has_kernels(backend):
+        if backend is not None and self._missing_kernels[backend]:
             backend = None
         if backend is not None:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -153,9 +153,6 @@ class FoldedNetwork(nn.Module):
         size: profiling.Size = x.shape
         for chain in self.chains():
             size = profiling.record_convolutions(chain, size, dense=True)
-
-    def _has_kernels(self, backend: PrimitivesBackend) -> bool:
-        return all(has_depthwise(backend, kernel, stride) for kernel, stride in self._depthwise)
 
     def _buffer(self, name: str, number: int) -> Tensor:
         # As an attribute, which older tracers know.

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import cpu, select
-from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
 from effnet_kernels.backends.select import Backend, BackendError, Call
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import Unsupported
+from effnet_kernels.fusion.inspection import Unsupported, missing_kernel
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain
@@ -97,7 +96,7 @@ class FusedModule(nn.Module):
             reason = _parameters_of_other_dtypes(spec.chain)
         if reason is not None and force == backend:
             raise BackendError(f"backend {force!r} was forced but cannot run {type(self).__name__}: {reason}")
-        reason = reason or _missing_kernel(backend, spec.chain)
+        reason = reason or missing_kernel(backend, [spec.chain])
         return Decision("torch", reason) if reason is not None else Decision(backend, None, spec)
 
     def lowered(self) -> ChainSpec | str:
@@ -121,14 +120,6 @@ class FusedModule(nn.Module):
 
 # Beside the modules, so that it is not copied, written or listed with them.
 _lowered: Snapshots[ChainSpec | str] = Snapshots()
-
-
-def _missing_kernel(backend: PrimitivesBackend, chain: Chain) -> str | None:
-    """Which of a chain's convolutions the kernels of ``backend`` do not have, or None."""
-    for layer in chain.layers:
-        if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
-            return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
-    return None
 
 
 def _unpacked(spec: ChainSpec) -> str | None:

@@ -50,7 +50,7 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
         if any(map(has_hook, sequence.modules())):
             return None
         found = _sequences.keep(sequence, _lower(sequence))
-    if isinstance(found, bool) or not found.has_kernels(backend):
+    if isinstance(found, bool) or found.missing_kernels[backend] is not None:
         return None
     return found.infer(backend, x, pool)
 
