@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import randomize
 from torch import Tensor
 
+import effnet_kernels as ek
 from effnet_kernels import use_backend
 from effnet_kernels.inference.cuda_graphs import GraphCache
 from effnet_kernels.tools import timing
@@ -105,6 +107,25 @@ def test_what_is_forced_is_captured_by_itself(maps: Maps, captures: list) -> Non
         cache(x)
     cache(x)
     assert len(captures) == 2
+
+
+def test_what_decides_the_launches_is_part_of_a_graph(
+    maps: Maps, captures: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton's precision is asked for")
+    cache, x = GraphCache(maps), torch.randn(1, 3, 4, 4)
+    for tf32 in (False, True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+        cache(x)
+    assert len(captures) == 2
+
+
+def test_an_engine_with_other_weights_has_other_graphs(maps: Maps, captures: list) -> None:
+    engine = ek.freeze(randomize(ek.efficientnet_b0(num_classes=2)))
+    before = engine.graphs()
+    assert engine.graphs() is before
+    engine.load_state_dict({key: t + 1.0 for key, t in engine.state_dict().items()}, assign=True)
+    assert engine.graphs() is not before
 
 
 def test_several_threads(maps: Maps, captures: list) -> None:

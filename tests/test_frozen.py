@@ -12,6 +12,7 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.backends import cpu
+from effnet_kernels.inference import engine as engines
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
@@ -112,6 +113,23 @@ def test_chains_have_the_buffers_of_the_moment():
     folded.load_state_dict({name: t + 1.0 for name, t in copied.state_dict().items()}, assign=True)
     assert weight(folded) is folded.weight
     assert torch.equal(folded.weight, copied.weight + 1.0)
+
+
+def test_weights_that_could_not_be_packed_are_packed_at_the_next_call(monkeypatch):
+    engine, x = ek.freeze(small().eval()), torch.randn(1, 3, 32, 32)
+    engine(x)
+    engine.load_state_dict({key: t + 0.1 for key, t in engine.state_dict().items()})
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments):
+            raise MemoryError
+
+        patch.setattr(engines, "Network", fail)
+        with pytest.raises(MemoryError):
+            engine(x)
+    with ek.use_backend("torch"):
+        expected = engine(x)
+    assert_close(engine(x), expected)
 
 
 def test_weights_as_odd_as_users_have_them():

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import select
+from effnet_kernels.backends import select, triton
+from effnet_kernels.backends.triton import plans
 
 # Calls before a capture, in which kernels are compiled and libraries allocate their memory.
 _WARMUP = 3
-# CUDA allows one capture at a time in a process.
+# PyTorch allows one capture at a time in a process.
 _capturing = threading.Lock()
 
 
@@ -43,8 +44,8 @@ class GraphCache:
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        # A forced backend is part of what was captured.
-        key = tuple(x.shape), select.forced()
+        # What decides the launches, beside the shape, is part of what was captured.
+        key = tuple(x.shape), select.forced(), *_settings_of_launches(x)
         with self._lock, torch.cuda.device(x.device):
             captured = self._captured.pop(key, None)
             if captured is None:
@@ -70,6 +71,10 @@ class GraphCache:
         # The memory of a graph may only be used again behind its last replay, on whichever stream that was.
         for captured in self._captured.values():
             captured.done.synchronize()
+
+
+def _settings_of_launches(x: Tensor) -> tuple[object, ...]:
+    return plans.settings_of_launches(x) if triton.unavailable_reason() is None else ()
 
 
 # Tensors made under inference_mode could not be written outside of it.

@@ -71,9 +71,9 @@ class FrozenEfficientNet(nn.Module):
     Raises ValueError or TypeError for other images, RuntimeError for images that require gradients.
     """
 
-    _native: Network | None
-    _packed: int  # the generation of the folded network's weights that were packed
-    _graphs: GraphCache | None
+    # Each with the generation of the folded network's weights that it was made of.
+    _native: tuple[int, Network] | None
+    _graphs: tuple[int, GraphCache] | None
 
     def __init__(
         self,
@@ -142,25 +142,23 @@ class FrozenEfficientNet(nn.Module):
             weight = self.folded.weight
             dtypes = "float32 or bfloat16" if cpu.runs_bf16() else "float32"
             raise ValueError(f"expected an engine in {dtypes} on the CPU, got {weight.dtype} on {weight.device}")
-        native = self._native
-        if native is None or self._packed != self.folded.generation:
+        native, generation = self._native, self.folded.generation
+        if native is None or native[0] != generation:
             if (reason := cpu.unavailable_reason()) is not None:
                 raise BackendError(f"a frozen network on the CPU needs the native extension: {reason}")
             # Threads that come here at once each pack their own, and the last is kept: a lock that one of them holds
             # while another forks would never be released in the child.
-            self._packed = self.folded.generation
-            native = self._native = Network(self.folded.chains(), self.folded.outputs)
-        return native
+            native = self._native = generation, Network(self.folded.chains(), self.folded.outputs)
+        return native[1]
 
     def graphs(self) -> GraphCache:
-        graphs = self._graphs
-        if graphs is None:
-            graphs = self._graphs = GraphCache(self.folded)
-        return graphs
+        graphs, generation = self._graphs, self.folded.generation
+        if graphs is None or graphs[0] != generation:
+            graphs = self._graphs = generation, GraphCache(self.folded)
+        return graphs[1]
 
     def _forget(self) -> None:
-        self._native, self._packed = None, 0
-        self._graphs = None
+        self._native = self._graphs = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEfficientNet":
         self._forget()
