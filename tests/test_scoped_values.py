@@ -96,3 +96,15 @@ def test_a_recomputed_forward_runs_on_the_forced_backend(backend: str, use_reent
     with select.use_backend(backend):
         checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
     assert chosen == [backend, backend]
+
+
+def test_blocks_of_threads_that_end_in_any_order_leave_no_backend_to_a_tracer() -> None:
+    first, second = select.use_backend("torch"), select.use_backend("reference")
+    with ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as another:
+        other.submit(first.__enter__).result()
+        another.submit(second.__enter__).result()
+        assert select._traced_override == "reference"
+        other.submit(first.__exit__, None, None, None).result()
+        assert select._traced_override == "reference"
+        another.submit(second.__exit__, None, None, None).result()
+    assert select._traced_override is None

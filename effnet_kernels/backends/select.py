@@ -30,8 +30,9 @@ Function = TypeVar("Function", bound=Callable[..., object])
 OLDEST_CAPABILITY = (8, 0)
 _capabilities: dict[int | None, tuple[int, int] | None] = {}
 _override: ScopedValue[Backend] = ScopedValue("backend")
-# The same for a tracer, which cannot look into a thread's state.
+# The same for a tracer, which cannot look into a thread's state: of the block that was entered last in any thread.
 _traced_override: Backend | None = None
+_entered: list[list[Backend]] = []
 
 
 def constant_when_traced(function: Function) -> Function:
@@ -72,16 +73,21 @@ def forced() -> Backend | None:
 def use_backend(name: Backend) -> Iterator[None]:
     """Forces a backend for the calls inside the ``with`` block; raises BackendError where it cannot run at all.
 
-    Like ``torch.autocast`` it holds for the thread of the block. A backward pass that recomputes a forward (activation
-    checkpointing) has to be started inside the block too.
+    Like ``torch.autocast`` it holds for the thread of the block; torch.compile traces what runs in any other thread
+    meanwhile for this backend, too. A backward pass that recomputes a forward (activation checkpointing) has to be
+    started inside the block too.
     """
     global _traced_override
     with _override.bound_to(_checked(name)):
-        traced, _traced_override = _traced_override, name
+        # A list of its own, which is found among those of other threads.
+        entered = [name]
+        _entered.append(entered)
+        _traced_override = name
         try:
             yield
         finally:
-            _traced_override = traced
+            _entered[:] = [other for other in _entered if other is not entered]
+            _traced_override = _entered[-1][0] if _entered else None
 
 
 @constant_when_traced
@@ -168,13 +174,13 @@ def _traces_eager_path() -> bool:
     return version < (2, 11) or (version < (2, 14) and not torch._dynamo.config.assume_static_by_default)
 
 
-def is_in_bf16(x: Tensor) -> bool:
-    """Whether ``x`` is in bfloat16 on the CPU without autocast or a forced backend.
+def is_in_bf16(x: object) -> bool:
+    """Whether ``x`` is a tensor in bfloat16 on the CPU without autocast or a forced backend.
 
     Packed networks infer in it (:func:`infers_in_bf16`), and torch computes the rest, fastest in channels-last strides.
     A module asks this first: to find out more takes several times as long, which a small network in bfloat16 notices.
     """
-    bfloat16 = x.dtype is torch.bfloat16 and x.is_cpu
+    bfloat16 = isinstance(x, Tensor) and x.dtype is torch.bfloat16 and x.is_cpu
     return bfloat16 and not torch.is_autocast_enabled("cpu") and forced() is None
 
 
