@@ -23,7 +23,7 @@ from conftest import (
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.interop.accelerate import Accelerated
+from effnet_kernels.interop.accelerate import AcceleratedBlock
 
 tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'third-party'")
 timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'third-party'")
@@ -63,7 +63,7 @@ def small() -> nn.Module:
 
 
 def switched(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, Accelerated)]
+    return [module for module in model.modules() if isinstance(module, AcceleratedBlock)]
 
 
 def backends(model: nn.Module, x: torch.Tensor) -> list[str]:
@@ -133,6 +133,20 @@ def test_restore_undoes_it_exactly() -> None:
         assert module.__dict__.keys() == attributes.keys()
 
 
+def test_a_block_may_be_in_several_places() -> None:
+    untouched = tv.mobilenet_v2().eval()
+    model = copy.deepcopy(untouched)
+    places = ek.accelerate(nn.ModuleDict({"whole": model, "part": model.features[:4]})).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(places["part"](x), untouched.features[:4].eval()(x))
+        assert_close(places["whole"](x), untouched(x))
+    assert {type(module) for module in ek.restore(places).modules()} == {
+        nn.ModuleDict,
+        *(type(module) for module in untouched.modules()),
+    }
+
+
 def test_switching_twice_changes_nothing() -> None:
     model = ek.accelerate(small())
     kinds = [type(module) for module in model.modules()]
@@ -163,12 +177,12 @@ def test_a_subclass_that_keeps_the_forward_is_known() -> None:
     model = small()
     block = model.features[1][0]
     block.__class__ = type("Tagged", (MBConv,), {})
-    assert isinstance(ek.accelerate(model).features[1][0], Accelerated)
+    assert isinstance(ek.accelerate(model).features[1][0], AcceleratedBlock)
     other = small()
     other.features[1][0].__class__ = type(
         "Doubled", (MBConv,), {"forward": lambda self, x: MBConv.forward(self, 2 * x)}
     )
-    assert not isinstance(ek.accelerate(other).features[1][0], Accelerated)
+    assert not isinstance(ek.accelerate(other).features[1][0], AcceleratedBlock)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,7 @@ def test_an_unknown_part_leaves_its_block_alone_with_a_reason(path: str, part: n
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, part)
     ek.accelerate(model)
-    assert not isinstance(model.features[2][0], Accelerated)
+    assert not isinstance(model.features[2][0], AcceleratedBlock)
     assert len(switched(model)) == 4
     rows = {row.name: row for row in ek.explain(model)}
     assert rows["features.2.0"].backend == "torch"

@@ -14,6 +14,7 @@ import effnet_kernels as ek
 from effnet_kernels import EfficientNet
 from effnet_kernels.backends import cpu, triton
 from effnet_kernels.backends.cpu.network import Network
+from effnet_kernels.fusion import sequence
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig, fused_sequence
 
@@ -171,6 +172,12 @@ def subclass_block(model: Any) -> None:
     model.features[3][0].__class__ = made
 
 
+def call_block_otherwise(model: Any) -> None:
+    kind = type(model.features[3][0])
+    made = type("Called", (kind,), {"__call__": lambda self, input: 2 * kind.__call__(self, input)})
+    model.features[3][0].__class__ = made
+
+
 def without_statistics(model: Any) -> None:
     norm = model.features[2][0].block[0][1]
     norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
@@ -191,6 +198,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "forward of a block": lambda model: replace_forward(model.features[1][0]),
     "class of a stage": scale_stage,
     "class of a block": subclass_block,
+    "call of a block": call_block_otherwise,
     "a compiled block": compile_block,
     "another module": lambda model: model.features.insert(2, nn.ReLU()),
     "another activation": lambda model: setattr(model.features[3][0].block[0], "2", nn.GELU()),
@@ -215,6 +223,50 @@ def test_what_has_to_be_called_is_called(calls, change: str, before: bool, owner
         assert len(calls) > 2
         assert_close(y, by_torch(model, x), 1e-5)
         assert_close(maps, by_torch(model.features, x), 1e-5)
+
+
+METHODS = [(nn.Sequential, "forward"), (nn.Module, "__call__"), (nn.Module, "_call_impl")]
+
+
+@pytest.mark.parametrize(("kind", "method"), METHODS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("before", [True, False], ids=["before the first call", "after it"])
+def test_torchs_own_methods_that_were_patched_are_called(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], method: str, before: bool
+) -> None:
+    blocks = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
+    torch.manual_seed(0)
+    theirs = randomize(nn.Sequential(blocks.InvertedResidual(8, 8), blocks.InvertedResidual(8, 8))).eval()
+    model, x = ek.accelerate(copy.deepcopy(theirs)), torch.randn(2, 8, 9, 9)
+    own = getattr(kind, method)
+    with torch.no_grad():
+        if not before:
+            model(x)
+        monkeypatch.setattr(kind, method, lambda self, input: own(self, input) + 0.25)
+        assert_close(model(x), theirs(x), 1e-5)
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_weights_of_another_dtype_are_an_error_as_in_torch(owner: str) -> None:
+    model, x = network(owner), image()
+    with torch.no_grad():
+        model.features(x)
+        with pytest.raises((RuntimeError, ValueError), match="type"):
+            model.features(x.bfloat16())
+        model.bfloat16()
+        assert model.features(x.bfloat16()).dtype == torch.bfloat16
+        for inner in (model.features[3][1].block[0][0], model.features[3][0].block[2].fc1):
+            inner.float()
+            with pytest.raises((RuntimeError, ValueError), match="type"):
+                model.features(x.bfloat16())
+            inner.bfloat16()
+
+
+def test_what_is_no_tensor_is_torchs_error() -> None:
+    model = network("torchvision")
+    with torch.no_grad():
+        for other in (None, [image()], "image"):
+            with pytest.raises(TypeError):
+                model.features(other)
 
 
 @pytest.mark.parametrize("owner", OWNERS)
@@ -294,16 +346,16 @@ def test_what_does_not_fit_the_memory_together_is_computed_in_parts(monkeypatch:
 
     model, engine, x = network(), ek.freeze(network()), image(1, 3, 33, 33)
     together = []
-    planned = ChainSequence._infer_by_plans
+    planned = sequence._infer_by_plans
 
-    def infer(self: ChainSequence, *arguments: Any) -> Tensor:
-        if len(self.chains) > 2:
-            together.append(self)
+    def infer(runs: list[Any], *arguments: Any) -> Tensor:
+        if len(runs[-1].chains) > 1:
+            together.append(runs)
             if len(together) % 2 == 0:
                 raise torch.OutOfMemoryError("no memory")
-        return planned(self, *arguments)
+        return planned(runs, *arguments)
 
-    monkeypatch.setattr(ChainSequence, "_infer_by_plans", infer)
+    monkeypatch.setattr(sequence, "_infer_by_plans", infer)
     with models_on() as driver, torch.no_grad():
         for call in (lambda: model(x), lambda: engine.folded(x)):
             together.clear()
@@ -315,3 +367,6 @@ def test_what_does_not_fit_the_memory_together_is_computed_in_parts(monkeypatch:
             assert len(together) == 2, "what failed is not tried again"
             assert launches[0] > 20
             assert set(launches) == {launches[0]}
+            ek.release_memory()
+            call()
+            assert len(together) == 3, "until memory is released"

@@ -1,6 +1,8 @@
 """That a finding about a module is forgotten as soon as something inside the module changes."""
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 
@@ -12,7 +14,10 @@ from effnet_kernels.fusion.cache import Snapshots
 
 
 def module() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.SiLU()))
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.SiLU()), nn.Sequential())
+    m[0].noted, m[0].numbers = Unaskable(), [([2],)]
+    m[1][0].eps = 1.0
+    return m
 
 
 def replace_parameter(m: nn.Module) -> None:
@@ -29,7 +34,22 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "class of a child": lambda m: setattr(m[1][1], "__class__", nn.ReLU),
     "hook": lambda m: m[1][1].register_forward_hook(lambda *_: None),
     "forward": lambda m: setattr(m[0], "forward", lambda x: x),
+    "child of a module without children": lambda m: m[2].append(nn.ReLU()),
+    "parameter of a module without any": lambda m: m[1][1].register_parameter("p", nn.Parameter(torch.ones(1))),
+    "buffer of a module without any": lambda m: m[0].register_buffer("b", torch.ones(1)),
+    "list in place": lambda m: m[0].numbers.append(1),
+    "list in a tuple in place": lambda m: m[0].numbers[0][0].append(1),
+    "object": lambda m: setattr(m[0], "noted", Unaskable()),
 }
+
+
+class Unaskable:
+    """Not to be compared, as arrays are not."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("the truth value of an array is ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SiLU])
@@ -61,10 +81,51 @@ def test_steps_of_training_are_no_change() -> None:
     assert snapshots.get(m) == "found"
 
 
-def test_a_module_is_not_kept_alive() -> None:
+def test_an_equal_setting_is_no_change() -> None:
     m, snapshots = module(), Snapshots[str]()
     snapshots.keep(m, "found")
+    m[0].padding, m[1][0].eps = (0, 0), 2.0 / 2
+    for _ in range(2):
+        assert snapshots.get(m) == "found"
+    m[0].padding = (0, 1)
+    assert snapshots.get(m) is None
+
+
+def hook_of(m: nn.Module) -> None:
+    m.register_forward_hook(lambda *_: m)
+
+
+# How something inside of a module leads back to it.
+WAYS_BACK: dict[str, Callable[[nn.Module], object]] = {
+    "none": lambda m: None,
+    "hook": hook_of,
+    "hook of an inner module": lambda m: m[1][1].register_forward_hook(lambda *_: m),
+    "attribute": lambda m: m[1][0].__dict__.update(owner=m),
+    "attribute in a list": lambda m: setattr(m[1][0], "owner", [m]),
+    "compiled": lambda m: m.compile(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_BACK)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_module_is_not_kept_alive(way: str, before: bool) -> None:
+    m, snapshots = module(), Snapshots[object]()
+    if before:
+        WAYS_BACK[way](m)
+    snapshots.keep(m, list(m.parameters()))
+    if not before:
+        WAYS_BACK[way](m)
     reference = weakref.ref(m)
     del m
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_begins_anew(copied: Callable[[nn.Module], nn.Module]) -> None:
+    m, snapshots = nn.Sequential(nn.Conv2d(3, 8, 3)), Snapshots[str]()
+    snapshots.keep(m, "found")
+    other = copied(m)
+    assert snapshots.get(other) is None
+    snapshots.keep(other, "another")
+    assert (snapshots.get(m), snapshots.get(other)) == ("found", "another")

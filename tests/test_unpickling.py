@@ -11,7 +11,7 @@ import pytest
 from conftest import run_python
 from torch import nn
 
-from effnet_kernels.fusion.cache import is_accelerated
+from effnet_kernels.fusion.accelerated_class import is_accelerated
 from effnet_kernels.interop import accelerate as acceleration
 from effnet_kernels.interop import blocks
 

@@ -5,73 +5,70 @@ nothing has changed since takes a few. A change is anything that shows in the at
 hooks or classes of the module or of those inside it, or in the methods that are the forward of these classes.
 """
 
+import copy
 import operator
-from types import FunctionType
-from typing import Any, ClassVar, Generic, TypeVar
-from weakref import WeakKeyDictionary
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from effnet_kernels.fusion.accelerated_class import CALL, forward_methods, original_of
+
 Finding = TypeVar("Finding")
 
+_ATTRIBUTE = "_effnet_kernels_kept"
 
-class Switched:
-    """Mixed into a module's class by :func:`effnet_kernels.accelerate`.
 
-    Attributes:
-        original: the class that the module was of.
+class _Kept(dict[Any, Any]):
+    """What is kept of one module. A copy of it is an empty dictionary."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
+
+
+def kept_of(module: nn.Module) -> dict[Any, Any]:
+    """What is kept of a module, by who keeps it; it lives as long as the module, and copies of that begin anew.
+
+    It is an attribute of the module: in a table of all modules, whose keys are weak, a finding that leads back to its
+    module, through a hook for example, would keep it alive for ever.
     """
-
-    original: ClassVar[Any]
-
-
-def is_accelerated(kind: type[nn.Module]) -> bool:
-    """Whether a class is one that :func:`effnet_kernels.accelerate` made of another."""
-    return issubclass(kind, Switched) and "original" in kind.__dict__
+    kept = module.__dict__.get(_ATTRIBUTE)
+    if type(kept) is not _Kept or kept.module() is not module:
+        kept = module.__dict__[_ATTRIBUTE] = _Kept(module)
+    return kept
 
 
-def original_of(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class itself, or the one that an accelerated class was made of."""
-    return kind.__dict__["original"] if is_accelerated(kind) else kind
-
-
-def forward_methods(kind: type[nn.Module]) -> list[str]:
-    """The names of a class's ``forward`` and of the methods of the class that it calls, where these are functions."""
-    # Asking a class of TorchScript's for its forward raises an error, so the classes' dictionaries are read.
-    forward = static_method(kind, "forward")
-    if forward is None:
-        return []
-    return ["forward", *(name for name in forward.__code__.co_names if static_method(kind, name) is not None)]
-
-
-def static_method(kind: type[nn.Module], name: str) -> FunctionType | None:
-    """The function that a class has, or inherits from one below ``nn.Module``, under a name."""
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        if name in base.__dict__:
-            found = base.__dict__[name]
-            return found if isinstance(found, FunctionType) else None
-    return None
+def forget(module: nn.Module) -> None:
+    """Removes what is kept of a module."""
+    module.__dict__.pop(_ATTRIBUTE, None)
 
 
 class Snapshot(Generic[Finding]):
     """A finding about ``module``, and everything that it may depend on."""
 
     def __init__(self, module: nn.Module, finding: Finding) -> None:
-        # The module itself is not kept: its attributes are, so that it can be collected.
         inner = list(module.modules())[1:]
         self.finding = finding
         self.types = [type(m) for m in inner]
         # An accelerated block's own class is the one that it was switched from.
         kinds = {original_of(kind) for kind in (type(module), *self.types)}
-        self.named_methods = [(kind, name) for kind in kinds for name in forward_methods(kind)]
+        self.named_methods = [(kind, name) for kind in kinds for name in (*CALL, *forward_methods(kind))]
         self.methods = [getattr(kind, name) for kind, name in self.named_methods]
         self.inner = inner
         self.attributes = [module.__dict__, *(m.__dict__ for m in inner)]
         self.values = [list(d.values()) for d in self.attributes]
+        # Those that may be changed in place.
+        self.lists = [(found, copy.deepcopy(found)) for found in _settings_in_lists(self.values)]
         kinds_of_members = ("_modules", "_parameters", "_buffers")
         # What torch.jit.trace returns has none of them.
-        self.members = [d[kind] for d in self.attributes for kind in kinds_of_members if d.get(kind)]
-        self.tensors = [t for d in self.members for t in d.values()]
+        dictionaries = [d[kind] for d in self.attributes for kind in kinds_of_members if kind in d]
+        self.empty = [d for d in dictionaries if not d]
+        self.dictionaries = [d for d in dictionaries if d]
+        self.members = [member for d in self.dictionaries for member in d.values()]
         self.hooks = [
             getattr(m, kind)
             for m in inner
@@ -87,27 +84,42 @@ class Snapshot(Generic[Finding]):
             return False
         if [getattr(kind, name) for kind, name in self.named_methods] != self.methods:
             return False
-        now = [t for d in self.members for t in d.values()]
-        if len(now) != len(self.tensors) or not all(map(operator.is_, now, self.tensors)):
+        members = [member for d in self.dictionaries for member in d.values()]
+        if len(members) != len(self.members) or not all(map(operator.is_, members, self.members)) or any(self.empty):
             return False
         try:
             # Lists compare their elements by identity first.
-            return [list(d.values()) for d in self.attributes] == self.values
-        except RuntimeError:  # a tensor was replaced by another, and tensors compare elementwise
+            if [list(d.values()) for d in self.attributes] != self.values:
+                return False
+            return all(now == before for now, before in self.lists)
+        except Exception:  # a value was replaced by another, and they cannot be compared, as arrays cannot
             return False
 
 
-class Snapshots(Generic[Finding]):
-    """The snapshots of many modules."""
+def _settings_in_lists(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """The lists of numbers and strings among values, and inside of lists and tuples, as settings may be."""
+    for value in values:
+        if isinstance(value, list) and _is_setting(value):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _settings_in_lists(value)
 
-    def __init__(self) -> None:
-        self._of: WeakKeyDictionary[nn.Module, Snapshot[Finding]] = WeakKeyDictionary()
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+class Snapshots(Generic[Finding]):
+    """Findings of one kind about many modules."""
 
     def get(self, module: nn.Module) -> Finding | None:
         """What was found about the module, if it still holds."""
-        snapshot = self._of.get(module)
+        snapshot: Snapshot[Finding] | None = kept_of(module).get(self)
         return snapshot.finding if snapshot is not None and snapshot.holds() else None
 
     def keep(self, module: nn.Module, finding: Finding) -> Finding:
-        self._of[module] = Snapshot(module, finding)
+        kept = kept_of(module)
+        kept[self] = Snapshot(module, finding)
         return finding

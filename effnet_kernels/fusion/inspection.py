@@ -9,7 +9,7 @@ from torch import nn
 
 from effnet_kernels.backends import select
 from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
-from effnet_kernels.fusion.cache import forward_methods, original_of, static_method
+from effnet_kernels.fusion.accelerated_class import forward_methods, function_of_class, original_of, own_call
 from effnet_kernels.fusion.spec import Activation, Chain, Gate
 
 # A plain tuple, because a tracer cannot unpack a named one that a constant function returns.
@@ -103,10 +103,13 @@ def methods_of(kind: type[nn.Module]) -> ForwardMethods:
     """The methods that make up a class's forward, and what is foreign among them.
 
     Returns the names of ``forward`` and of the methods of the class that it calls, and the first of them that was
-    defined in another module than its class, or that is no function, or None. An accelerated class has the methods of
-    the class that it was made of.
+    defined in another module than its class, or that is no function; or the one by which a call is not torch's own; or
+    None. An accelerated class has the methods of the class that it was made of.
     """
     kind = original_of(kind)
+    call = own_call(kind)
+    if call is not None:
+        return (), call
     known = _methods.get(kind)
     if known is not None and [getattr(kind, name) for name in known[0][0]] == known[1]:
         return known[0]
@@ -118,7 +121,7 @@ def methods_of(kind: type[nn.Module]) -> ForwardMethods:
 
 
 def _is_foreign(kind: type[nn.Module], name: str) -> bool:
-    method, owner = static_method(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
+    method, owner = function_of_class(kind, name), next(base for base in kind.__mro__ if name in base.__dict__)
     # Not method.__module__, which functools.wraps copies from what it wraps.
     return method is None or method.__globals__.get("__name__") != owner.__module__
 

@@ -103,6 +103,8 @@ def lower_excitation(
         if tuple(fc.kernel_size) != (1, 1) or fc.groups != 1:
             raise Unsupported(f"{name} is not a 1x1 convolution")
         check_convolution(name, fc)
+        if fc.out_channels == 0:
+            raise Unsupported(f"{name} has no channels")
         shape = (fc.out_channels, fc.in_channels, 1, 1)
         if tuple(fc.weight.shape) != shape or (fc.bias is not None and tuple(fc.bias.shape) != shape[:1]):
             raise Unsupported(f"{name}: its weight has the shape {tuple(fc.weight.shape)}, expected {shape}")

@@ -261,6 +261,11 @@ class Chain(NamedTuple):
         ]
         return self._replace(layers=tuple(layers))
 
+    def of_convolutions(self) -> list[Tensor]:
+        """Weights and biases, without those of norms."""
+        rows = (layer.parameters() for layer in self.layers)
+        return [t for weight, bias, _, _, *excitation in rows for t in (weight, bias, *excitation) if t is not None]
+
     def all_tensors(self) -> list[Tensor | None]:
         """All parameters, running statistics and counts of batches."""
         norms = [layer.norm for layer in self.layers if layer.norm is not None]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.activation import activate, gate_of
 from effnet_kernels.backends.base import PRIMITIVES_BACKENDS
-from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.geometry import resolve_padding
 from effnet_kernels.fusion.inspection import missing_kernel
@@ -43,7 +42,6 @@ class FoldedNetwork(nn.Module):
         # The chains' settings; their tensors are meta tensors here, and the buffers take their places.
         self._settings: list[Chain] = []
         self._assembled: _Assembled | None = None
-        self._plans = [Plans() for _ in chains]
         self._missing_kernels = {backend: missing_kernel(backend, chains) for backend in PRIMITIVES_BACKENDS}
         number = 0
         for chain in chains:
@@ -121,19 +119,13 @@ class FoldedNetwork(nn.Module):
             return
         x, number = x.contiguous(memory_format=torch.channels_last), 0
         for sequence in self._current().sequences:
-            plans = self._plans[number : number + len(sequence.chains)]
             number += len(sequence.chains)
-            y = _linear(sequence.chains[0], x) if x.dim() == 2 else sequence.infer("triton", x)
-            if y is None:
-                y = x
-                for chain, own in zip(sequence.chains, plans, strict=True):
-                    y = autograd.run("triton", chain, y, None, plans=own)
-            x = y
+            x = _linear(sequence.chains[0], x) if x.dim() == 2 else sequence.infer_on_gpu(x)
             if number - 1 in self.outputs:
                 yield x
 
     def each(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """The output of every group of layers, and whether it is one of the network's."""
+        """The output of every chain, and whether it is one of the network's."""
         backend = select.chain_backend(x)
         if backend is not None and self._missing_kernels[backend]:
             backend = None
@@ -143,7 +135,7 @@ class FoldedNetwork(nn.Module):
             if x.dim() == 2:
                 x = _linear(chain, x)
             elif backend is not None:
-                x = autograd.run(backend, chain, x, None, plans=self._plans[number])
+                x = autograd.run(backend, chain, x, None)
             else:
                 x = _run_eagerly(chain, x)
             yield x, number in self.outputs

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import select
-from effnet_kernels.fusion.cache import Switched
+from effnet_kernels.fusion.accelerated_class import Accelerated
+from effnet_kernels.fusion.cache import forget, kept_of
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.interop.blocks import ADAPTER_MODULES, Adapter, Pair, adapter_of, look_up
@@ -49,7 +49,8 @@ def accelerate(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    found = list(_blocks(model))
+    # A block may be in several places.
+    found = list(dict.fromkeys(_blocks(model)))
     for block in found:
         if why_left_alone(block) is None:
             object.__setattr__(block, "__class__", _accelerated_class(type(block)))
@@ -75,8 +76,9 @@ def _found_nothing(model: nn.Module, known: list[nn.Module]) -> str:
 def restore(model: Model) -> Model:
     """Gives every block that :func:`accelerate` switched its own class back, and returns the model."""
     for module in model.modules():
-        if isinstance(module, Switched):
+        if isinstance(module, Accelerated):
             object.__setattr__(module, "__class__", module.original)
+        forget(module)
     return model
 
 
@@ -112,7 +114,7 @@ def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             try:
                 return method(self, *arguments, **named)
             except AttributeError:
-                if isinstance(self, Switched):
+                if isinstance(self, Accelerated):
                     raise
                 return getattr(self, name)(*arguments, **named)
 
@@ -121,7 +123,7 @@ def _outliving(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-class Accelerated(Switched, FusedModule):
+class AcceleratedBlock(Accelerated, FusedModule):
     """Mixed into a block's own class: its forward as one fused chain wherever kernels compute it."""
 
     adapter: ClassVar[Adapter]
@@ -132,7 +134,7 @@ class Accelerated(Switched, FusedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            return Accelerated.dispatched(self, input)
+            return AcceleratedBlock.dispatched(self, input)
         return self.scripted(input)
 
     @_outliving("forward")
@@ -144,7 +146,7 @@ class Accelerated(Switched, FusedModule):
         return type(self).adapter(self)
 
 
-class AcceleratedSequence(Switched):
+class AcceleratedSequence(Accelerated):
     """Mixed into ``nn.Sequential`` where it holds blocks alone: at inference they are computed together."""
 
     method: ClassVar[str] = "forward"
@@ -166,13 +168,13 @@ def _is_sequence_of_blocks(module: nn.Module) -> bool:
     if type(module) is not nn.Sequential:
         return False
     blocks = fused_sequence.fused_modules(module)
-    return len(blocks) > 1 and all(isinstance(block, Accelerated) for block in blocks)
+    return len(blocks) > 1 and all(isinstance(block, AcceleratedBlock) for block in blocks)
 
 
 Pairs = tuple[tuple[str, str, str | None], ...]
 
 
-class AcceleratedNetwork(Switched):
+class AcceleratedNetwork(Accelerated):
     """Mixed into the class of a network that calls its stem, and maybe its head, convolution by convolution."""
 
     # The method that calls them.
@@ -184,15 +186,12 @@ class AcceleratedNetwork(Switched):
         """The stem (0) or the head (1) as a block on the kernels."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         conv, norm, act = (None if name is None else modules[name] for name in self.pairs[index])
-        kept = _pairs.setdefault(self, {})  # type: ignore[arg-type]
+        # Not an attribute of the network: its pairs are not copied, written or listed with it.
+        kept = kept_of(self).setdefault(AcceleratedNetwork, {})  # type: ignore[arg-type]
         pair = kept.get(index)
         if pair is None or pair.conv is not conv or pair.norm is not norm or pair.act is not act:
             pair = kept[index] = _accelerated_class(Pair)(conv, norm, act)
         return pair
-
-
-# A model does not own its pairs, so that they are not copied, written or listed with it.
-_pairs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
 
 
 class _Paired:
@@ -288,7 +287,7 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
     """The subclass for modules of a class. It can be imported from this module, under a name without dots."""
     if original not in _classes:
         adapter, network = adapter_of(original), _network_of(original)
-        mixed_in: Any = network or (AcceleratedSequence if original is nn.Sequential else Accelerated)
+        mixed_in: Any = network or (AcceleratedSequence if original is nn.Sequential else AcceleratedBlock)
         own = getattr(original, mixed_in.method)
         takes_more = adapter is not None and len(inspect.signature(own).parameters) > 2
         made = type(
@@ -299,7 +298,7 @@ def _accelerated_class(original: type[nn.Module]) -> Any:
                 "scripted": _under_the_name("scripted", own),
                 **({} if adapter is None else {"adapter": staticmethod(adapter)}),
                 # TorchScript knows no variable arguments, and so no block that takes more than its input.
-                **({"forward": Accelerated.dispatched} if takes_more else {}),
+                **({"forward": AcceleratedBlock.dispatched} if takes_more else {}),
                 "__module__": __name__,
                 "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
                 "__doc__": original.__doc__,

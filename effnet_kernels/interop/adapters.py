@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
-from effnet_kernels.fusion.cache import original_of
+from effnet_kernels.fusion.accelerated_class import original_of
 from effnet_kernels.fusion.inspection import ACTIVATIONS_OF, GATES_OF, Unsupported, deviation, unknown
 from effnet_kernels.fusion.lowering import ChainSpec, check_convolution, lower_chain, lower_excitation, lower_layer
 from effnet_kernels.fusion.spec import Activation, Chain, Excitation, Gate, Layer, Padding

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from effnet_kernels.fusion.cache import original_of
+from effnet_kernels.fusion.accelerated_class import original_of
 from effnet_kernels.fusion.inspection import Unsupported, methods_of
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.interop import efficientnet_pytorch, timm, torchvision

@@ -7,7 +7,7 @@ read, and those that it applies to that map stay its own.
 from torch import nn
 
 from effnet_kernels.backends import select
-from effnet_kernels.fusion.cache import original_of
+from effnet_kernels.fusion.accelerated_class import original_of
 from effnet_kernels.fusion.inspection import Unsupported, deviation
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.interop import accelerate, efficientnet_pytorch, timm, torchvision

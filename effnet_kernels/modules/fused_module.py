@@ -118,7 +118,6 @@ class FusedModule(nn.Module):
             return str(reason)
 
 
-# Beside the modules, so that it is not copied, written or listed with them.
 _lowered: Snapshots[ChainSpec | str] = Snapshots()
 
 
@@ -126,7 +125,7 @@ def _unpacked(spec: ChainSpec) -> str | None:
     """Why no packed network infers a chain in bfloat16, or None; the native primitives do not compute in it."""
     if spec.chain.batch_statistics:
         return "the native kernels compute in float32, not bfloat16, where BatchNorm takes the batch's statistics"
-    if any(layer.weight.dtype != torch.bfloat16 for layer in spec.chain.layers):
+    if any(t.dtype != torch.bfloat16 for t in spec.chain.of_convolutions()):
         return "the input is in bfloat16, and weights are not"
     if spec.packed is None or spec.packed.is_refused(spec.chain, torch.bfloat16):
         return "the native kernels compute in float32, not bfloat16, what cannot be packed"

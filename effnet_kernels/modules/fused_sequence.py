@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.select import Call
-from effnet_kernels.fusion.cache import Snapshots, is_accelerated
-from effnet_kernels.fusion.inspection import deviation, has_hook, is_plain
+from effnet_kernels.fusion.accelerated_class import is_accelerated
+from effnet_kernels.fusion.cache import Snapshots
+from effnet_kernels.fusion.inspection import deviation, has_hook, is_plain, methods_of
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
@@ -16,7 +17,7 @@ from effnet_kernels.modules.fused_mbconv import FusedMBConv
 from effnet_kernels.modules.fused_module import FusedModule
 from effnet_kernels.modules.mbconv import MBConv
 
-# Beside the modules, so that it is not copied, written or listed with them. False where modules have to be called.
+# False where modules have to be called.
 _sequences: Snapshots[ChainSequence | bool] = Snapshots()
 
 
@@ -52,11 +53,14 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
         found = _sequences.keep(sequence, _lower(sequence))
     if isinstance(found, bool) or found.missing_kernels[backend] is not None:
         return None
-    return found.infer(backend, x, pool)
+    return found.infer_natively(x, pool) if backend == "cpu" else found.infer_on_gpu(x, pool)
 
 
 def _lower(sequence: nn.Module) -> ChainSequence | bool:
     if any(module.training for module in sequence.modules()):
+        return False
+    # Its forward is the caller, but it need not be the one of its class.
+    if methods_of(type(sequence))[1] is not None:
         return False
     chains: list[Chain] = []
     for module in fused_modules(sequence):
