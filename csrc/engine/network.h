@@ -14,8 +14,8 @@ namespace effnet {
 
 class Plan;
 
-// Whether the image is read, and the one output written, where the caller has them: in dense memory of the network's
-// type. What is not is copied.
+// Which of the caller's tensors the steps read and write themselves, without a copy. They can be dense, and of the
+// network's type, alone.
 struct InPlace {
   bool image = false, output = false;
 

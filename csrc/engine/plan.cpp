@@ -5,7 +5,7 @@
 #include <chrono>
 #include <stdexcept>
 
-#include "engine/bf16.h"
+#include "engine/copy_rows.h"
 #include "platform/parallel.h"
 #include "platform/pool.h"
 
@@ -42,13 +42,17 @@ class Layout {
       places[static_cast<std::size_t>(i)] = {0, size.channels, size.height, size.width, type};
     }
     Place& image = places.front();
-    image.in_place = in_place.image;
-    image.is_image = in_place.image || !reads_image_as_tensor();
-    if (!image.is_image) place(images * image.floats(), 0, last_use(0), image.offset);
-    if (in_place.output) places.back().in_place = true;
+    if (in_place.image) {
+      image.memory = Memory::image;
+    } else if (reads_image_as_tensor()) {
+      place(images * image.floats(), 0, last_use(0), image.offset);
+    } else {
+      image.memory = Memory::strided_image;
+    }
+    if (in_place.output) places.back().memory = Memory::output;
     for (std::int64_t i = 0; i < count; ++i) {
       const std::size_t at = static_cast<std::size_t>(i);
-      if (!fused_into_next(i) && !places[at + 1].in_place) {
+      if (!fused_into_next(i) && places[at + 1].memory == Memory::arena) {
         place(images * places[at + 1].floats(), i, last_use(i + 1), places[at + 1].offset);
       }
       const Excitation& excitation = layers[at].spec.excitation;
@@ -134,29 +138,12 @@ class Layout {
   std::vector<Taken> taken_;
 };
 
-template <class From, class To>
-void copy_row(const From* from, std::int64_t pitch, const MapSize& size, const View& view, To* to) {
-  for (std::int64_t x = 0; x < size.width; ++x, from += pitch) {
-    To* pixel = to + x * view.pixel;
-    for (std::int64_t c = 0; c < size.channels; ++c) pixel[c * view.channel] = convert<To>(from[c]);
-  }
-}
-
-template <class From>
-void copy_row(const From* from, std::int64_t pitch, const MapSize& size, const View& view, std::int64_t offset) {
-  if (view.type == Type::bf16) {
-    copy_row(from, pitch, size, view, view.at<Bf16>(offset));
-  } else {
-    copy_row(from, pitch, size, view, view.at<float>(offset));
-  }
-}
-
 // The steps of all layers, whose maps are of type T.
 template <class T>
 std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, const Layout& layout,
                                               std::int64_t images, int threads) {
   std::vector<std::unique_ptr<Step>> steps;
-  if (!layout.places.front().is_image) steps.push_back(copy_step<T>(layout.places.front()));
+  if (layout.places.front().memory == Memory::arena) steps.push_back(copy_step(layout.places.front()));
   std::int64_t scaled = absent;
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LayerSpec& spec = layers[i].spec;
@@ -170,7 +157,7 @@ std::vector<std::unique_ptr<Step>> make_steps(const std::vector<Layer>& layers, 
     if (layer.spec.residual >= 0) residual = layout.places[static_cast<std::size_t>(layer.spec.residual)];
     if (layer.spec.kind == LayerKind::depthwise) {
       steps.push_back(depthwise_step<T>(layer, producer, x, y, layout.sums[i], images, threads));
-    } else if (spec.pointwise() && (!x.is_image || x.in_place)) {
+    } else if (spec.pointwise() && x.memory != Memory::strided_image) {
       steps.push_back(pointwise_step<T>(layer, x, y, residual, scaled));
     } else if (layer.winograd != nullptr) {
       steps.push_back(winograd_step(layer, x, y, residual, images, threads));
@@ -216,8 +203,7 @@ Plan::Plan(const std::vector<Layer>& layers, const std::vector<std::int64_t>& ou
   steps_ = type == Type::bf16 ? make_steps<Bf16>(layers, layout, images, threads)
                               : make_steps<float>(layers, layout, images, threads);
   for (const std::int64_t tensor : outputs) {
-    const Place& place = layout.places[static_cast<std::size_t>(tensor)];
-    outputs_.push_back({place.offset, {place.channels, place.height, place.width}});
+    outputs_.push_back(layout.places[static_cast<std::size_t>(tensor)]);
   }
   tensor_floats_ = layout.floats;
   for (const auto& step : steps_) scratch_floats_ = std::max(scratch_floats_, step->scratch_floats());
@@ -256,18 +242,11 @@ void Plan::run(const View& image, std::int64_t images, const std::vector<View>& 
       }
     }
     for (std::size_t i = 0; i < outputs_.size() && !in_place_.output; ++i) {
-      const auto& [offset, size] = outputs_[i];
-      const View& view = outputs[i];
-      const std::int64_t pitch = round_up(size.channels, panel_columns), rows = images * size.height;
+      const Place& place = outputs_[i];
+      const std::int64_t rows = images * place.height;
       for (std::int64_t row = rows * team.index() / team.count(); row < rows * (team.index() + 1) / team.count();
            ++row) {
-        const std::int64_t from = row * size.width * pitch;
-        const std::int64_t to = row / size.height * view.image + row % size.height * view.row;
-        if (type_ == Type::bf16) {
-          copy_row(run.at<Bf16>(offset) + from, pitch, size, view, to);
-        } else {
-          copy_row(run.at<float>(offset) + from, pitch, size, view, to);
-        }
+        copy_row(run.map(place), outputs[i], {place.channels, place.height, place.width}, row);
       }
     }
   });

@@ -24,18 +24,13 @@ class Plan {
            std::vector<StepProfile>* profile) const;
 
  private:
-  struct Output {
-    std::int64_t offset;  // in an arena
-    MapSize size;
-  };
-
   Type type_;
   std::int64_t images_, height_, width_;
   InPlace in_place_;
   const Kernels& kernels_;
   int threads_;
   std::vector<std::unique_ptr<Step>> steps_;
-  std::vector<Output> outputs_;
+  std::vector<Place> outputs_;
   std::int64_t tensor_floats_ = 0, scratch_floats_ = 0;
 };
 

@@ -15,15 +15,17 @@
 
 namespace effnet {
 
-// A tensor in the plan's arena, or the caller's image or its one output.
+// Where a tensor is: in the plan's arena, or in dense memory of the caller's that has its image or its one output. A
+// strided image is the caller's in any type and strides, which only convolutions that are no 1 x 1 ones read.
+enum class Memory { arena, image, output, strided_image };
+
 struct Place {
   std::int64_t offset = 0;  // in floats, in the arena
   std::int64_t channels = 0, height = 0, width = 0;
   Type type = Type::f32;
-  bool is_image = false;
-  bool in_place = false;  // whether it is dense memory of the caller's
+  Memory memory = Memory::arena;
 
-  std::int64_t pitch() const { return in_place ? channels : vector(); }
+  std::int64_t pitch() const { return memory == Memory::arena ? vector() : channels; }
   // Floats of a vector with a number for each channel.
   std::int64_t vector() const { return round_up(channels, panel_columns); }
   std::int64_t pixels() const { return height * width; }
@@ -47,11 +49,11 @@ struct Run {
   }
   template <class T>
   T* at(const Place& place) const {
-    if (!place.in_place) return at<T>(place.offset);
-    return static_cast<T*>(place.is_image ? image.data : output.data);
+    if (place.memory == Memory::arena) return at<T>(place.offset);
+    return static_cast<T*>(place.memory == Memory::output ? output.data : image.data);
   }
   View map(const Place& place) const {
-    if (place.is_image) return image;
+    if (place.memory == Memory::image || place.memory == Memory::strided_image) return image;
     return {at<void>(place), place.type, place.size(), 1, place.width * place.pitch(), place.pitch()};
   }
 };
@@ -73,6 +75,12 @@ class Step {
   const std::string name;
 };
 
+// Into how many work items a step divides an image: so many for each thread that the others take over those of a thread
+// that is interrupted.
+inline std::int64_t wanted_items(std::int64_t per_thread, std::int64_t images, int threads) {
+  return threads > 1 ? ceil_div(per_thread * threads, images) : 1;
+}
+
 // In place of an offset in the arena: there is no such tensor.
 constexpr std::int64_t absent = -1;
 
@@ -80,7 +88,6 @@ constexpr std::int64_t absent = -1;
 constexpr std::int64_t sum_shards = 4;
 
 // Copies the caller's image to a tensor.
-template <class T>
 std::unique_ptr<Step> copy_step(const Place& to);
 
 // A 1 x 1 convolution: act(x @ w + b) + residual, which has y's pitch; or with Layer.spec.pool the spatial mean of
@@ -113,8 +120,8 @@ std::unique_ptr<Step> sum_step(const Place& map, std::int64_t sums);
 std::unique_ptr<Step> squeeze_step(const Layer& layer, const Place& map, std::int64_t sums, std::int64_t hidden,
                                    std::int64_t images);
 
-// The second layer: from hidden to the gate, [images, pitch]; and with a next layer, which is a 1 x 1 convolution, to
-// its packed weights times the gate, [images, matrix].
+// The second layer: from hidden to the gate, [images, round_up(channels, 16)]; and with a next layer, which is a 1 x 1
+// convolution, to its packed weights times the gate, [images, matrix].
 template <class T>
 std::unique_ptr<Step> excite_step(const Layer& layer, const Place& map, std::int64_t hidden, std::int64_t gate,
                                   const Layer* next, std::int64_t scaled);

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "engine/bf16.h"
-#include "engine/padded_rows.h"
+#include "engine/copy_rows.h"
 #include "engine/step.h"
 
 namespace effnet {
@@ -12,7 +12,6 @@ namespace {
 // read.
 constexpr std::int64_t block_bytes = 384 * 1024;
 constexpr std::int64_t least_rows = 28;
-// Several for each thread, so that the others take over the work items of a thread that is interrupted.
 constexpr std::int64_t items_per_thread = 8;
 
 // How a matrix product is divided into work items: one group of panels of one block of rows each.
@@ -23,7 +22,7 @@ struct Blocks {
 
 // For rows of so many bytes.
 Blocks divide(std::int64_t rows, std::int64_t row_bytes, std::int64_t panels, std::int64_t images, int threads) {
-  const std::int64_t wanted = threads > 1 ? ceil_div(items_per_thread * threads, images) : 1;
+  const std::int64_t wanted = wanted_items(items_per_thread, images, threads);
   Blocks blocks;
   blocks.rows = std::max(least_rows, std::min(block_bytes / row_bytes, rows / wanted));
   blocks.count = std::max<std::int64_t>(1, rows / blocks.rows);
@@ -177,7 +176,7 @@ class DenseStep final : public Step {
 
  private:
   std::int64_t rows_per_item(const Run& run) const {
-    const std::int64_t wanted = run.threads > 1 ? ceil_div(items_per_thread * run.threads, run.images) : 1;
+    const std::int64_t wanted = wanted_items(items_per_thread, run.images, run.threads);
     return std::max<std::int64_t>(1, std::min(most_rows_, y_.height / wanted));
   }
 
@@ -224,19 +223,19 @@ class SqueezeStep final : public Step {
   std::int64_t multiply_adds() const override { return layer_.reduce.inner * layer_.reduce.out; }
 
   void run_item(const Run& run, std::int64_t item, float* scratch) const override {
-    const std::int64_t pitch = map_.vector(), channels = layer_.reduce.inner;
+    const std::int64_t vector = map_.vector(), channels = layer_.reduce.inner;
     const float inverse = 1.0f / static_cast<float>(map_.pixels());
     for (std::int64_t image = 0; image < run.images; ++image) {
-      const float* sums = run.at(sums_) + image * sum_shards * pitch;
+      const float* sums = run.at(sums_) + image * sum_shards * vector;
       for (std::int64_t c = 0; c < channels; ++c) {
         float total = 0;
-        for (std::int64_t shard = 0; shard < sum_shards; ++shard) total += sums[shard * pitch + c];
-        scratch[image * pitch + c] = total * inverse;
+        for (std::int64_t shard = 0; shard < sum_shards; ++shard) total += sums[shard * vector + c];
+        scratch[image * vector + c] = total * inverse;
       }
     }
     Gemm<float> gemm{};
     gemm.a = scratch;
-    gemm.a_row = pitch;
+    gemm.a_row = vector;
     gemm.segments = 1;
     gemm.segment_length = layer_.reduce.inner;
     gemm.b = layer_.reduce.panel<float>(item);
@@ -270,14 +269,14 @@ class ExciteStep final : public Step {
   std::int64_t multiply_adds() const override { return layer_.expand.inner * layer_.expand.out; }
 
   void run_item(const Run& run, std::int64_t item, float*) const override {
-    const std::int64_t pitch = map_.vector();
+    const std::int64_t vector = map_.vector();
     const std::int64_t end = std::min(layer_.expand.panel_count(), (item + 1) * panels_per_item);
     Gemm<float> gemm{};
     gemm.a = run.at(hidden_);
     gemm.a_row = round_up(layer_.expand.inner, panel_columns);
     gemm.segments = 1;
     gemm.segment_length = layer_.expand.inner;
-    gemm.y_row = pitch;
+    gemm.y_row = vector;
     gemm.rows = run.images;
     gemm.row_by_row = true;
     for (std::int64_t panel = item * panels_per_item; panel < end; ++panel) {
@@ -288,14 +287,15 @@ class ExciteStep final : public Step {
       gemm.y = run.at(gate_) + column;
       run.kernels.f32.gemm_bias_act_residual_sum(gemm);
       for (std::int64_t image = 0; image < run.images; ++image) {
-        run.kernels.gate_f32(run.at(gate_) + image * pitch + column, gemm.columns, layer_.spec.excitation.gate);
+        run.kernels.gate_f32(run.at(gate_) + image * vector + column, gemm.columns, layer_.spec.excitation.gate);
       }
     }
     if (next_ == nullptr) return;
     const std::int64_t first = item * panels_per_item * panel_columns;
     const std::int64_t count = std::min(layer_.expand.out - first, panels_per_item * panel_columns);
     for (std::int64_t image = 0; image < run.images; ++image) {
-      scale_weights(run, first, count, run.at(gate_) + image * pitch + first, scaled_ + image * next_->matrix.floats());
+      scale_weights(run, first, count, run.at(gate_) + image * vector + first,
+                    scaled_ + image * next_->matrix.floats());
     }
   }
 

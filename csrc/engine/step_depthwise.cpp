@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "engine/bf16.h"
-#include "engine/padded_rows.h"
+#include "engine/copy_rows.h"
 #include "engine/step.h"
 
 namespace effnet {
@@ -23,7 +23,7 @@ class DepthwiseStep final : public Step {
       source_shape_ = conv_shape(producer->spec, height, width);
       height = source_shape_.out_height;
       width = source_shape_.out_width;
-      dense_producer_ = !producer->spec.pointwise() || (x.is_image && !x.in_place);
+      dense_producer_ = !producer->spec.pointwise() || x.memory == Memory::strided_image;
     }
     shape_ = conv_shape(layer.spec, height, width);
     pitch_ = shape_.padded_width() * panel_columns;

@@ -2,7 +2,7 @@
 // input, which stays in cache while a pair of panels after another is multiplied by it and transformed back.
 #include <algorithm>
 
-#include "engine/padded_rows.h"
+#include "engine/copy_rows.h"
 #include "engine/step.h"
 
 namespace effnet {
@@ -29,7 +29,7 @@ class WinogradStep final : public Step {
     // Tiles reach beyond the map's end, where their input is zeros.
     padded_.out_width = columns_ * tile;
     const std::int64_t in_cache = input_floats / (products * layer.spec.in_channels * columns_);
-    const std::int64_t wanted = threads > 1 ? ceil_div(items_per_thread * threads, images) : 1;
+    const std::int64_t wanted = wanted_items(items_per_thread, images, threads);
     rows_per_item_ = std::max<std::int64_t>(1, std::min(in_cache, rows_ / wanted));
   }
 

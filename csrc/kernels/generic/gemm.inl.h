@@ -62,8 +62,7 @@ template <class T, class Y, int L, int Rows, int V>
 EFFNET_INLINE void gemm_epilogue(const effnet::Gemm<T, Y>& gemm, std::int64_t column, F<L> (&sums)[Rows * V],
                                  GemmPlace<T, Y>& place) {
   activate<T, L, Rows * V>(sums, gemm.act);
-  Y* y = gemm.y + place.offset + column;
-  const Y* residual = gemm.residual + place.offset + column;
+  const std::int64_t begin = place.offset + column;
   // Where a vector of columns is in a row of y.
   const auto at = [&](auto v) EFFNET_INLINE_LAMBDA {
     constexpr int columns = effnet::panel_columns, first = decltype(v)::value * L;
@@ -72,6 +71,7 @@ EFFNET_INLINE void gemm_epilogue(const effnet::Gemm<T, Y>& gemm, std::int64_t co
   std::int64_t step = 0, x = place.x;
   if (gemm.residual == nullptr && gemm.y != nullptr && (gemm.gap == 0 || x + Rows <= gemm.width)) {
     // The common case: all rows are in one line, and there is no residual.
+    Y* y = gemm.y + begin;
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA { store<L>(y + at(v), sums[r.value * V + v.value]); });
       y += gemm.y_row;
@@ -86,8 +86,8 @@ EFFNET_INLINE void gemm_epilogue(const effnet::Gemm<T, Y>& gemm, std::int64_t co
     unrolled<0, Rows>([&](auto r) EFFNET_INLINE_LAMBDA {
       unrolled<0, V>([&](auto v) EFFNET_INLINE_LAMBDA {
         F<L>& value = sums[r.value * V + v.value];
-        if (gemm.residual != nullptr) value += load<L>(residual + step + at(v));
-        if (gemm.y != nullptr) store<L>(y + step + at(v), value);
+        if (gemm.residual != nullptr) value += load<L>(gemm.residual + begin + step + at(v));
+        if (gemm.y != nullptr) store<L>(gemm.y + begin + step + at(v), value);
       });
       step += gemm.y_row;
       if (++x == gemm.width) {

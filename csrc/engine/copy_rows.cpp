@@ -1,4 +1,4 @@
-#include "engine/padded_rows.h"
+#include "engine/copy_rows.h"
 
 #include <algorithm>
 
@@ -6,6 +6,27 @@
 
 namespace effnet {
 namespace {
+
+template <class From, class To>
+void copy_row(const From* from, const View& from_view, To* to, const View& to_view, const MapSize& size) {
+  for (std::int64_t x = 0; x < size.width; ++x, from += from_view.pixel, to += to_view.pixel) {
+    if (from_view.channel == 1 && to_view.channel == 1) {
+      for (std::int64_t c = 0; c < size.channels; ++c) to[c] = convert<To>(from[c]);
+    } else {
+      for (std::int64_t c = 0; c < size.channels; ++c)
+        to[c * to_view.channel] = convert<To>(from[c * from_view.channel]);
+    }
+  }
+}
+
+template <class From>
+void copy_row(const From* from, const View& from_view, const View& to, const MapSize& size, std::int64_t offset) {
+  if (to.type == Type::bf16) {
+    copy_row(from, from_view, to.at<Bf16>(offset), to, size);
+  } else {
+    copy_row(from, from_view, to.at<float>(offset), to, size);
+  }
+}
 
 template <class From, class To>
 void copy(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin, std::int64_t rows, To* to) {
@@ -43,6 +64,17 @@ void copy(const View& map, std::int64_t image, const ConvShape& shape, std::int6
 }
 
 }  // namespace
+
+void copy_row(const View& from, const View& to, const MapSize& size, std::int64_t row) {
+  const auto offset_in = [&](const View& view) {
+    return row / size.height * view.image + row % size.height * view.row;
+  };
+  if (from.type == Type::bf16) {
+    copy_row(from.at<const Bf16>(offset_in(from)), from, to, size, offset_in(to));
+  } else {
+    copy_row(from.at<const float>(offset_in(from)), from, to, size, offset_in(to));
+  }
+}
 
 template <class T>
 void copy_padded_rows(const View& map, std::int64_t image, const ConvShape& shape, std::int64_t begin,
