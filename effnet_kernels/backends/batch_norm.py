@@ -9,7 +9,7 @@ from effnet_kernels.fusion.spec import BatchNorm
 def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """BatchNorm as ``scale * y + shift``, [C] each, from a mean and a reciprocal standard deviation.
 
-    Without ``weight`` (gamma) and ``bias`` (beta) these are one and zero.
+    Without ``weight`` and ``bias`` these are one and zero.
     """
     scale = rstd if weight is None else rstd * weight
     return scale, -mean * scale if bias is None else bias - mean * scale

@@ -60,8 +60,8 @@ def _run(
     if profiling.enabled() and backend != "reference":
         # A dense convolution is torch's own, or its primitive records it.
         profiling.record_convolutions(chain, x.shape, dense=False)
-    # Autocast would cast the operands of the torch functions that these backends call. Triton's launchers cast those of
-    # the one that they call, so that they need not wait for the switch.
+    # Autocast would cast the operands of the torch functions that a backend calls. The Triton backend calls one, the
+    # dense convolution, whose operands have one dtype already: it need not wait for the switch.
     with contextlib.nullcontext() if backend == "triton" else select.without_autocast(x):
         if torch.is_grad_enabled():
             parameters = chain.parameters()

@@ -104,7 +104,9 @@ class Decoded:
         own, read = iter(parameters), iter(running)
         layers: list[Layer] = []
         for (kind, stride, padding, act), norm, excitation, present in self.layers:
-            weight, bias, gamma, beta, *rest = (next(own) if p else None for p in present[:PARAMETERS_OF_A_LAYER])
+            weight, bias, norm_weight, norm_bias, *rest = (
+                next(own) if p else None for p in present[:PARAMETERS_OF_A_LAYER]
+            )
             mean, var = (next(read, None) if p else None for p in present[PARAMETERS_OF_A_LAYER:])
             assert weight is not None
             layers.append(
@@ -114,7 +116,7 @@ class Decoded:
                     bias,
                     stride,
                     padding,
-                    None if norm is None else _norm(gamma, beta, mean, var, *norm),
+                    None if norm is None else _norm(norm_weight, norm_bias, mean, var, *norm),
                     act,
                     None if excitation is None else Excitation(*cast(Any, rest), *excitation),
                 )
@@ -123,8 +125,8 @@ class Decoded:
 
 
 def _norm(
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
@@ -132,7 +134,7 @@ def _norm(
     process_group: str | None,
 ) -> BatchNorm:
     return BatchNorm(
-        gamma, beta, mean, var, eps=eps, momentum=0.0, batch_statistics=batch_statistics, process_group=process_group
+        weight, bias, mean, var, eps=eps, momentum=0.0, batch_statistics=batch_statistics, process_group=process_group
     )
 
 

@@ -89,7 +89,8 @@ class PixelSums(NamedTuple):
 
     The convolution reads ``gate * u`` of a raw input x, with ``u = act(scale * x + shift)``; dq is the gradient of what
     it reads, u' is act's derivative. ``docs/design.md`` derives what follows from the sums. Kernels store them in this
-    order in one tensor, [N, T, 5, C], in T partial results.
+    order in one tensor of T partial results: [N, T, 5, C], or [N, T, 3, C] where the sums of the slope are not needed
+    or come from the forward pass.
     """
 
     grad_gate: Tensor  # of dq * u
@@ -99,8 +100,8 @@ class PixelSums(NamedTuple):
     centred_slope: Tensor  # of u' * (x - mean)
 
 
-# In the tensor of all five: those of the gradient dq, among them those of BatchNorm's scale and shift, and those of the
-# slopes, which belong to them.
+# Parts of that tensor's third dimension: the three sums over dq; of them the two that BatchNorm's gradient needs; the
+# two sums over the slope.
 SUMS_OF_GRADIENT, SUMS_OF_NORM, SUMS_OF_SLOPES = slice(0, 3), slice(1, 3), slice(3, 5)
 
 
@@ -117,7 +118,7 @@ class BatchNorm(NamedTuple):
     """A BatchNorm behind a convolution with K output channels.
 
     Attributes:
-        weight, bias: gamma and beta, [K].
+        weight, bias: [K]; the paper calls them gamma and beta, which are other numbers here.
         running_mean, running_var, num_batches_tracked: the running statistics, [K], [K] and [].
         eps, momentum: without a momentum the running statistics average over all batches.
         batch_statistics: whether it normalises by the batch's statistics.

@@ -39,7 +39,7 @@ def depthwise_conv_bn_silu(
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16 (float64 by the reference); channels-last is fastest.
         weight: [C, 1, k, k], k odd (kernels: 3, 5, 7). With maps of lower precision it may be float32.
-        norm_weight, norm_bias: [C], BatchNorm's gamma and beta; None for one and zero.
+        norm_weight, norm_bias: [C], BatchNorm's weight and bias; None for one and zero.
         running_mean, running_var: [C]. In training they are moved in place by ``momentum`` towards the batch's mean
             and unbiased variance; at inference BatchNorm normalises by them. None, in training only, leaves them out.
         stride: 1 or 2 in kernels.

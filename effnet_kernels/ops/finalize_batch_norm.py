@@ -24,7 +24,7 @@ def finalize_batch_norm(
     Args:
         stats: [3, C] count, mean and M2 of the raw output, to normalise by the batch's statistics; None to normalise
             by the running ones.
-        weight, bias: [C], BatchNorm's gamma and beta; None for one and zero.
+        weight, bias: [C], BatchNorm's; None for one and zero.
         running_mean, running_var: [C]. With ``stats`` they are moved towards the batch's in place.
         momentum: the weight of the new statistics, as ``torch.nn.BatchNorm2d`` has it.
         eps: added to the variance.

@@ -228,7 +228,7 @@ def _record(given: list[Tensor], compute: Callable[[], Tensors]) -> tuple[Tensor
     memory = _Memory(given, watch.allocations)
     if not memory.is_clear():
         return outputs, None
-    # Allocations and launches refer to all memory of the pass, so that no address in it was used twice.
+    # The allocator has given no address to two tensors, because all of the pass are still held.
     return outputs, _plan(given, watch.allocations, list(zip(launches, handles, strict=True)), memory, outputs)
 
 
@@ -241,7 +241,7 @@ def _plan(
     if owned is None or used is None:
         return None
     sizes = {index: allocations[index].untyped_storage().nbytes() for index in used if index not in owned}
-    offsets, workspace = _pack(sizes, used)
+    offsets, workspace = _place(sizes, used)
     # The addresses that a call has: of what is given, of the outputs, and of the workspace.
     numbers = {index: len(given) + k for k, index in enumerate(owned)}
 
@@ -323,7 +323,7 @@ def _uses(launches: list[tuple[Any, Any]], memory: _Memory) -> dict[int, tuple[i
     return spans
 
 
-def _pack(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
+def _place(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
     """An offset in one workspace for each allocation, and the workspace's size.
 
     Those whose spans do not meet share memory. The largest are placed first, each where it fits lowest.
