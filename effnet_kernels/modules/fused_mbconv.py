@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_kernels.fusion.spec import Activation
 from effnet_kernels.modules.block_config import BlockConfig
@@ -67,15 +66,3 @@ class FusedMBConv(InvertedResidual):
         else:
             layers = [conv(cnf.input_channels, cnf.out_channels, cnf.kernel, cnf.stride)]
         super().__init__(cnf, stochastic_depth_prob, layers)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            fused = self.fused(input)
-            if fused is not None:
-                return fused
-        # Expand by the dense convolution, project.
-        result = self.block(input)
-        if self.use_res_connect:
-            # Not in place: an activation at the end of the branch may have saved its output for backward.
-            result = self.stochastic_depth(result) + input
-        return result

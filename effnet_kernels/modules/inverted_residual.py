@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effnet_kernels.fusion.inspection import checked, unknown
 from effnet_kernels.fusion.lowering import ChainSpec, lower_chain
@@ -33,6 +34,17 @@ class InvertedResidual(FusedModule):
         self.block = nn.Sequential(*layers)
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = cnf.out_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            fused = self.fused(input)
+            if fused is not None:
+                return fused
+        result = self.block(input)
+        if self.use_res_connect:
+            # Not in place: an activation at the end of the branch may have saved its output for backward.
+            result = self.stochastic_depth(result) + input
+        return result
 
     def chain_spec(self) -> ChainSpec:
         children = self._modules

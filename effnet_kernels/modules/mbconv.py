@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_kernels.fusion.spec import Activation
 from effnet_kernels.modules.block_config import BlockConfig
@@ -80,15 +79,3 @@ class MBConv(InvertedResidual):
             layers.append(se_layer(expanded, squeezed, activation=partial(make_activation, cnf.activation)))
         layers.append(conv(expanded, cnf.out_channels, 1, activation="none"))
         super().__init__(cnf, stochastic_depth_prob, layers)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            fused = self.fused(input)
-            if fused is not None:
-                return fused
-        # Expand, depthwise, squeeze and excite, project.
-        result = self.block(input)
-        if self.use_res_connect:
-            # Not in place: an activation at the end of the branch may have saved its output for backward.
-            result = self.stochastic_depth(result) + input
-        return result
