@@ -66,6 +66,8 @@ class NullDriver(StubDriver):
         compiler = os.environ.get("CC", "cc")
         flags = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{path.name}"]
         subprocess.run([compiler, *flags, source, "-o", path], check=True)
+        # Triton's launchers before 3.6 are linked with it.
+        (folder / "libcuda.so").symlink_to(path.name)
         # Whoever loads a library of this name from now on gets this one.
         self.libcuda = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(folder)):

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
+# For tests of what torch.compile makes of the operators.
+TRACES_OPERATORS = torch.__version__ >= (2, 11)
+traces_operators = pytest.mark.skipif(not TRACES_OPERATORS, reason="before torch 2.11 the eager path is compiled")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=800, help="how many random blocks tests/test_surgery.py tries")
 

@@ -38,6 +38,8 @@ def default_device(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        # torch 2.9 fails to say which device is the default after that.
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 
 SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {

@@ -6,7 +6,7 @@ from functools import partial
 import block_cases
 import pytest
 import torch
-from conftest import TOLERANCES, assert_buffers_close, assert_close, assert_gradients_close, randomize
+from conftest import TOLERANCES, assert_buffers_close, assert_close, assert_gradients_close, randomize, traces_operators
 from torch import nn
 
 import effnet_kernels as ek
@@ -97,10 +97,7 @@ def test_cumulative_momentum_and_counts(backend, momentum):
     assert_buffers_close(block, eager)
 
 
-TRACED = pytest.param(
-    True,
-    marks=pytest.mark.skipif(torch.__version__ < (2, 11), reason="before torch 2.11 the eager path is compiled"),
-)
+TRACED = pytest.param(True, marks=traces_operators)
 
 
 @pytest.mark.parametrize("compiled", [False, TRACED])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
+from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize, traces_operators
 from native_cases import needs_compiler, needs_native
 from operator_arguments import operator_calls
 from torch import Tensor, library, nn
@@ -16,7 +16,6 @@ from effnet_kernels.fusion.spec import Prologue
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
-old_tracer = pytest.mark.skipif(torch.__version__ < (2, 11), reason="before torch 2.11 the eager path is compiled")
 open_numbers = pytest.mark.skipif(
     torch.__version__ < (2, 14), reason="before torch 2.14 the eager path is compiled with dynamic=True"
 )
@@ -94,7 +93,7 @@ def test_one_graph_for_every_batch_and_resolution(name: str, training: bool) -> 
     assert set(graphs.operators) == {"effnet_kernels.chain_forward"}
 
 
-@old_tracer
+@traces_operators
 def test_inference_is_one_operator_a_block() -> None:
     model, graphs = network().eval(), Graphs()
     x = torch.randn(2, 3, 40, 64)
@@ -126,7 +125,7 @@ def test_layouts_have_the_same_numbers() -> None:
         assert y.is_contiguous()
 
 
-@old_tracer
+@traces_operators
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, backend: str) -> None:
@@ -160,7 +159,7 @@ def test_autocast_with_inductor() -> None:
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
-@old_tracer
+@traces_operators
 def test_models_in_bfloat16() -> None:
     """Traced as torch's own functions, in channels-last strides as when called."""
     model, x, graphs = network().bfloat16().eval(), torch.randn(2, 3, 40, 64).bfloat16(), Graphs()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from block_cases import BLOCKS
-from conftest import assert_close, randomize, relative_rms
+from conftest import assert_close, randomize, relative_rms, traces_operators
 from native_cases import kernel_isas, needs_native, running
 from torch import Tensor, nn
 
@@ -95,6 +95,7 @@ def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
+@traces_operators
 @pytest.mark.parametrize("change", [add, in_data, in_numpy, other_memory, swapped])
 @pytest.mark.parametrize("name", ["expand", "no expand, residual", "fused, residual", "stem", "head"])
 def test_a_compiled_graph_sees_every_change_of_a_parameter(name: str, change: Callable[[Tensor], None]) -> None:
@@ -111,6 +112,7 @@ def test_a_compiled_graph_sees_every_change_of_a_parameter(name: str, change: Ca
         assert not torch.equal(y, before), key
 
 
+@traces_operators
 def test_a_compiled_graph_packs_each_chain_once_and_only_while_there_are_its_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -222,7 +222,6 @@ def test_an_engine_has_plans_that_are_not_written(driver) -> None:
     assert len(rest.chains) == 2
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert other.folded._assembled is None
-        assert not any(kept._plans for kept in other.folded._plans)
 
 
 def test_parts_of_a_workspace_that_are_used_at_once_do_not_overlap() -> None:
@@ -230,7 +229,7 @@ def test_parts_of_a_workspace_that_are_used_at_once_do_not_overlap() -> None:
     for _ in range(200):
         sizes = {index: draw.randint(1, 5000) for index in range(draw.randint(0, 12))}
         spans = {index: (start := draw.randint(0, 10), start + draw.randint(0, 5)) for index in sizes}
-        offsets, end = plans._pack(sizes, spans)
+        offsets, end = plans._place(sizes, spans)
         assert all(offset % 256 == 0 and offset + sizes[index] <= end for index, offset in offsets.items())
         for one in sizes:
             for other in sizes:
@@ -238,4 +237,4 @@ def test_parts_of_a_workspace_that_are_used_at_once_do_not_overlap() -> None:
                 apart = offsets[one] + sizes[one] <= offsets[other] or offsets[other] + sizes[other] <= offsets[one]
                 assert one == other or apart or not meet
     one_after_another = {index: (2 * index, 2 * index + 1) for index in range(5)}
-    assert plans._pack(dict.fromkeys(range(5), 1000), one_after_another)[1] == 1024
+    assert plans._place(dict.fromkeys(range(5), 1000), one_after_another)[1] == 1024

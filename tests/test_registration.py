@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import TOLERANCES, assert_buffers_close, assert_close, assert_gradients_close, randomize
+from conftest import TOLERANCES, assert_buffers_close, assert_close, assert_gradients_close, randomize, traces_operators
 from operator_arguments import mbconv_chain, operator_calls
 from torch import Tensor, library, nn
 
@@ -55,7 +55,7 @@ def test_a_network_of_every_block(training: bool, compiled: bool) -> None:
     assert_buffers_close(model, eager, TOLERANCES[torch.float64])
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 11), reason="before torch 2.11 the eager path is compiled")
+@traces_operators
 def test_compiled_inference_is_one_operator_a_block() -> None:
     model = network().eval()
     names: list[str] = []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from block_cases import BLOCKS
-from conftest import TOLERANCES, assert_close, randomize, relative_rms
+from conftest import TOLERANCES, assert_close, randomize, relative_rms, traces_operators
 from native_cases import needs_native
 from torch import Tensor, nn
 from variations import other_memory
@@ -146,6 +146,7 @@ def test_gradients_have_their_parameters_strides(layout: torch.memory_format) ->
             assert p.grad.stride() == p.stride(), f"{name}: {key}"
 
 
+@traces_operators
 def test_strided_weights_under_compile() -> None:
     block, x = make("expand", True)
     expected = step(block, x)
