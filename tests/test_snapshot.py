@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import effnet_kernels as ek
 from effnet_kernels.fusion.cache import Snapshots
 
 
@@ -119,6 +120,42 @@ def test_a_module_is_not_kept_alive(way: str, before: bool) -> None:
     del m
     gc.collect()
     assert reference() is None
+
+
+def used(model: nn.Module) -> nn.Module:
+    x = torch.randn(2, 3, 32, 32)
+    y = model.train()(x)
+    (y if isinstance(y, torch.Tensor) else y[-1]).sum().backward()
+    with torch.no_grad():
+        for _ in range(2):
+            model.eval()(x)
+    return model
+
+
+def of_timm(**settings: bool) -> nn.Module:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return ek.accelerate(timm.create_model("test_efficientnet", **settings))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ours": ek.efficientnet_b0,
+    "our maps": lambda: ek.efficientnet_b0(features_only=True),
+    "timm's": of_timm,
+    "timm's maps": lambda: of_timm(features_only=True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_freed_as_soon_as_it_is_deleted(name: str) -> None:
+    model = used(MODELS[name]())
+    references = [weakref.ref(module) for module in model.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(reference() is not None for reference in references)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

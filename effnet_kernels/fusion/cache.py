@@ -48,7 +48,11 @@ def forget(module: nn.Module) -> None:
 
 
 class Snapshot(Generic[Finding]):
-    """A finding about ``module``, and everything that it may depend on."""
+    """A finding about ``module``, and everything that it may depend on.
+
+    It does not refer to the module, which would then be freed by the garbage collector alone, not as soon as it is
+    deleted.
+    """
 
     def __init__(self, module: nn.Module, finding: Finding) -> None:
         inner = list(module.modules())[1:]
@@ -59,13 +63,14 @@ class Snapshot(Generic[Finding]):
         self.named_methods = [(kind, name) for kind in kinds for name in (*CALL, *forward_methods(kind))]
         self.methods = [getattr(kind, name) for kind, name in self.named_methods]
         self.inner = inner
-        self.attributes = [module.__dict__, *(m.__dict__ for m in inner)]
-        self.values = [list(d.values()) for d in self.attributes]
+        self.attributes = [m.__dict__ for m in inner]
+        self.values = [_own_values(module), *(list(d.values()) for d in self.attributes)]
         # Those that may be changed in place.
         self.lists = [(found, copy.deepcopy(found)) for found in _settings_in_lists(self.values)]
         kinds_of_members = ("_modules", "_parameters", "_buffers")
         # What torch.jit.trace returns has none of them.
-        dictionaries = [d[kind] for d in self.attributes for kind in kinds_of_members if kind in d]
+        attributes = [module.__dict__, *self.attributes]
+        dictionaries = [d[kind] for d in attributes for kind in kinds_of_members if kind in d]
         self.empty = [d for d in dictionaries if not d]
         self.dictionaries = [d for d in dictionaries if d]
         self.members = [member for d in self.dictionaries for member in d.values()]
@@ -78,7 +83,7 @@ class Snapshot(Generic[Finding]):
         # Hooks come and go inside of the same dictionaries, which do not show it.
         self.hooked = any(self.hooks)
 
-    def holds(self) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether all is as it was. Hooks on the module itself fire by themselves and do not matter."""
         if self.hooked or any(self.hooks) or list(map(type, self.inner)) != self.types:
             return False
@@ -89,11 +94,15 @@ class Snapshot(Generic[Finding]):
             return False
         try:
             # Lists compare their elements by identity first.
-            if [list(d.values()) for d in self.attributes] != self.values:
+            if [_own_values(module), *(list(d.values()) for d in self.attributes)] != self.values:
                 return False
             return all(now == before for now, before in self.lists)
         except Exception:  # a value was replaced by another, and they cannot be compared, as arrays cannot
             return False
+
+
+def _own_values(module: nn.Module) -> list[Any]:
+    return [value for name, value in module.__dict__.items() if name != _ATTRIBUTE]
 
 
 def _settings_in_lists(values: Iterable[Any]) -> Iterator[list[Any]]:
@@ -117,7 +126,7 @@ class Snapshots(Generic[Finding]):
     def get(self, module: nn.Module) -> Finding | None:
         """What was found about the module, if it still holds."""
         snapshot: Snapshot[Finding] | None = kept_of(module).get(self)
-        return snapshot.finding if snapshot is not None and snapshot.holds() else None
+        return snapshot.finding if snapshot is not None and snapshot.holds(module) else None
 
     def keep(self, module: nn.Module, finding: Finding) -> Finding:
         kept = kept_of(module)

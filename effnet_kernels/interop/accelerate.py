@@ -186,7 +186,7 @@ class AcceleratedNetwork(Accelerated):
         """The stem (0) or the head (1) as a block on the kernels."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         conv, norm, act = (None if name is None else modules[name] for name in self.pairs[index])
-        # Not an attribute of the network: its pairs are not copied, written or listed with it.
+        # No children of the network: pairs are not copied, written or listed with it.
         kept = kept_of(self).setdefault(AcceleratedNetwork, {})  # type: ignore[arg-type]
         pair = kept.get(index)
         if pair is None or pair.conv is not conv or pair.norm is not norm or pair.act is not act:
