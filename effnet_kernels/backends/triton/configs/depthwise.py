@@ -34,7 +34,7 @@ def forward(
     width: int,
     kernel: int,
     stride: int,
-    partials: int | None,
+    max_partials: int | None,
     dtype: torch.dtype,
     target: Target,
 ) -> StripConfig:
@@ -42,14 +42,14 @@ def forward(
 
     A lane has two channels and seven columns, because the width of every map of an image of 224 is a multiple of seven.
     Strips are high, because the first rows of each are computed from input that its neighbour reads, too. At most
-    ``partials`` programs share a block of channels, where each of them leaves a partial result.
+    ``max_partials`` programs share a block of channels, where each of them leaves a partial result.
 
     At inference a small batch may leave multiprocessors idle. Then strips are lower, because what the launch takes is
     the time of their rows, each of which waits for memory, and programs have fewer of them.
     """
     tile = {
         "width": 7 if stride == 1 and kernel <= 5 else 4,
-        "strips": 4 if kernel == 5 and stride == 2 and partials is not None else 8,
+        "strips": 4 if kernel == 5 and stride == 2 and max_partials is not None else 8,
         "block_c": 32,
         "num_warps": 4,
     }
@@ -60,7 +60,7 @@ def forward(
     def strip_rows() -> tuple[int, int]:
         return _strip_rows(samples, channels, height, width, 1, tile, wanted, lowest)
 
-    if partials is None and strip_rows()[1] * blocks < few:
+    if max_partials is None and strip_rows()[1] * blocks < few:
         wanted, lowest = few, 4
         while tile["strips"] > 2 and strip_rows()[1] * blocks < few:
             tile["strips"] //= 2
@@ -68,7 +68,9 @@ def forward(
     sizes = {"samples": samples, "channels": channels, "height": height, "width": width, "k": kernel, "stride": stride}
     tile = apply_tuned("depthwise", dtype, target, sizes, tile)
     rows, programs = strip_rows()
-    return StripConfig(height=rows, num_programs=programs if partials is None else min(programs, partials), **tile)
+    if max_partials is not None:
+        programs = min(programs, max_partials)
+    return StripConfig(height=rows, num_programs=programs, **tile)
 
 
 @cached_rule

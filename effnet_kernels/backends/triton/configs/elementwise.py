@@ -24,18 +24,18 @@ class StreamConfig(NamedTuple):
 
 
 @cached_rule
-def stream(groups: int, rows: int, channels: int, target: Target, partials: int | None = None) -> StreamConfig:
+def stream(groups: int, rows: int, channels: int, target: Target, max_partials: int | None = None) -> StreamConfig:
     """For ``groups`` (samples, or 1) of ``rows`` pixels: about eight programs a multiprocessor.
 
-    ``partials`` bounds the programs of a group, where each of them writes a partial result. Where it leaves fewer than
-    four a multiprocessor, tiles are twice as high, so that as many bytes are on their way.
+    ``max_partials`` bounds the programs of a group, where each of them writes a partial result. Where it leaves fewer
+    than four a multiprocessor, tiles are twice as high, so that as many bytes are on their way.
     """
     block_c = 64 if channels > 32 else 32
     block_m = 4096 // block_c
     blocks = -(-channels // block_c)
     tiles = -(-rows // block_m)
     wanted = max(1, 8 * target.multiprocessors // (groups * blocks))
-    num_programs = min(tiles, wanted if partials is None else min(wanted, partials))
+    num_programs = min(tiles, wanted if max_partials is None else min(wanted, max_partials))
     if groups * blocks * num_programs < 4 * target.multiprocessors and tiles >= 2 * num_programs:
         block_m *= 2
     return StreamConfig(block_m, block_c, num_programs, target.max_registers())

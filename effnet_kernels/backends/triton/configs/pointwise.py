@@ -38,7 +38,7 @@ def gemm(
     rows: int,
     columns: int,
     inner: int,
-    partials: int | None,
+    max_partials: int | None,
     computes_on_load: bool,
     sums_on_store: bool,
     dtype: torch.dtype,
@@ -51,11 +51,11 @@ def gemm(
     each block of columns, so that these are wide. Sums of derivatives on store (``sums_on_store``) need so many
     registers that tiles are small. Tiles lose rows until there are two programs a multiprocessor.
 
-    Without ``partials`` each program has one tile. With it, an owner gets at most ``partials`` partial results, and
+    Without ``max_partials`` each program has one tile. With it, an owner gets at most so many partial results, and
     about four programs a multiprocessor walk over the tiles.
     """
     if dtype != torch.float32 and target.architecture == 90:
-        tile = _hopper_tile(columns, inner, partials, computes_on_load, sums_on_store)
+        tile = _hopper_tile(columns, inner, max_partials, computes_on_load, sums_on_store)
     else:
         tile = _tile(columns, inner, computes_on_load, sums_on_store, dtype, target)
 
@@ -76,7 +76,8 @@ def gemm(
         tile["block_k"] = max(tile["block_k"], 32)
         if dtype != torch.float32:
             tile["num_warps"] = 4 if target.backend == "cuda" else 2
-    trains = computes_on_load or sums_on_store or partials == MAX_STATISTICS
+    # Statistics are of a training pass.
+    trains = computes_on_load or sums_on_store or max_partials == MAX_STATISTICS
     if not trains and dtype != torch.float32 and target.backend == "cuda":
         _fill(tile, inner, programs, target)
     sizes = {"owners": owners, "rows": groups * rows, "columns": columns, "inner": inner}
@@ -86,8 +87,8 @@ def gemm(
     tiles = groups * -(-rows // tile["block_m"])
     # One tile a program, or as few tiles as a grid's second dimension allows.
     num_programs = -(-tiles // -(-tiles // MAX_GRID_Y))
-    if partials is not None:
-        num_programs = min(tiles, partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
+    if max_partials is not None:
+        num_programs = min(tiles, max_partials, max(1, 4 * target.multiprocessors // (owners * blocks)))
     return GemmConfig(num_programs=num_programs, max_registers=target.max_registers(), **tile)
 
 
@@ -119,7 +120,7 @@ def _fill(tile: dict[str, int], inner: int, programs: Callable[[int, int], int],
 
 
 def _hopper_tile(
-    columns: int, inner: int, partials: int | None, computes_on_load: bool, sums_on_store: bool
+    columns: int, inner: int, max_partials: int | None, computes_on_load: bool, sums_on_store: bool
 ) -> dict[str, int]:
     """For maps in 16 bits: what was fastest on an H200 for the layers of B0 at a batch of 256, of about 60 tiles each.
 
@@ -129,17 +130,17 @@ def _hopper_tile(
     if sums_on_store:
         block_m, block_n, block_k, stages = (128, 32, 32, 1) if columns <= 32 else (64, 64, 32, 1)
     elif columns <= 16:
-        block_m, block_n, block_k, stages = 128, 16, 32, 1 if partials is None else 2
+        block_m, block_n, block_k, stages = 128, 16, 32, 1 if max_partials is None else 2
     elif columns <= 32:
         block_m, block_n, block_k, stages = 128, 32, 32, 3
     elif inner <= 64 and not computes_on_load:
         # Many programs at once instead of many steps; where all of them leave statistics, that takes small ones.
-        block_m, block_n, block_k, stages = (128, 32, 32, 1) if partials is None else (64, 64, 32, 1)
-        warps = 4 if partials is None else 2
+        block_m, block_n, block_k, stages = (128, 32, 32, 1) if max_partials is None else (64, 64, 32, 1)
+        warps = 4 if max_partials is None else 2
     elif columns <= 64:
         block_m, block_n, block_k, stages = 128, 64, 32, 3
-    elif computes_on_load or partials is None:
-        block_m, block_n, block_k, stages = 64, 128, 64 if inner > columns and partials is None else 32, 3
+    elif computes_on_load or max_partials is None:
+        block_m, block_n, block_k, stages = 64, 128, 64 if inner > columns and max_partials is None else 32, 3
     else:
         block_m, block_n, block_k, stages = 128, 64, 32 if inner <= 96 else 64, 3
     return {"block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
