@@ -13,7 +13,7 @@ from effnet_kernels.backends.select import BackendError
 from effnet_kernels.fusion.inspection import is_plain
 from effnet_kernels.fusion.spec import Chain, Layer
 from effnet_kernels.inference.engine import FrozenEfficientNet
-from effnet_kernels.interop.adapters import Network, name_of, unwrapped
+from effnet_kernels.interop.adapters import NetworkParts, name_of, unwrapped
 from effnet_kernels.interop.networks import read_network
 from effnet_kernels.interop.verification import (
     Observed,
@@ -94,7 +94,7 @@ class Folded(NamedTuple):
     image_first: bool = False
 
 
-def _fold(network: Network, features_only: bool) -> Folded:
+def _fold(network: NetworkParts, features_only: bool) -> Folded:
     chains: list[Chain] = []
     ends, strides = [], []
     for stage in ([network.stem], *network.stages):
@@ -171,7 +171,7 @@ def _copied(tail: list[tuple[str, nn.Module]]) -> nn.Module:
 
 
 def _verify(
-    model: nn.Module, network: Network, folded: Folded, engine: FrozenEfficientNet, images: Tensor | None
+    model: nn.Module, network: NetworkParts, folded: Folded, engine: FrozenEfficientNet, images: Tensor | None
 ) -> None:
     """Raises ValueError, with the first block that differs, where model and engine disagree on images."""
     blocks = [name for stage in network.stages for name, _ in stage]
@@ -196,7 +196,7 @@ def _verify(
     )
 
 
-def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_graph: bool) -> torch.dtype:
+def _check(model: nn.Module, network: NetworkParts, dtype: torch.dtype | None, cuda_graph: bool) -> torch.dtype:
     """The engine's dtype; raises an error where the tensors that it reads are not where it can run."""
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     names = {id(t): name for name, t in named}
@@ -224,7 +224,7 @@ def _check(model: nn.Module, network: Network, dtype: torch.dtype | None, cuda_g
     return dtype
 
 
-def _chains(network: Network) -> Iterator[Chain]:
+def _chains(network: NetworkParts) -> Iterator[Chain]:
     for named in ([network.stem], *network.stages, [] if network.head is None else [network.head]):
         yield from (chain for _, chain in named)
 

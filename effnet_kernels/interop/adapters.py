@@ -22,7 +22,7 @@ BlockReader = Callable[[str, nn.Module], Chain]
 """A function that reads a block of any package; it raises ValueError with the given name for an unknown one."""
 
 
-class Network(NamedTuple):
+class NetworkParts(NamedTuple):
     """A network's parts, by their names in the model.
 
     Attributes:
@@ -45,7 +45,7 @@ class Network(NamedTuple):
 class NetworkAdapter(NamedTuple):
     """A class of networks: the function that reads them, and the methods that it takes for the class's own."""
 
-    read: Callable[[Any, BlockReader], Network]
+    read: Callable[[Any, BlockReader], NetworkParts]
     methods: tuple[str, ...]
 
 

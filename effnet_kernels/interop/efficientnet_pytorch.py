@@ -11,8 +11,8 @@ from effnet_kernels.interop.adapters import (
     FLATTEN,
     Adapter,
     BlockReader,
-    Network,
     NetworkAdapter,
+    NetworkParts,
     Pair,
     chain_of,
     read_activation,
@@ -44,17 +44,17 @@ def _drop_connect(training: bool, x: Tensor, drop_connect_rate: float | None = N
     return ((survival + drawn).floor() / survival).flatten()
 
 
-def _read_network(model: Any, read: BlockReader) -> Network:
+def _read_network(model: Any, read: BlockReader) -> NetworkParts:
     stem = "_conv_stem", read("_conv_stem", Pair(model._conv_stem, model._bn0, model._swish))
     stages = [[(f"_blocks.{i}", read(f"_blocks.{i}", block))] for i, block in enumerate(model._blocks)]
     head = "_conv_head", read("_conv_head", Pair(model._conv_head, model._bn1, model._swish))
     tail = {"_avg_pooling": model._avg_pooling}
     if model._global_params.include_top:
         tail |= {"flatten": FLATTEN, "_dropout": model._dropout, "_fc": model._fc}
-    return Network(stem, stages, head, tail, None)
+    return NetworkParts(stem, stages, head, tail, None)
 
 
-def _read_encoder(model: Any, read: BlockReader) -> Network:
+def _read_encoder(model: Any, read: BlockReader) -> NetworkParts:
     """The encoder of segmentation_models_pytorch: lukemelas's network, which returns the image and a map a stage."""
     stem = "_conv_stem", read("_conv_stem", Pair(model._conv_stem, model._bn0, model._swish))
     stages, begin = [], 0
@@ -62,7 +62,7 @@ def _read_encoder(model: Any, read: BlockReader) -> Network:
         numbers = range(begin, last + 1)
         stages.append([(f"_blocks.{i}", read(f"_blocks.{i}", model._blocks[i])) for i in numbers])
         begin = last + 1
-    return Network(stem, stages, None, None, list(range(len(stages) + 1)), image_first=True)
+    return NetworkParts(stem, stages, None, None, list(range(len(stages) + 1)), image_first=True)
 
 
 BLOCKS: dict[str, Adapter] = {

@@ -11,14 +11,14 @@ from effnet_kernels.fusion.accelerated_class import original_of
 from effnet_kernels.fusion.inspection import Unsupported, deviation
 from effnet_kernels.fusion.spec import Chain
 from effnet_kernels.interop import accelerate, efficientnet_pytorch, timm, torchvision
-from effnet_kernels.interop.adapters import Network, NetworkAdapter, name_of
+from effnet_kernels.interop.adapters import NetworkAdapter, NetworkParts, name_of
 from effnet_kernels.interop.blocks import adapter_of
 from effnet_kernels.modules.fused_module import FusedModule
 
 _NETWORKS: dict[str, NetworkAdapter] = {**torchvision.NETWORKS, **timm.NETWORKS, **efficientnet_pytorch.NETWORKS}
 
 
-def read_network(model: nn.Module) -> Network:
+def read_network(model: nn.Module) -> NetworkParts:
     """The parts of an EfficientNet of ours, torchvision, timm or ``efficientnet_pytorch``, or of a relative of it.
 
     Raises:

@@ -11,8 +11,8 @@ from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.interop.adapters import (
     Adapter,
     BlockReader,
-    Network,
     NetworkAdapter,
+    NetworkParts,
     Pair,
     blocks_of,
     chain_of,
@@ -53,7 +53,7 @@ def _drop_path(drop: Any, x: Tensor) -> Tensor | None:
     return draw_factors(x, drop.drop_prob, scaled=drop.scale_by_keep).flatten()
 
 
-def _read_network(model: Any, read: BlockReader) -> Network:
+def _read_network(model: Any, read: BlockReader) -> NetworkParts:
     # MobileNetV3's backbone has an activation of its own behind the stem.
     act = None if hasattr(model, "forward_head") else model._modules.get("act1")
     stem = "conv_stem", read("conv_stem", Pair(model.conv_stem, model.bn1, act))
@@ -61,12 +61,12 @@ def _read_network(model: Any, read: BlockReader) -> Network:
     if not hasattr(model, "forward_head"):
         if model.feature_hooks is not None:
             raise ValueError("feature_location: expected maps from between the blocks, got maps from inside of them")
-        return Network(stem, stages, None, None, sorted(model._stage_out_idx))
+        return NetworkParts(stem, stages, None, None, sorted(model._stage_out_idx))
     if "bn2" not in model._modules:
         # MobileNetV3 pools before its last convolution.
-        return Network(stem, stages, None, {"global_pool": TimmHead(model)}, None)
+        return NetworkParts(stem, stages, None, {"global_pool": TimmHead(model)}, None)
     head = "conv_head", read("conv_head", Pair(model.conv_head, model.bn2, None))
-    return Network(stem, stages, head, {"global_pool": model.global_pool, "classifier": model.classifier}, None)
+    return NetworkParts(stem, stages, head, {"global_pool": model.global_pool, "classifier": model.classifier}, None)
 
 
 class TimmHead(nn.Module):

@@ -12,8 +12,8 @@ from effnet_kernels.interop.adapters import (
     FLATTEN,
     Adapter,
     BlockReader,
-    Network,
     NetworkAdapter,
+    NetworkParts,
     blocks_of,
     chain_of,
     children_of,
@@ -74,7 +74,7 @@ def _read_block(block: nn.Module, sequence: str) -> ChainSpec:
     return chain_of(layers, excitation, block.use_res_connect, drop_path)
 
 
-def _read_network(model: Any, read: BlockReader, calls_pool: bool = True) -> Network:
+def _read_network(model: Any, read: BlockReader, calls_pool: bool = True) -> NetworkParts:
     """A sequence ``features`` of stem, stages and head: ours, torchvision's; not all call a module to pool."""
     parts = [list(blocks_of(*child, read)) for child in children_of("features", model.features)]
     maps = list(model.feature_layers) if getattr(model, "features_only", False) else None
@@ -84,10 +84,10 @@ def _read_network(model: Any, read: BlockReader, calls_pool: bool = True) -> Net
         raise ValueError(f"features: expected all layers from the stem to the head or the last map, got {got}")
     [stem], *stages = parts
     if maps is not None:
-        return Network(stem, stages, None, None, maps)
+        return NetworkParts(stem, stages, None, None, maps)
     [head] = stages.pop()
     pool = model.avgpool if calls_pool else _MEAN
-    return Network(stem, stages, head, {"avgpool": pool, "flatten": FLATTEN, "classifier": model.classifier}, None)
+    return NetworkParts(stem, stages, head, {"avgpool": pool, "flatten": FLATTEN, "classifier": model.classifier}, None)
 
 
 _MEAN = nn.AdaptiveAvgPool2d(1)
