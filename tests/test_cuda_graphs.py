@@ -1,6 +1,7 @@
 """The cache of CUDA graphs, with stand-ins for a GPU's graphs, streams and events."""
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -109,15 +110,22 @@ def test_what_is_forced_is_captured_by_itself(maps: Maps, captures: list) -> Non
     assert len(captures) == 2
 
 
-def test_what_decides_the_launches_is_part_of_a_graph(
-    maps: Maps, captures: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton", reason="Triton's precision is asked for")
+def test_what_decides_the_launches_is_part_of_a_graph(maps: Maps, captures: list) -> None:
     cache, x = GraphCache(maps), torch.randn(1, 3, 4, 4)
-    for tf32 in (False, True, False):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-        cache(x)
-    assert len(captures) == 2
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for precisions in 2 * list(itertools.product(("ieee", "tf32"), repeat=2)):
+            for setting, precision in zip(settings, precisions, strict=True):
+                setting.fp32_precision = precision
+            cache(x)
+        assert len(captures) == 4
+        with use_backend("reference"):
+            cache(x)
+        assert len(captures) == 5
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def test_an_engine_with_other_weights_has_other_graphs(maps: Maps, captures: list) -> None:

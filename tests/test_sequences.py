@@ -14,7 +14,7 @@ import effnet_kernels as ek
 from effnet_kernels import EfficientNet
 from effnet_kernels.backends import cpu, triton
 from effnet_kernels.backends.cpu.network import Network
-from effnet_kernels.fusion import sequence
+from effnet_kernels.fusion import packing, sequence
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.modules import FusedMBConvConfig, MBConvConfig, fused_sequence
 
@@ -183,10 +183,9 @@ def without_statistics(model: Any) -> None:
     norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
 
 
-def compile_block(model: Any) -> None:
-    """As ``block.compile()`` does, with something that is seen in the output."""
-    block = model.features[3][1]
-    block._compiled_call_impl = lambda input: 2 * block._call_impl(input)
+def compile_part(part: nn.Module) -> None:
+    """As ``part.compile()`` does, with something that is seen in the output."""
+    part._compiled_call_impl = lambda input: 2 * part._call_impl(input)
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {
@@ -199,7 +198,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "class of a stage": scale_stage,
     "class of a block": subclass_block,
     "call of a block": call_block_otherwise,
-    "a compiled block": compile_block,
+    "a compiled block": lambda model: compile_part(model.features[3][1]),
+    "a compiled stage": lambda model: compile_part(model.features[3]),
     "another module": lambda model: model.features.insert(2, nn.ReLU()),
     "another activation": lambda model: setattr(model.features[3][0].block[0], "2", nn.GELU()),
     "batch statistics": without_statistics,
@@ -223,6 +223,37 @@ def test_what_has_to_be_called_is_called(calls, change: str, before: bool, owner
         assert len(calls) > 2
         assert_close(y, by_torch(model, x), 1e-5)
         assert_close(maps, by_torch(model.features, x), 1e-5)
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("before", [True, False], ids=["before the first call", "after it"])
+def test_a_hook_on_a_whole_sequence_changes_nothing(calls, owner: str, before: bool) -> None:
+    model, x = network(owner), image()
+    with torch.no_grad():
+        if not before:
+            model.features(x)
+        add_hook(model.features)
+        calls.clear()
+        assert_close(model.features(x), by_torch(model.features, x), 1e-5)
+        assert len(calls) == 1
+        assert model.features.fired == 2
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_an_attribute_that_changes_at_each_call_packs_nothing_again(calls, monkeypatch, owner: str) -> None:
+    model, x = network(owner), image()
+    made: list[object] = []
+    pack = packing.Network
+    monkeypatch.setattr(packing, "Network", lambda *rest, **named: made.append(rest) or pack(*rest, **named))
+    with torch.no_grad():
+        for count in range(4):
+            model.features.count = model.features[2][0].count = float(count)
+            model.features(x)
+            model.features[2][0](torch.randn(1, 8, 9, 9))
+        assert len(made) == 2
+        model.features[2][0].block[0][1].eps = 0.5
+        assert_close(model.features(x), by_torch(model.features, x), 1e-5)
+        assert len(made) == 3
 
 
 METHODS = [(nn.Sequential, "forward"), (nn.Module, "__call__"), (nn.Module, "_call_impl")]

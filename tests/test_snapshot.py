@@ -82,6 +82,24 @@ def test_steps_of_training_are_no_change() -> None:
     assert snapshots.get(m) == "found"
 
 
+def test_a_list_that_holds_itself() -> None:
+    m, snapshots = module(), Snapshots[str]()
+    m[0].numbers.append(m[0].numbers)
+    m[1].numbers = list(range(10000))
+    snapshots.keep(m, "found")
+    assert snapshots.get(m) == "found"
+
+
+def test_a_whole_model_is_loaded_as_before_it_was_called(tmp_path) -> None:
+    model = used(ek.efficientnet_b0(num_classes=2))
+    torch.save(model, tmp_path / "model.pt")
+    with torch.serialization.safe_globals([*map(type, model.modules()), set]):
+        loaded = torch.load(tmp_path / "model.pt", weights_only=True)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
 def test_an_equal_setting_is_no_change() -> None:
     m, snapshots = module(), Snapshots[str]()
     snapshots.keep(m, "found")

@@ -16,7 +16,7 @@
 namespace effnet {
 
 // Where a tensor is: in the plan's arena, or in dense memory of the caller's that has its image or its one output. A
-// strided image is the caller's in any type and strides, which only convolutions that are no 1 x 1 ones read.
+// strided image is the caller's in any type and strides, which dense convolutions copy row by row, with padding.
 enum class Memory { arena, image, output, strided_image };
 
 struct Place {

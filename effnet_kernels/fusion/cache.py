@@ -8,6 +8,7 @@ hooks or classes of the module or of those inside it, or in the methods that are
 import copy
 import operator
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -18,16 +19,17 @@ from effnet_kernels.fusion.accelerated_class import CALL, forward_methods, origi
 Finding = TypeVar("Finding")
 
 _ATTRIBUTE = "_effnet_kernels_kept"
+_LONGEST_SETTING = 64
 
 
 class _Kept(dict[Any, Any]):
-    """What is kept of one module. A copy of it is an empty dictionary."""
+    """What is kept of one module. A copy of it is an empty dictionary, of a class that torch.load allows."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()
+        return OrderedDict, ()
 
 
 def kept_of(module: nn.Module) -> dict[Any, Any]:
@@ -102,21 +104,22 @@ class Snapshot(Generic[Finding]):
 
 
 def _own_values(module: nn.Module) -> list[Any]:
-    return [value for name, value in module.__dict__.items() if name != _ATTRIBUTE]
+    # A list first, because another thread may change the dictionary.
+    return [value for name, value in list(module.__dict__.items()) if name != _ATTRIBUTE]
 
 
-def _settings_in_lists(values: Iterable[Any]) -> Iterator[list[Any]]:
-    """The lists of numbers and strings among values, and inside of lists and tuples, as settings may be."""
+def _settings_in_lists(values: Iterable[Any], depth: int = 4) -> Iterator[list[Any]]:
+    """The short lists of numbers and strings among values, and inside of lists and tuples, as settings may be."""
     for value in values:
-        if isinstance(value, list) and _is_setting(value):
+        if isinstance(value, list) and _is_setting(value, depth):
             yield value
-        elif isinstance(value, list | tuple):
-            yield from _settings_in_lists(value)
+        elif isinstance(value, list | tuple) and depth > 0:
+            yield from _settings_in_lists(value, depth - 1)
 
 
-def _is_setting(value: Any) -> bool:
+def _is_setting(value: Any, depth: int) -> bool:
     if isinstance(value, list | tuple):
-        return all(map(_is_setting, value))
+        return depth > 0 and len(value) <= _LONGEST_SETTING and all(_is_setting(inner, depth - 1) for inner in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 
@@ -127,6 +130,11 @@ class Snapshots(Generic[Finding]):
         """What was found about the module, if it still holds."""
         snapshot: Snapshot[Finding] | None = kept_of(module).get(self)
         return snapshot.finding if snapshot is not None and snapshot.holds(module) else None
+
+    def last(self, module: nn.Module) -> Finding | None:
+        """What was found about the module the last time, whether it holds or not."""
+        snapshot: Snapshot[Finding] | None = kept_of(module).get(self)
+        return None if snapshot is None else snapshot.finding
 
     def keep(self, module: nn.Module, finding: Finding) -> Finding:
         kept = kept_of(module)

@@ -231,6 +231,16 @@ class Layer(NamedTuple):
 PARAMETERS_OF_A_LAYER = 8
 
 
+def are_the_same(value: Any, other: Any) -> bool:
+    """Whether two chains, or lists of them, have the same tensors and equal settings."""
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return value is other
+    if isinstance(value, tuple | list):
+        same_form = type(value) is type(other) and len(value) == len(other)
+        return same_form and all(map(are_the_same, value, other))
+    return bool(value == other)
+
+
 class Chain(NamedTuple):
     """Layers, each of which reads what the one before it makes.
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import select, triton
-from effnet_kernels.backends.triton import plans
+from effnet_kernels.backends import select
+from effnet_kernels.backends.triton.configs import tuned_configs
 
 # Calls before a capture, in which kernels are compiled and libraries allocate their memory.
 _WARMUP = 3
@@ -45,7 +45,7 @@ class GraphCache:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         # What decides the launches, beside the shape, is part of what was captured.
-        key = tuple(x.shape), select.forced(), *_settings_of_launches(x)
+        key = tuple(x.shape), select.forced(), tuned_configs.generation(), *_precisions()
         with self._lock, torch.cuda.device(x.device):
             captured = self._captured.pop(key, None)
             if captured is None:
@@ -73,8 +73,10 @@ class GraphCache:
             captured.done.synchronize()
 
 
-def _settings_of_launches(x: Tensor) -> tuple[object, ...]:
-    return plans.settings_of_launches(x) if triton.unavailable_reason() is None else ()
+def _precisions() -> tuple[str, str]:
+    """Of float32 products in convolutions, the kernels' too, and in the fully connected layer behind them."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return conv.fp32_precision, matmul.fp32_precision
 
 
 # Tensors made under inference_mode could not be written outside of it.

@@ -13,7 +13,7 @@ from effnet_kernels.fusion.cache import Snapshots
 from effnet_kernels.fusion.inspection import Unsupported, missing_kernel
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.fusion.packing import PackedChains
-from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.fusion.spec import Chain, are_the_same
 
 
 class Decision(NamedTuple):
@@ -107,7 +107,12 @@ class FusedModule(nn.Module):
         if found is None:
             found = self._lower()
             if not isinstance(found, str):
-                found = found._replace(packed=PackedChains(found.chain.tensors()), plans=Plans())
+                before = _lowered.last(self)
+                if isinstance(before, ChainSpec) and are_the_same(before.chain, found.chain):
+                    # What has changed is of no consequence, and the chain is packed already.
+                    found = found._replace(packed=before.packed, plans=before.plans)
+                else:
+                    found = found._replace(packed=PackedChains(found.chain.tensors()), plans=Plans())
             _lowered.keep(self, found)
         return found
 

@@ -11,7 +11,7 @@ from effnet_kernels.fusion.accelerated_class import is_accelerated
 from effnet_kernels.fusion.cache import Snapshots
 from effnet_kernels.fusion.inspection import deviation, has_hook, is_plain, methods_of
 from effnet_kernels.fusion.sequence import ChainSequence
-from effnet_kernels.fusion.spec import Chain
+from effnet_kernels.fusion.spec import Chain, are_the_same
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
 from effnet_kernels.modules.fused_mbconv import FusedMBConv
 from effnet_kernels.modules.fused_module import FusedModule
@@ -23,11 +23,10 @@ _sequences: Snapshots[ChainSequence | bool] = Snapshots()
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``, computed as one where the module is torch's plain sequence of fused ones."""
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(module, nn.Sequential):
-        y = infer(module, x)
-        if y is not None:
-            return y
-    return module(x)
+    # A module that was compiled by itself is called as it was compiled.
+    own = torch.is_grad_enabled() or torch.compiler.is_compiling() or module._compiled_call_impl is not None
+    y = infer(module, x) if not own and is_plain(module, nn.Sequential) else None
+    return module(x) if y is None else y
 
 
 def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
@@ -47,10 +46,14 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
         return None
     found = _sequences.get(sequence)
     if found is None:
-        # While there is a hook, nothing that is kept holds.
-        if any(map(has_hook, sequence.modules())):
+        # While there is a hook inside, nothing that is kept holds.
+        if any(map(has_hook, list(sequence.modules())[1:])):
             return None
-        found = _sequences.keep(sequence, _lower(sequence))
+        found, before = _lower(sequence), _sequences.last(sequence)
+        # What has changed may be of no consequence, and the chains are packed already.
+        if isinstance(found, ChainSequence) and isinstance(before, ChainSequence):
+            found = before if are_the_same(before.chains, found.chains) else found
+        _sequences.keep(sequence, found)
     if isinstance(found, bool) or found.missing_kernels[backend] is not None:
         return None
     return found.infer_natively(x, pool) if backend == "cpu" else found.infer_on_gpu(x, pool)

@@ -130,13 +130,7 @@ def _circumstances(x: Tensor) -> tuple[Any, ...] | None:
     launch, target_of, tuned_configs = _modules()
     if not launch.runs_plainly() or tuned_configs.is_overridden() or x.get_device() != torch.cuda.current_device():
         return None
-    return target_of(x), *settings_of_launches(x)
-
-
-def settings_of_launches(x: Tensor) -> tuple[Any, ...]:
-    """What decides the launches for maps like x beside their layout, the device and the forced backend."""
-    launch, _, tuned_configs = _modules()
-    return tuned_configs.generation(), launch.dot_precision(x.dtype)
+    return target_of(x), tuned_configs.generation(), launch.dot_precision(x.dtype)
 
 
 def _layouts(given: list[Tensor]) -> tuple[tuple[Any, ...], ...]:
