@@ -14,8 +14,8 @@ namespace effnet {
 
 class Plan;
 
-// Which of the caller's tensors the steps read and write themselves, without a copy. They can be dense, and of the
-// network's type, alone.
+// Which of the caller's tensors the steps read and write themselves, without a copy: only dense ones of the network's
+// type can be.
 struct InPlace {
   bool image = false, output = false;
 

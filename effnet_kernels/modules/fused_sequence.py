@@ -1,15 +1,13 @@
 """A sequence of fused modules at inference, computed as one where nothing observes the calls that this leaves out."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.select import Call
-from effnet_kernels.fusion.accelerated_class import is_accelerated
+from effnet_kernels.fusion.accelerated_class import is_accelerated, original_of
 from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import deviation, has_hook, is_plain, methods_of
+from effnet_kernels.fusion.inspection import has_hook, is_plain, methods_of
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain, are_the_same
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
@@ -23,9 +21,8 @@ _sequences: Snapshots[ChainSequence | bool] = Snapshots()
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``, computed as one where the module is torch's plain sequence of fused ones."""
-    # A module that was compiled by itself is called as it was compiled.
-    own = torch.is_grad_enabled() or torch.compiler.is_compiling() or module._compiled_call_impl is not None
-    y = infer(module, x) if not own and is_plain(module, nn.Sequential) else None
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    y = infer(module, x) if not observed and _is_called_plainly(module, nn.Sequential) else None
     return module(x) if y is None else y
 
 
@@ -49,51 +46,55 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
         # While there is a hook inside, nothing that is kept holds.
         if any(map(has_hook, list(sequence.modules())[1:])):
             return None
-        found, before = _lower(sequence), _sequences.last(sequence)
-        # What has changed may be of no consequence, and the chains are packed already.
-        if isinstance(found, ChainSequence) and isinstance(before, ChainSequence):
-            found = before if are_the_same(before.chains, found.chains) else found
+        chains, before = _lower(sequence), _sequences.last(sequence)
+        if chains and isinstance(before, ChainSequence) and are_the_same(before.chains, chains):
+            # What has changed is of no consequence, and the chains are packed already.
+            found = before
+        else:
+            found = ChainSequence(chains) if chains else False
         _sequences.keep(sequence, found)
     if isinstance(found, bool) or found.missing_kernels[backend] is not None:
         return None
     return found.infer_natively(x, pool) if backend == "cpu" else found.infer_on_gpu(x, pool)
 
 
-def _lower(sequence: nn.Module) -> ChainSequence | bool:
+def _lower(sequence: nn.Module) -> list[Chain]:
+    """The chains of a sequence's modules; none where these have to be called."""
     if any(module.training for module in sequence.modules()):
-        return False
+        return []
     # Its forward is the caller, but it need not be the one of its class.
     if methods_of(type(sequence))[1] is not None:
-        return False
+        return []
     chains: list[Chain] = []
     for module in fused_modules(sequence):
         spec = module.lowered() if module is not None else ""
         if isinstance(spec, str) or spec.chain.batch_statistics:
-            return False
+            return []
         if chains and chains[-1].layers[-1].out_channels != spec.chain.layers[0].in_channels:
-            return False
+            return []
         chains.append(spec.chain)
-    return ChainSequence(chains) if chains else False
+    return chains
 
 
 def fused_modules(sequence: nn.Module) -> list[FusedModule | None]:
     """The fused modules in a sequence and in the sequences in it; None for any other module."""
     found: list[FusedModule | None] = []
     for child in sequence._modules.values():
-        # A module that was compiled by itself is called as it was compiled.
-        if child is None or child._compiled_call_impl is not None:
-            found.append(None)
-        elif is_plain(child, nn.Sequential):
+        if child is not None and _is_called_plainly(child, nn.Sequential):
             found += fused_modules(child)
-        elif _is_plain_fused(child):
-            found.append(cast(FusedModule, child))
+        elif isinstance(child, FusedModule) and _returns_what_is_fused(child):
+            found.append(child)
         else:
             found.append(None)
     return found
 
 
-def _is_plain_fused(module: nn.Module) -> bool:
+def _returns_what_is_fused(module: FusedModule) -> bool:
     """Whether the module's call returns what its method ``fused`` does, wherever that is not None."""
-    if isinstance(module, FusedModule) and is_accelerated(type(module)):
-        return deviation("it", module) is None
-    return is_plain(module, ConvBnAct, MBConv, FusedMBConv)
+    kinds = (original_of(type(module)),) if is_accelerated(type(module)) else (ConvBnAct, MBConv, FusedMBConv)
+    return _is_called_plainly(module, *kinds)
+
+
+def _is_called_plainly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """:func:`is_plain`, of a module that was not compiled by itself: that is called as it was compiled."""
+    return module._compiled_call_impl is None and is_plain(module, *kinds)
