@@ -52,7 +52,8 @@ def test_blocks(name: str, training: bool, autocast: torch.dtype, monkeypatch: p
     monkeypatch.setattr(forward, "runs_bf16", lambda: False)
     make, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
     block = randomize(make()).train(training)
-    for dtype in (torch.float32, autocast):
+    # Another dtype than autocast's is torch's to add to, see test_residuals_of_another_dtype().
+    for dtype in (autocast,) if block.chain_spec().chain.residual else (torch.float32, autocast):
         x = channels_last(*shape).to(dtype)
         with ek.use_backend("torch"), torch.no_grad():
             grad = torch.randn_like(copy.deepcopy(block)(x.float())).to(autocast)
@@ -92,11 +93,12 @@ def test_dense_convolutions_in_bfloat16(
     monkeypatch.setattr(forward, "runs_bf16", lambda: True)
     config = FusedMBConvConfig(ratio, 3, 1 if residual else 2, 16, 16 if residual else 24, 1)
     block, x = randomize(config.block(config, 0.0, nn.BatchNorm2d)).train(training), channels_last(4, 16, 14, 12)
+    x = x.bfloat16() if residual else x
     with ek.use_backend("torch"), torch.no_grad():
-        grad = torch.randn_like(copy.deepcopy(block)(x))
+        grad = torch.randn_like(copy.deepcopy(block)(x.float()))
     ours, theirs, exact, single = (copy.deepcopy(block) for _ in range(4))
     # What a block that computes in float32 throughout has exactly, see test_blocks().
-    rounded_at_the_end = step(single, x, grad.bfloat16().float())[0].bfloat16()
+    rounded_at_the_end = step(single, x.float(), grad.bfloat16().float())[0].bfloat16()
     with ek.use_backend("torch"):
         right = step(exact.double(), x.double(), grad.double())
         bounds = step(theirs, x, grad, torch.bfloat16)
@@ -107,7 +109,7 @@ def test_dense_convolutions_in_bfloat16(
         assert not torch.equal(y, rounded_at_the_end)
         return
     found = step(ours, x, grad, torch.bfloat16)
-    assert (found[0].dtype, found[1].dtype) == (torch.bfloat16, torch.float32)
+    assert (found[0].dtype, found[1].dtype) == (torch.bfloat16, x.dtype)
     for own, other, value in zip(found, bounds, right, strict=True):
         assert relative_rms(own, value) <= max(2 * relative_rms(other, value), rounding)
     for (key, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
@@ -118,12 +120,33 @@ def test_dense_convolutions_in_bfloat16(
     assert not torch.equal(*(weight.grad for weight in weights))
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    "name", ["expand", "fused, residual", "torchvision", "timm, dense with an excitation", "efficientnet_pytorch"]
+)
+def test_residuals_of_another_dtype(name: str, together: bool, given: torch.dtype) -> None:
+    """A residual that is not in autocast's dtype is added as the block's own package adds it."""
+    make, shape = (BLOCKS | THIRD_PARTY_BLOCKS)[name]
+    block, x = randomize(make()).eval(), channels_last(*shape).to(given)
+    model = ek.accelerate(nn.Sequential(block, copy.deepcopy(block))) if together else block
+    eager = ek.restore(copy.deepcopy(model))
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded), torch.autocast("cpu", torch.bfloat16):
+            ours = model(x)
+            with ek.use_backend("torch"):
+                theirs = eager(x)
+        assert_close(ours, theirs, torch.finfo(torch.bfloat16).eps)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "residual" in (ek.explain(block, x)[0].reason or "")
+
+
 @pytest.mark.parametrize("name", ["expand", "fused", "stem", "head"])
 def test_kernels_run(name: str) -> None:
     make, shape = BLOCKS[name]
     block, x = make(), torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16):
-        for given in (x, x.bfloat16(), x.half()):
+        for given in (x.bfloat16(),) if name == "expand" else (x, x.bfloat16(), x.half()):
             y = block(given)
             assert type(y.grad_fn).__name__ in ("ChainFunctionBackward", "CloneBackward0")
             assert {row.backend for row in ek.explain(block, given)} == {"cpu"}
@@ -142,13 +165,13 @@ def test_outputs_keep_the_memory_format(memory_format: torch.memory_format, with
 @pytest.mark.parametrize("training", [True, False])
 def test_without_gradients(training: bool) -> None:
     """Nothing is recorded; in training the statistics move."""
-    block, x = randomize(mbconv(2, 3, 1, 16, 16, probability=0.5)).train(training), torch.randn(4, 16, 7, 9)
+    block, x = randomize(mbconv(2, 3, 1, 16, 16, probability=0.5)).train(training), torch.randn(4, 16, 7, 9).bfloat16()
     expected, recorded = copy.deepcopy(block), copy.deepcopy(block)
     outputs = []
-    for called, grad, enabled in ((block, False, True), (recorded, True, True), (expected, False, False)):
+    for called, grad, enabled in ((block, False, True), (recorded, True, True), (expected, True, False)):
         torch.manual_seed(1)
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            outputs.append(called(x))
+            outputs.append(called(x if enabled else x.float()))
         assert_buffers_close(called, block)
     assert torch.equal(outputs[1], outputs[2].bfloat16())
     if training:
@@ -170,7 +193,7 @@ def test_switched_off_inside() -> None:
 def test_backward_inside_of_autocast(name: str, backend: str) -> None:
     """Autocast would cast the operands of those of torch's functions that a backward pass calls."""
     make, shape = BLOCKS[name]
-    block, x = make(), torch.randn(shape)
+    block, x = make(), torch.randn(shape).bfloat16()
     gradients = []
     for inside in (True, False):
         block.zero_grad()

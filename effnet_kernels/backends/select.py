@@ -207,10 +207,10 @@ def global_hook() -> str | None:
     return "a global module hook is registered" if _has_any_global_hook() else None
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of ``x`` before a convolution, or None where it is off."""
-    device = "cuda" if x.is_meta else x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of a convolution's operands on a device, or None where it is off."""
+    kind = "cuda" if device.type == "meta" else device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def chain_dtypes(backend: PrimitivesBackend, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -220,7 +220,7 @@ def chain_dtypes(backend: PrimitivesBackend, x: Tensor) -> tuple[torch.dtype, to
     which is more exact and, on most processors, faster than torch in 16 bits. There are two exceptions: packed
     networks, and the input of :func:`effnet_kernels.fusion.forward.dtype_of_input`.
     """
-    autocast = autocast_dtype(x)
+    autocast = autocast_dtype(x.device)
     if autocast is None:
         return x.dtype, x.dtype
     return torch.float32 if backend == "cpu" else autocast, autocast
@@ -228,7 +228,7 @@ def chain_dtypes(backend: PrimitivesBackend, x: Tensor) -> tuple[torch.dtype, to
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast off, for the device of ``x``, where it is on."""
-    if autocast_dtype(x) is None:
+    if autocast_dtype(x.device) is None:
         return contextlib.nullcontext()
     return torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False)
 

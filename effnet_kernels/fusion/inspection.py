@@ -1,6 +1,6 @@
 """Whether a module computes what its class says, so that a kernel can compute it instead."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -91,6 +91,17 @@ def missing_kernel(backend: PrimitivesBackend, chains: Iterable[Chain]) -> str |
         if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
             return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
     return None
+
+
+def promoted_residual(chains: Sequence[Chain], call: select.Call) -> str | None:
+    """Why torch has to add the residual of the first chain, or None: under autocast a chain's output has its dtype.
+
+    The map that a residual is added to has the dtype of autocast, and their sum the wider one of both.
+    """
+    autocast = select.autocast_dtype(call.device)
+    if not chains[0].residual or autocast is None or call.dtype is autocast:
+        return None
+    return f"the residual in {str(call.dtype).removeprefix('torch.')} is added to a map in autocast's dtype"
 
 
 # By class: what was found, and the methods as they were then.

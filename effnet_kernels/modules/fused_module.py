@@ -10,7 +10,7 @@ from effnet_kernels.backends.select import Backend, BackendError, Call
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import Unsupported, missing_kernel
+from effnet_kernels.fusion.inspection import Unsupported, missing_kernel, promoted_residual
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, are_the_same
@@ -94,6 +94,7 @@ class FusedModule(nn.Module):
         elif reason is None and backend == "cpu" and torch.is_autocast_enabled("cpu"):
             # Without autocast parameters of another dtype than the input's are an error of the caller's.
             reason = _parameters_of_other_dtypes(spec.chain)
+        reason = reason or promoted_residual([spec.chain], call)
         if reason is not None and force == backend:
             raise BackendError(f"backend {force!r} was forced but cannot run {type(self).__name__}: {reason}")
         reason = reason or missing_kernel(backend, [spec.chain])

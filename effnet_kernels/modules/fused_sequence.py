@@ -7,7 +7,7 @@ from effnet_kernels.backends import profiling, select
 from effnet_kernels.backends.select import Call
 from effnet_kernels.fusion.accelerated_class import is_accelerated, original_of
 from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import has_hook, is_plain, methods_of
+from effnet_kernels.fusion.inspection import has_hook, is_plain, methods_of, promoted_residual
 from effnet_kernels.fusion.sequence import ChainSequence
 from effnet_kernels.fusion.spec import Chain, are_the_same
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
@@ -54,6 +54,8 @@ def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
             found = ChainSequence(chains) if chains else False
         _sequences.keep(sequence, found)
     if isinstance(found, bool) or found.missing_kernels[backend] is not None:
+        return None
+    if promoted_residual(found.chains, call) is not None:
         return None
     return found.infer_natively(x, pool) if backend == "cpu" else found.infer_on_gpu(x, pool)
 
