@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, randomize
+from conftest import assert_close, calibrate, randomize, relative_rms
 from native_cases import needs_native
 from torch import Tensor, nn
 
@@ -125,6 +125,97 @@ def test_timms_blocks_are_one_call(calls, features: bool) -> None:
     assert len(calls) == (8 if features else 3)
     for y, right in zip(found, by_torch(model, x), strict=True):
         assert_close(y, right, 1e-5)
+
+
+def looping_network(name: str) -> Any:
+    """A network that calls its blocks in a loop, from a list."""
+    torch.manual_seed(0)
+    if name == "efficientnet_pytorch":
+        package: Any = pytest.importorskip("efficientnet_pytorch", reason="efficientnet_pytorch is not installed")
+        made = package.EfficientNet.from_name("efficientnet-b0", num_classes=5)
+    else:
+        package = pytest.importorskip("segmentation_models_pytorch", reason="accelerates an encoder of its")
+        encoder, depth = name.split()
+        made = package.encoders.get_encoder(encoder, weights=None, depth=int(depth))
+    return ek.accelerate(calibrate(made))
+
+
+def listed(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # The stem, the blocks, the head.
+        ("efficientnet_pytorch", 3),
+        # The stem, and the blocks up to each map.
+        ("efficientnet-b0 5", 5),
+        # It computes one map more than it returns.
+        ("efficientnet-b0 3", 4),
+        # Stages are sequences, of which two maps have two.
+        ("timm-efficientnet-b0 5", 8),
+    ],
+)
+def test_blocks_that_a_loop_calls_are_one_call(calls, monkeypatch, name: str, expected: int) -> None:
+    model, x = looping_network(name), image()
+    with torch.no_grad():
+        found = listed(model(x))
+        assert len(calls) == expected
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(fused_sequence, "infer", lambda *arguments, **named: None)
+            one_by_one = listed(model(x))
+        assert len(calls) > 7
+        assert all(map(torch.equal, found, one_by_one))
+        for y, right in zip(found, listed(ek.restore(copy.deepcopy(model))(x)), strict=True):
+            assert_close(y, right, 1e-5)
+        assert all(map(torch.equal, found, listed(copy.deepcopy(model)(x))))
+
+
+@pytest.mark.parametrize(("name", "fewest"), [("efficientnet_pytorch", 3), ("efficientnet-b0 5", 5)])
+def test_a_loop_calls_blocks_that_are_observed_or_changed(calls, name: str, fewest: int) -> None:
+    model, x = looping_network(name), image()
+    fired: list[int] = []
+
+    def check(together: bool) -> None:
+        calls.clear()
+        fired.clear()
+        with torch.no_grad():
+            found = listed(model(x))
+            for y, right in zip(found, listed(by_torch(ek.restore(copy.deepcopy(model)), x)), strict=True):
+                assert_close(y, right, 1e-5)
+        assert (len(calls) <= fewest) == together
+
+    check(True)
+    handle = model._blocks[4].register_forward_hook(lambda *_: fired.append(4))
+    check(False)
+    assert fired
+    handle.remove()
+    check(True)
+    model._blocks[9], model._blocks[10] = copy.deepcopy(model._blocks[10]), model._blocks[9]
+    model._blocks[10]._bn1.eps = 0.5
+    check(True)
+    model._blocks[5].register_module("_swish", nn.Softplus())
+    check(False)
+    model._blocks = nn.ModuleList()
+    if name == "efficientnet_pytorch":
+        model._conv_head, model._bn1 = nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8).eval()
+        model._fc = nn.Linear(8, 5)
+    check(True)
+
+
+def test_a_loop_of_blocks_trains() -> None:
+    """Stochastic depth's rates are those of each block."""
+    model, x = looping_network("efficientnet_pytorch").train(), torch.randn(4, 3, 64, 64)
+    eager = ek.restore(copy.deepcopy(model))
+    outputs = []
+    for each in (model, eager):
+        torch.manual_seed(1)
+        outputs.append(each(x))
+        outputs[-1].square().sum().backward()
+    assert_close(*outputs, 1e-4)
+    assert relative_rms(model._conv_stem.weight.grad, eager._conv_stem.weight.grad) < 1e-3
 
 
 @pytest.mark.parametrize("owner", OWNERS)

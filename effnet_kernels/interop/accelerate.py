@@ -3,11 +3,13 @@
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FunctionType, ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ def accelerate(model: Model) -> Model:
     ``print(explain(model))`` lists what was switched, and why the rest was not. :func:`restore` undoes it.
 
     A plain ``torch.nn.Sequential`` of switched blocks is switched likewise: in eval mode without gradients it computes
-    them together, unless a hook or anything else observes a call that this would leave out.
+    them together, unless a hook or anything else observes a call that this would leave out. So do the networks of
+    ``efficientnet_pytorch`` and the encoders of ``segmentation_models_pytorch``, which have a list of blocks instead.
 
     Outputs of switched blocks are in channels-last strides. Models may be trained, copied, pickled and accelerated
     again; ``torch.jit.script`` compiles the blocks' own forward, as if they were not switched. Before reading a pickle
@@ -181,29 +184,69 @@ class AcceleratedNetwork(Accelerated):
     method: ClassVar[str]
     # The names of a convolution, its norm and the activation behind it.
     pairs: ClassVar[Pairs]
-
-    def pair(self, index: int) -> nn.Module:
-        """The stem (0) or the head (1) as a block on the kernels."""
-        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        conv, norm, act = (None if name is None else modules[name] for name in self.pairs[index])
-        # No children of the network: pairs are not copied, written or listed with it.
-        kept = kept_of(self).setdefault(AcceleratedNetwork, {})  # type: ignore[arg-type]
-        pair = kept.get(index)
-        if pair is None or pair.conv is not conv or pair.norm is not norm or pair.act is not act:
-            pair = kept[index] = _accelerated_class(Pair)(conv, norm, act)
-        return pair
+    # The original's method, as TorchScript compiles it.
+    scripted: ClassVar[Callable[..., Any]]
 
 
-class _Paired:
-    """An accelerated network as its own methods get it: convolution, norm and activation of a pair are one block."""
+def pair_of(network: Any, index: int) -> nn.Module:
+    """The stem (0) or the head (1) of an accelerated network as a block on the kernels."""
+    parts = [None if name is None else network._modules[name] for name in network.pairs[index]]
+    return _made_of(network, ("pair", index), parts, _accelerated_class(Pair))
 
-    def __init__(self, network: Any) -> None:
+
+def _sequence(network: Any, first: int, blocks: list[nn.Module]) -> nn.Module:
+    """Some blocks of an accelerated network, of which the first has this number, as a sequence."""
+    return _made_of(network, ("sequence", first), blocks, nn.Sequential)
+
+
+def _made_of(network: Any, key: tuple[str, int], parts: list[Any], kind: Callable[..., nn.Module]) -> nn.Module:
+    """A module of these parts, in eval mode itself; the one that was made before where it has them."""
+    # No children of the network: such modules are not copied, written or listed with it.
+    kept = kept_of(network).setdefault(AcceleratedNetwork, {})
+    before, made = kept.get(key, (None, None))
+    if before != parts:
+        made = kind(*parts)
+        made.training = False
+        kept[key] = parts, made
+    return cast(nn.Module, made)
+
+
+class _Together:
+    """Blocks as the loop of a network calls them, one by one: the first call computes them all, where it can."""
+
+    def __init__(self, sequence: nn.Module, blocks: list[nn.Module]) -> None:
+        self._sequence, self._computed = sequence, False
+        self.calls = [partial(self._first, blocks[0]), *(partial(self._other, block) for block in blocks[1:])]
+
+    def _first(self, block: nn.Module, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        y = fused_sequence.infer(self._sequence, x)
+        self._computed = y is not None
+        return cast(Tensor, block(x, *arguments, **named)) if y is None else y
+
+    def _other(self, block: nn.Module, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return x if self._computed else cast(Tensor, block(x, *arguments, **named))
+
+
+class _View:
+    """An accelerated network as its own method gets it.
+
+    Convolution, norm and activation of a pair are one block. Blocks that the method calls in a loop are computed
+    together, up to each of the numbers ``ends``; without them as they are.
+    """
+
+    def __init__(self, network: Any, ends: Sequence[int]) -> None:
         self._network = network
         for index, (first, *behind) in enumerate(network.pairs):
-            setattr(self, first, network.pair(index))
+            setattr(self, first, pair_of(network, index))
             for name in behind:
                 if name is not None:
                     setattr(self, name, _unchanged)
+        if any(ends):
+            blocks = list(network._blocks)
+            self._blocks: list[Any] = []
+            for start, end in itertools.pairwise([0, *ends]):
+                part = blocks[start:end]
+                self._blocks += _Together(_sequence(network, start, part), part).calls
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
@@ -213,14 +256,15 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _by_pairs(name: str) -> Callable[..., Any]:
-    """The original's method of this name, with fused pairs where no tracer or hook observes the call."""
+def _in_parts(name: str, ends: Callable[[Any], Sequence[int]] = lambda network: ()) -> Callable[..., Any]:
+    """The original's method of this name on a :class:`_View`, where no tracer or hook observes the call."""
 
     @_outliving(name)
     def method(self: Any, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        # A tracer cannot follow the pairs' making.
+        # A tracer cannot follow the parts' making.
         observed = torch.compiler.is_compiling() or select.interception(x) is not None
-        return getattr(self.original, name)(self if observed else _Paired(self), x, *arguments, **named)
+        network = self if observed else _View(self, ends(self))
+        return getattr(self.original, name)(network, x, *arguments, **named)
 
     return method
 
@@ -228,8 +272,8 @@ def _by_pairs(name: str) -> Callable[..., Any]:
 class TimmNetwork(AcceleratedNetwork):
     method = "forward_features"
     pairs: ClassVar[Pairs] = (("conv_stem", "bn1", None), ("conv_head", "bn2", None))
-    dispatched = _by_pairs("forward_features")
-    forward_intermediates = _by_pairs("forward_intermediates")
+    dispatched = _in_parts("forward_features")
+    forward_intermediates = _in_parts("forward_intermediates")
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -244,7 +288,7 @@ class TimmMobileNet(TimmNetwork):
 class TimmFeatures(AcceleratedNetwork):
     method = "forward"
     pairs = TimmNetwork.pairs[:1]
-    dispatched = _by_pairs("forward")
+    dispatched = _in_parts("forward")
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
         if not torch.jit.is_scripting():
@@ -258,9 +302,26 @@ class TimmMobileFeatures(TimmFeatures):
 
 class LukemelasNetwork(AcceleratedNetwork):
     method = "extract_features"
-    pairs = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
-    extract_features = _by_pairs("extract_features")
-    extract_endpoints = _by_pairs("extract_endpoints")
+    pairs: ClassVar[Pairs] = (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish"))
+    extract_features = _in_parts("extract_features", lambda network: [len(network._blocks)])
+    extract_endpoints = _in_parts("extract_endpoints")
+
+
+def _behind_maps(encoder: Any) -> list[int]:
+    """The numbers behind the blocks whose outputs an encoder returns, and behind the last."""
+    every = range(len(encoder._blocks))
+    return sorted({index + 1 for index in encoder._out_indexes if index in every} | {len(every)})
+
+
+class SmpEncoder(AcceleratedNetwork):
+    method = "forward"
+    pairs = LukemelasNetwork.pairs[:1]
+    dispatched = _in_parts("forward", _behind_maps)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if not torch.jit.is_scripting():
+            return SmpEncoder.dispatched(self, x)
+        return self.scripted(x)
 
 
 # The classes that are mixed into known networks' classes. A class that has one of the methods of its own is unknown.
@@ -270,6 +331,8 @@ _NETWORKS: dict[str, type[AcceleratedNetwork]] = {
     "timm.models.mobilenetv3.MobileNetV3": TimmMobileNet,
     "timm.models.mobilenetv3.MobileNetV3Features": TimmMobileFeatures,
     "efficientnet_pytorch.model.EfficientNet": LukemelasNetwork,
+    "segmentation_models_pytorch.encoders.efficientnet.EfficientNetEncoder": SmpEncoder,
+    "segmentation_models_pytorch.encoders.timm_efficientnet.EfficientNetBaseEncoder": TimmFeatures,
 }
 _METHODS = ("forward", "forward_features", "extract_features")
 

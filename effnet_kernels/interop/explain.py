@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import select
 from effnet_kernels.backends.select import Backend, Call
-from effnet_kernels.interop.accelerate import AcceleratedNetwork, why_left_alone
+from effnet_kernels.interop.accelerate import AcceleratedNetwork, pair_of, why_left_alone
 from effnet_kernels.interop.blocks import adapter_of
 from effnet_kernels.modules.fused_module import FusedModule, description
 
@@ -80,7 +80,7 @@ def _call(model: nn.Module, x: Tensor | None) -> Call:
 def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     children = list(module.named_children())
     if isinstance(module, AcceleratedNetwork):
-        pairs = {names[0]: module.pair(index) for index, names in enumerate(module.pairs)}
+        pairs = {names[0]: pair_of(module, index) for index, names in enumerate(module.pairs)}
         hidden = {name for names in module.pairs for name in names[1:]}
         children = [(child, pairs.get(child, inner)) for child, inner in children if child not in hidden]
     if isinstance(module, FusedModule) or adapter_of(type(module)) is not None or not children:
