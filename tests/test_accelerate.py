@@ -23,7 +23,7 @@ from conftest import (
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.interop.accelerate import AcceleratedBlock
+from effnet_kernels.interop.accelerate import AcceleratedBlock, pair_of
 
 tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'third-party'")
 timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'third-party'")
@@ -183,6 +183,47 @@ def test_a_subclass_that_keeps_the_forward_is_known() -> None:
         "Doubled", (MBConv,), {"forward": lambda self, x: MBConv.forward(self, 2 * x)}
     )
     assert not isinstance(ek.accelerate(other).features[1][0], AcceleratedBlock)
+
+
+@pytest.mark.parametrize("place", ["the class", "the instance", "a child"])
+@pytest.mark.parametrize("name", ["fused", "original", "method", "adapter", "scripted", "chain_spec", "pairs"])
+def test_attributes_whose_names_accelerated_classes_use(name: str, place: str) -> None:
+    """They mean what they meant: of a block, of a sequence of blocks, and of a network."""
+
+    class Block(type(small().features[1][0])):
+        pass
+
+    class Network(timm.models.efficientnet.EfficientNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y if getattr(self, name, None) is None else 2 * y
+
+    def give(module: nn.Module) -> None:
+        if place == "the class":
+            type.__setattr__(type(module), name, 1)
+        elif place == "the instance":
+            module.__dict__[name] = 1
+        else:
+            module.add_module(name, nn.Identity())
+
+    model = small().eval()
+    block = model.features[1][0]
+    block.__class__ = Block
+    give(block)
+    own = timm.create_model("efficientnet_lite0")
+    own.__class__ = Network
+    give(own)
+    inner = nn.Sequential(copy.deepcopy(block), copy.deepcopy(model.features[2]))
+    if place != "the class":
+        give(inner)
+    for made, shape in ((model, (1, 3, 32, 32)), (own.eval(), (1, 3, 32, 32)), (inner, (1, 16, 9, 9))):
+        untouched, accelerated = pair(made)
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert_close(accelerated(x), untouched(x))
+    assert isinstance(block, AcceleratedBlock) == (name == "pairs")
+    if name != "pairs":
+        assert f"an attribute {name!r} of its own" in str(ek.explain(model))
 
 
 @pytest.mark.parametrize(
@@ -659,7 +700,7 @@ def test_every_way_through_a_network_runs_stem_and_head_on_the_operators(name, t
         pytest.fail(f"{type(model)} is not accelerated as a network")
     calls = []
     for index in range(len(model.pairs)):
-        model.pair(index).register_forward_hook(lambda module, *_: calls.append(ek.explain(module)[0].backend))
+        pair_of(model, index).register_forward_hook(lambda module, *_: calls.append(ek.explain(module)[0].backend))
     torch.manual_seed(1)
     ours = way(model, x)
     torch.manual_seed(1)

@@ -58,7 +58,8 @@ def accelerate(model: Model) -> Model:
         if why_left_alone(block) is None:
             object.__setattr__(block, "__class__", _accelerated_class(type(block)))
     for module in model.modules():
-        if _network_of(type(module)) is not None or _is_sequence_of_blocks(module):
+        mixed_in = _network_of(type(module)) or (AcceleratedSequence if _is_sequence_of_blocks(module) else None)
+        if mixed_in is not None and _name_in_the_way(module, mixed_in) is None:
             object.__setattr__(module, "__class__", _accelerated_class(type(module)))
     if not any(isinstance(module, FusedModule) for module in model.modules()):
         warnings.warn(_found_nothing(model, found), stacklevel=2)
@@ -90,6 +91,9 @@ def why_left_alone(block: nn.Module) -> str | None:
     adapter = adapter_of(type(block))
     if adapter is None:
         return None
+    name = _name_in_the_way(block, AcceleratedBlock)
+    if name is not None:
+        return f"it has an attribute {name!r} of its own, a name that accelerate() uses"
     try:
         adapter(block)
     except Unsupported as reason:
@@ -142,8 +146,8 @@ class AcceleratedBlock(Accelerated, FusedModule):
 
     @_outliving("forward")
     def dispatched(self, input: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        fused = self.fused(input, *arguments, **named)
-        return self.original.forward(self, input, *arguments, **named) if fused is None else fused
+        fused = FusedModule.fused(self, input, *arguments, **named)
+        return type(self).original.forward(self, input, *arguments, **named) if fused is None else fused
 
     def chain_spec(self) -> ChainSpec:
         return type(self).adapter(self)
@@ -164,6 +168,18 @@ class AcceleratedSequence(Accelerated):
     def dispatched(self: Any, input: Tensor) -> Tensor:
         y = fused_sequence.infer(self, input)
         return self.original.forward(self, input) if y is None else y
+
+
+def _name_in_the_way(module: nn.Module, mixed_in: type[Accelerated]) -> str | None:
+    """An attribute of a module or its class that a class to be mixed in would hide, or be hidden by; or None."""
+    kind = type(module)
+    if issubclass(kind, Accelerated):
+        return None
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    own = {*vars(module), *module._modules, *module._parameters, *module._buffers}.union(*map(vars, classes))
+    mixed = [base for base in mixed_in.__mro__ if base not in nn.Module.__mro__]
+    added = {name for base in mixed for name in (*vars(base), *inspect.get_annotations(base))}
+    return next((name for name in sorted(added & own - _WRAPPED) if not name.startswith("__")), None)
 
 
 def _is_sequence_of_blocks(module: nn.Module) -> bool:
@@ -264,7 +280,7 @@ def _in_parts(name: str, ends: Callable[[Any], Sequence[int]] = lambda network: 
         # A tracer cannot follow the parts' making.
         observed = torch.compiler.is_compiling() or select.interception(x) is not None
         network = self if observed else _View(self, ends(self))
-        return getattr(self.original, name)(network, x, *arguments, **named)
+        return getattr(type(self).original, name)(network, x, *arguments, **named)
 
     return method
 
@@ -335,6 +351,8 @@ _NETWORKS: dict[str, type[AcceleratedNetwork]] = {
     "segmentation_models_pytorch.encoders.timm_efficientnet.EfficientNetBaseEncoder": TimmFeatures,
 }
 _METHODS = ("forward", "forward_features", "extract_features")
+# Those that call the original's.
+_WRAPPED = {*_METHODS, "forward_intermediates", "extract_endpoints"}
 
 
 def _network_of(kind: type) -> type[AcceleratedNetwork] | None:
