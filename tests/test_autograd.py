@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_cases import BLOCKS, THIRD_PARTY_BLOCKS
-from conftest import assert_buffers_close, assert_close, assert_gradients_close, randomize
+from conftest import TOLERANCES, assert_buffers_close, assert_close, assert_gradients_close, randomize
 from native_cases import needs_native
 from operator_arguments import recorded_outputs
 from torch import Tensor, nn
@@ -239,10 +239,55 @@ def test_a_networks_jacobian(vectorize: bool) -> None:
     assert_close(jacobian, expected.float())
 
 
-def test_a_second_derivative_is_refused() -> None:
-    block, x = randomize(BLOCKS["expand"][0]()), torch.randn(1, 16, 5, 5, requires_grad=True)
-    with select.use_backend("cpu"), pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(block(x).sum(), x, create_graph=True)
+def penalised(block: nn.Module, x: Tensor, backend: str) -> list[Tensor]:
+    """The output, its gradient, and the gradients of a loss of both."""
+    block, x = copy.deepcopy(block), x.detach().requires_grad_()
+    torch.manual_seed(1)
+    with select.use_backend(backend):
+        y = block(x)
+        # BatchNorm would take the gradient of a plain sum of squares out again.
+        weights = torch.linspace(-1, 1, y.numel()).sin().to(y.dtype).reshape(y.shape)
+        (g,) = torch.autograd.grad((weights * y.square()).sum(), x, create_graph=True)
+        (g.square().sum() + y.sum()).backward()
+    return [y, g, x.grad, *(p.grad for p in block.parameters()), *(b.clone() for b in block.buffers())]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [name for name in calls() if "hardswish" not in name])
+def test_second_derivatives(name: str, training: bool) -> None:
+    """A penalty on gradients; torch has no second derivative of hardsigmoid either."""
+    builder, shape = calls()[name]
+    # BatchNorms of few values magnify rounding.
+    block, x = randomize(builder()).train(training), torch.randn(8, *shape[1:])
+    found = penalised(block, x, "cpu")
+    right = penalised(block.double(), x.double(), "torch")
+    for ours, exact in zip(found, right, strict=True):
+        assert_close(ours, exact.to(ours.dtype), 1e-4 if training else TOLERANCES[torch.float32])
+
+
+def test_a_networks_hessian() -> None:
+    model = randomize(ek.EfficientNet([MBConvConfig(2, 3, 1, 8, 8, 1)], 0.0, 0.0, num_classes=3)).eval()
+    x, found = torch.randn(1, 3, 5, 5), []
+    for vectorize in (False, True):
+        found.append(torch.autograd.functional.hessian(lambda x: model(x).square().sum(), x, vectorize=vectorize))
+    with select.use_backend("torch"):
+        exact = copy.deepcopy(model).double()
+        right = torch.autograd.functional.hessian(lambda x: exact(x).square().sum(), x.double()).float()
+    for hessian in found:
+        assert_close(hessian, right)
+
+
+def test_second_derivatives_that_are_refused() -> None:
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    y = ops.squeeze(x)
+    with pytest.raises(RuntimeError, match="a single operator has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    x = torch.randn(2, 40, 5, 5).bfloat16().requires_grad_()
+    block = randomize(BLOCKS["head"][0]())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    with pytest.raises(RuntimeError, match="whose input autocast casts has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("of_parameters", [False, True])

@@ -121,6 +121,9 @@ def run_cases(folder: Path) -> None:
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network, groups[0] if rank < 2 else groups[1])
     x, grad = images_of(CASES["mbconv"], sum(SHARDS[world]))
     found["group"] = result(network, x[shard], grad[shard])
+    leaf, network = x[shard].requires_grad_(), CASES["mbconv"].convert(network_of(CASES["mbconv"]))
+    with pytest.raises(RuntimeError, match="whose BatchNorm is synchronised has no second derivative"):
+        torch.autograd.grad(network(leaf).sum(), leaf, create_graph=True)
     torch.save(found, folder / f"{rank}.pt")
 
 

@@ -112,13 +112,6 @@ def test_frozen_parts_and_checkpointing():
     assert torch.equal(grad, expected)
 
 
-def test_second_derivatives_are_refused():
-    block = randomize(BLOCKS["head"][0]())
-    x = channels_last(3, 40, 7, 7).requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-
-
 def test_several_threads_train_at_once():
     import threading
 

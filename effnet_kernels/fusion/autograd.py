@@ -1,6 +1,7 @@
 """A chain for autograd: one Function over a backend's primitives, or its inference where nothing is recorded."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from effnet_kernels.backends.select import primitives_of
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
-from effnet_kernels.fusion.first_order import first_order
+from effnet_kernels.fusion.first_order import first_order, no_second_derivative
 from effnet_kernels.fusion.forward import check_input, convolve, dtype_of_input, forward, infer
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, Prologue
+from effnet_kernels.fusion.synchronisation import is_synchronised
 
 
 def run(
@@ -106,6 +108,27 @@ def packed_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.dtype,
     return (returned, computed) if returned is torch.bfloat16 and runs_bf16() else (computed,)
 
 
+def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`ChainFunction` by operations that autograd records, for a second derivative.
+
+    The forward pass is computed once more, by the reference.
+    """
+    x, drop_path_scale, *rest = ctx.saved_tensors
+    _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad
+    if x.dtype is not ctx.input_dtype:
+        raise no_second_derivative("a block whose input autocast casts")
+    if any(map(is_synchronised, ctx.chain.layers)):
+        raise no_second_derivative("a block whose BatchNorm is synchronised")
+    inputs = [x, *rest[: len(needs)]]
+    chain = ctx.chain.with_parameters(inputs[1:]).without_tracking()
+    with select.without_autocast(x):
+        out, _ = forward(primitives_of("reference"), chain, as_map(x), drop_path_scale)
+        wanted = [t for t, n in zip(inputs, (needs_input, *needs), strict=True) if n]
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
+    grad_x, *gradients = [next(found) if n else None for n in (needs_input, *needs)]
+    return None, None, None, None, grad_x, None, *gradients
+
+
 class ChainFunction(torch.autograd.Function):
     """:func:`forward` and :func:`backward` for autograd, between casts from and to :func:`.select.chain_dtypes`."""
 
@@ -131,7 +154,7 @@ class ChainFunction(torch.autograd.Function):
         return cast(backend, out, returned)
 
     @staticmethod
-    @first_order
+    @functools.partial(first_order, recorded=_recorded_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, drop_path_scale, *rest = ctx.saved_tensors
         _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad

@@ -12,26 +12,32 @@ Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
 
 
-def first_order(backward: Backward) -> Backward:
+def first_order(backward: Backward, recorded: Backward | None = None) -> Backward:
     """Decorates a Function's ``backward(ctx, *grads)``, which computes with a backend's primitives.
 
-    It raises RuntimeError where a second derivative is asked for. A batch of gradients is computed one by one: that is
-    what ``torch.autograd.grad(is_grads_batched=True)``, a vectorized ``torch.autograd.functional.jacobian`` and a
+    Where a second derivative is asked for, ``recorded``, which computes the same with operations that autograd records,
+    takes its place; without it RuntimeError is raised. A batch of gradients is computed one by one: that is what
+    ``torch.autograd.grad(is_grads_batched=True)``, a vectorized ``torch.autograd.functional.jacobian`` and a
     ``torch.vmap`` around a backward pass hand in.
     """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor | None) -> Gradients:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected create_graph=False: a fused block or operator has no second derivative "
-                "(effnet_kernels.use_backend('torch') has)"
-            )
         if any(g is not None and _is_batched(g) for g in grads):
             return _looped(functools.partial(checked, ctx), grads)
-        return backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        if recorded is None:
+            raise no_second_derivative("a single operator")
+        return recorded(ctx, *grads)
 
     return checked
+
+
+def no_second_derivative(of: str) -> RuntimeError:
+    return RuntimeError(
+        f"expected create_graph=False: {of} has no second derivative (effnet_kernels.use_backend('torch') has)"
+    )
 
 
 def _is_batched(g: Tensor) -> bool:

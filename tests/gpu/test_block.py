@@ -7,7 +7,7 @@ import block_cases
 import pytest
 import torch
 from block_cases import BLOCKS, THIRD_PARTY_BLOCKS, BatchNorm, mbconv, run
-from conftest import assert_buffers_close, randomize
+from conftest import assert_buffers_close, randomize, relative_rms
 from torch import nn
 
 from effnet_kernels import EfficientNet, ops
@@ -105,11 +105,17 @@ def test_contiguous_input_gives_contiguous_output() -> None:
     assert torch.equal(y, z)
 
 
-def test_second_derivatives_are_refused() -> None:
-    block = randomize(BLOCKS["head"][0]()).cuda()
-    x = channels_last(3, 40, 7, 7).requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+def test_second_derivatives() -> None:
+    block = randomize(BLOCKS["expand"][0]()).cuda()
+    found = []
+    for backend in ("triton", "torch"):
+        own, x = copy.deepcopy(block), torch.linspace(-1, 1, 2240).sin().reshape(4, 16, 5, 7).cuda().requires_grad_()
+        with select.use_backend(backend):
+            (g,) = torch.autograd.grad(own(x).square().sum(), x, create_graph=True)
+            g.square().sum().backward()
+        found.append([g, x.grad, *(p.grad for p in own.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert relative_rms(ours, theirs) < 1e-3
 
 
 def test_a_single_value_a_channel_is_refused() -> None:
