@@ -1,5 +1,6 @@
 """Modules read as chains of convolutions, whoever's modules they are."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,7 @@ def lower_layer(
             )
     if (norm.running_mean is None) != (norm.running_var is None):
         raise Unsupported(f"{name}: its norm has one of running_mean and running_var")
+    _check_numbers(name, norm)
     return Layer(
         kind=_kind_of(name, conv),
         weight=conv.weight,
@@ -83,6 +85,15 @@ def lower_layer(
         ),
         act=act,
     )
+
+
+def _check_numbers(name: str, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> None:
+    """Raises Unsupported for an eps or a momentum that is no number, and for an eps that torch refuses."""
+    for setting, value in (("eps", norm.eps), ("momentum", 0.0 if norm.momentum is None else norm.momentum)):
+        if not isinstance(value, (int, float)):
+            raise Unsupported(f"{name}: its norm's {setting} is a {type(value).__name__}, not a number")
+    if norm.training and norm.eps <= 0.0:
+        raise Unsupported(f"{name}: its norm's eps is {norm.eps}")
 
 
 def _process_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
@@ -129,6 +140,9 @@ def lower_chain(layers: Sequence[Layer], residual: bool) -> Chain:
             if not behind or behind[0].kind != "pointwise":
                 raise Unsupported("squeeze-and-excitation is not followed by a 1x1 convolution")
             _check_excitation(layer.excitation, layer.out_channels)
+    averaging = [layer.norm.running_mean for layer in layers if layer.norm is not None and layer.norm.momentum is None]
+    if any(a is b and a is not None for a, b in itertools.combinations(averaging, 2)):
+        raise Unsupported("two of its norms are one, whose running statistics average over all batches")
     first, last = layers[0], layers[-1]
     if residual and first.in_channels != last.out_channels:
         raise Unsupported(f"a residual of {first.in_channels} channels is added to {last.out_channels}")
