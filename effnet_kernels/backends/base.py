@@ -155,3 +155,12 @@ PRIMITIVES_BACKENDS: tuple[PrimitivesBackend, ...] = ("reference", "cpu", "trito
 def has_depthwise(backend: PrimitivesBackend, kernel: int, stride: int) -> bool:
     """Whether a backend has a depthwise convolution of this size and stride."""
     return backend == "reference" or (kernel in (3, 5, 7) and (stride in (1, 2) or backend == "cpu"))
+
+
+MAX_SQUEEZED = 1024
+"""The most channels of squeeze-and-excitation's hidden layer that a program on a GPU holds; the family has 4 to 288."""
+
+
+def has_excitation(backend: PrimitivesBackend, squeezed: int) -> bool:
+    """Whether a backend has squeeze-and-excitation with a hidden layer of so many channels."""
+    return backend != "triton" or squeezed <= MAX_SQUEEZED

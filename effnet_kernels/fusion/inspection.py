@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from effnet_kernels.backends import select
-from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise
+from effnet_kernels.backends.base import PrimitivesBackend, has_depthwise, has_excitation
 from effnet_kernels.fusion.accelerated_class import forward_methods, function_of_class, original_of, own_call
 from effnet_kernels.fusion.spec import Activation, Chain, Gate
 
@@ -86,10 +86,14 @@ def deviation(name: str, module: nn.Module) -> str | None:
 
 
 def missing_kernel(backend: PrimitivesBackend, chains: Iterable[Chain]) -> str | None:
-    """Which of the chains' convolutions the kernels of a backend do not have, or None."""
+    """Which of the chains' parts the kernels of a backend do not have, or None."""
     for layer in (layer for chain in chains for layer in chain.layers):
         if layer.kind == "depthwise" and not has_depthwise(backend, layer.kernel_size, layer.stride):
             return f"no depthwise kernel of size {layer.kernel_size} and stride {layer.stride}"
+        if layer.excitation is not None and not has_excitation(backend, layer.excitation.reduce_weight.shape[0]):
+            return (
+                f"no squeeze-and-excitation with a hidden layer of {layer.excitation.reduce_weight.shape[0]} channels"
+            )
     return None
 
 

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from effnet_kernels.backends import select
+from effnet_kernels.backends.base import has_excitation
 from effnet_kernels.backends.operands import as_contiguous
 from effnet_kernels.backends.select import primitives_of
-from effnet_kernels.backends.triton.configs.elementwise import MAX_SQUEEZED
 from effnet_kernels.fusion.spec import ACTIVATIONS, GATES, Activation, Gate
 from effnet_kernels.ops.checks import check_choice, check_shape, check_tensor, fits_kernels
 from effnet_kernels.ops.functions import Excite
@@ -33,8 +33,9 @@ def excite(
     Source: Hu et al. 2018, equation 3.
     """
     check_excitation(pooled, w1, b1, w2, b2, act, gate)
-    fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(pooled, None, None, w1, b1, w2, b2)
-    backend = select.operator_backend(pooled) if fits else "reference"
+    backend = select.operator_backend(pooled)
+    if not has_excitation(backend, w1.shape[0]) or not fits_kernels(pooled, None, None, w1, b1, w2, b2):
+        backend = "reference"
     primitives = primitives_of(backend)
     if backend != "reference":
         operands = (None if t is None else as_contiguous(t) for t in (pooled, w1, b1, w2, b2))

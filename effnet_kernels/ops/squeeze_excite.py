@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from effnet_kernels.backends import select
+from effnet_kernels.backends.base import has_excitation
 from effnet_kernels.backends.operands import as_contiguous, as_map
 from effnet_kernels.backends.select import primitives_of
-from effnet_kernels.backends.triton.configs.elementwise import MAX_SQUEEZED
 from effnet_kernels.fusion.spec import Activation, Gate, Prologue
 from effnet_kernels.ops.bn_act_add import bn_act_add
 from effnet_kernels.ops.checks import check_map, fits_kernels
@@ -47,8 +47,9 @@ def squeeze_excite(
     """
     check_map(x)
     check_excitation(x[:, :, 0, 0], w1, b1, w2, b2, act, gate)
-    fits = w1.shape[0] <= MAX_SQUEEZED and fits_kernels(x, None, None, w1, b1, w2, b2)
-    backend = select.operator_backend(x) if fits else "reference"
+    backend = select.operator_backend(x)
+    if not has_excitation(backend, w1.shape[0]) or not fits_kernels(x, None, None, w1, b1, w2, b2):
+        backend = "reference"
     if backend != "reference":
         layers = (None if t is None else as_contiguous(t) for t in (w1, b1, w2, b2))
         return SqueezeExcite.apply(primitives_of(backend), as_map(x), *layers, act, gate)

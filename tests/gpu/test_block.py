@@ -1,6 +1,7 @@
 """Blocks on the Triton kernels against the eager modules in float64: outputs, every gradient, running statistics."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import block_cases
@@ -8,11 +9,11 @@ import pytest
 import torch
 from block_cases import BLOCKS, THIRD_PARTY_BLOCKS, BatchNorm, mbconv, run
 from conftest import assert_buffers_close, randomize, relative_rms
-from torch import nn
+from torch import Tensor, nn
 
-from effnet_kernels import EfficientNet, ops
+from effnet_kernels import EfficientNet, accelerate, explain, ops
 from effnet_kernels.backends import select
-from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig
+from effnet_kernels.modules import ConvBnAct, FusedMBConvConfig, MBConvConfig, SqueezeExcitation
 from gpu.compare import assert_accurate, channels_last
 
 compare = partial(block_cases.compare, backend="triton", channels_last=channels_last)
@@ -103,6 +104,46 @@ def test_contiguous_input_gives_contiguous_output() -> None:
     z, _ = run(block, x.contiguous(), None, "triton")
     assert z.is_contiguous()
     assert torch.equal(y, z)
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = ConvBnAct(8, 8, 3, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.pooled(x)
+
+
+def timm_depthwise_block() -> nn.Module:
+    from timm.layers import BatchNormAct2d
+    from timm.models._efficientnet_blocks import ConvBnAct as TimmBlock
+
+    layers = {"act_layer": nn.SiLU, "norm_layer": BatchNormAct2d}
+    return accelerate(TimmBlock(8, 8, 3, group_size=1, skip=True, drop_path_rate=0.5, **layers))
+
+
+@pytest.mark.parametrize("make", [Pooled, timm_depthwise_block])
+def test_chains_that_end_in_a_depthwise_convolution(make: Callable[[], nn.Module]) -> None:
+    block = randomize(make()).train().cuda()
+    x = channels_last(4, 8, 7, 5)
+    exact = copy.deepcopy(block).double()
+    grad = torch.randn(4, 8).cuda() if make is Pooled else channels_last(4, 8, 7, 5)
+    found, right = run(block, x, grad, "triton"), run(exact, x.double(), grad, "torch")
+    for ours, theirs in zip(found, right, strict=True):
+        assert_accurate(ours, theirs)
+    for p, q in zip(block.parameters(), exact.parameters(), strict=True):
+        assert_accurate(p.grad, q.grad)
+
+
+def test_a_hidden_layer_of_too_many_channels_is_torchs() -> None:
+    block = mbconv(1, 3, 1, 16, 16, se_layer=lambda channels, *_, **named: SqueezeExcitation(channels, 1025, **named))
+    x = channels_last(2, 16, 5, 5)
+    with select.use_backend("triton"), torch.no_grad():
+        y = block.cuda().eval()(x)
+        assert "1025 channels" in (explain(block, x)[0].reason or "")
+    with select.use_backend("torch"), torch.no_grad():
+        assert_accurate(y, block(x).double())
 
 
 def test_second_derivatives() -> None:

@@ -47,6 +47,10 @@ CASES = [
     Case(1, 24, 28, 28, 3, 1, 1, torch.float16),
     Case(1, 7, 15, 9, 5, 2, 2, torch.float32),
     Case(3, 16, 9, 8, 3, 1, 0, torch.float32),
+    # More padding than kernel: the first output rows read nothing else.
+    Case(1, 8, 5, 6, 3, 1, 3, torch.float32),
+    Case(2, 8, 5, 6, 3, 1, 4, torch.float32),
+    Case(1, 8, 5, 6, 5, 2, 6, torch.float32),
 ]
 ids = [
     f"{c.samples}x{c.channels}x{c.height}x{c.width}-k{c.kernel}s{c.stride}p{c.padding}-{c.dtype}".replace("torch.", "")
@@ -123,3 +127,10 @@ def test_statistics_of_a_large_mean_keep_their_digits() -> None:
     right = moments(y)
     assert_accurate(mean, right[1])
     assert ((m2 - right[2]).abs() <= 1e-4 * right[2]).all()
+
+
+def test_maps_in_which_the_kernels_cannot_count_are_refused() -> None:
+    x = torch.empty(1, 8, 2**14, 2**14, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
+    weight = torch.empty(8, 1, 3, 3, device="meta")
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 values an image"):
+        depthwise.depthwise_conv(x, weight, 1, (1, 1, 1, 1), Prologue(), Epilogue(), "none")

@@ -68,6 +68,19 @@ def test_fold_of_an_empty_batch(skip: bool) -> None:
 
 
 @pytest.mark.parametrize("skip", [True, False])
+def test_fold_of_a_single_value(skip: bool) -> None:
+    """Its unbiased variance is not a number, on every backend."""
+    partials = torch.tensor([1.0, 3.0, 0.0], device="cuda")[None, :, None].expand(1, 3, 8).contiguous()
+    found = []
+    for primitives in (batch_norm, reference):
+        mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
+        primitives.finalize_batch_norm(partials, None, None, mean, var, 0.5, 1e-3, skip)
+        found.append(torch.stack([mean, var]))
+    assert torch.equal(*(t.nan_to_num(7.0) for t in found))
+    assert found[0][1].isnan().all()
+
+
+@pytest.mark.parametrize("skip", [True, False])
 def test_fold_of_nonfinite_statistics(skip: bool) -> None:
     """A channel whose statistics are not finite keeps its running ones; the other channels' move."""
     partials = moments(channels_last(3, 8, 5, 7))[None].float()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from effnet_kernels.backends.triton.batch_norm import apply_gradient
 from effnet_kernels.backends.triton.configs import depthwise as launch_config
 from effnet_kernels.backends.triton.configs import target_of
 from effnet_kernels.backends.triton.kernels.depthwise import depthwise_conv_kernel
@@ -36,6 +37,8 @@ def depthwise_conv(
         (height + top + bottom - kernel) // stride + 1,
         (width + left + right - kernel) // stride + 1,
     )
+    _check_size(channels, height, width)
+    _check_size(channels, out_height, out_width)
     limit = launch_config.MAX_STATISTICS if reduction == "statistics" else None
     sizes = (samples, channels, out_height, out_width, kernel, stride)
     config = launch_config.forward(*sizes, limit, x.dtype, target_of(x))
@@ -77,8 +80,9 @@ def depthwise_conv(
         row_strips=row_strips,
         column_strips=column_strips,
         strip_height=config.height,
-        # With a single strip from top to bottom, the steps that read only the padding above the map are left out.
-        first_step=top // stride if row_strips == 1 else 0,
+        # With a single strip from top to bottom, the steps that read only the padding above the map are left out, but
+        # for those that complete an output row.
+        first_step=min(top // stride, -(-kernel // stride) - 1) if row_strips == 1 else 0,
         eps=0.0 if statistics is None else statistics.eps,
         ACT=prologue.act,
         OUT_ACT=epilogue.act,
@@ -109,11 +113,13 @@ def depthwise_conv_backward(
     """The gradient of z = scale * x + shift, dz [N, C, H, W], plus the gradient ``residual``; no prologue means z = x.
 
     Also, with ``mean`` [C], partial sums [P, 2, C] of dz and of dz * (x - mean), and dweight [C, 1, k, k] in fp32. Two
-    launches.
+    launches, or three where the gradient has to be formed first.
     """
     samples, channels, height, width = x.shape
-    assert gradient.grad is not None
-    assert gradient.drop_path_scale is None
+    if gradient.grad is None or gradient.drop_path_scale is not None:
+        # At the end of a chain, which is pooled or has stochastic depth.
+        gradient = OutputGradient(apply_gradient(gradient, None))
+        assert gradient.grad is not None
     out_height, out_width = gradient.grad.shape[2:]
     kernel = weight.shape[-1]
     left, _, top, _ = padding
@@ -122,6 +128,8 @@ def depthwise_conv_backward(
     activates = prologue.act != "none"
     config = launch_config.backward(samples, channels, rows, columns, kernel, stride, activates, x.dtype, target_of(x))
     row_strips, column_strips = -(-rows // config.height), -(-columns // config.width)
+    _check_size(channels, height, width)
+    _check_size(channels, out_height, out_width)
     dz = torch.empty_like(x, memory_format=torch.channels_last)
     sums = None
     if mean is not None:
@@ -169,3 +177,12 @@ def depthwise_conv_backward(
         num_stages=config.num_stages,
     )
     return dz, sums, sum_partials(dweight)
+
+
+def _check_size(channels: int, height: int, width: int) -> None:
+    """Raises ValueError for a map in which the kernels cannot count: they have 32 bits for the values of an image."""
+    if channels * height * width >= 2**31:
+        raise ValueError(
+            f"expected fewer than 2**31 values an image in a depthwise convolution's maps, got {channels} channels of "
+            f"{height} x {width}"
+        )

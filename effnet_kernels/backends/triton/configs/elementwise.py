@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from effnet_kernels.backends.base import MAX_SQUEEZED
 from effnet_kernels.backends.triton.configs import Target
 from effnet_kernels.backends.triton.configs.tuned_configs import cached_rule
 
@@ -57,10 +58,6 @@ def partial_sums(size: int, target: Target) -> SumConfig:
     """
     block = next((block for block in (128, 32) if size >= block * target.multiprocessors), 8)
     return SumConfig(2048 // block, block)
-
-
-# The most squeezed channels that a program holds; the networks of the family have 4 to 288.
-MAX_SQUEEZED = 1024
 
 
 class ExcitationConfig(NamedTuple):

@@ -244,12 +244,13 @@ def finalize_batch_norm_kernel(
             momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
         old_mean = tl.load(running_mean_ptr + channels, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_C]
         old_var = tl.load(running_var_ptr + channels, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_C]
-        variance = m2 / tl.maximum(count - 1.0, 1.0)
+        # Of a single value it is not a number.
+        variance = m2 / (count - 1.0)
         # An empty batch moves nothing, as in torch.
         written = inside & (count > 0.0)
         if SKIP_NONFINITE:
             # The difference of a value and itself is zero if it is finite, else NaN.
-            written = written & (mean - mean == 0.0) & (variance - variance == 0.0)
+            written = written & (mean - mean == 0.0) & (m2 - m2 == 0.0)
         # Not old + momentum * (new - old): with a momentum of 1, the old value would leave its rounding errors.
         tl.store(running_mean_ptr + channels, (1.0 - momentum) * old_mean + momentum * mean, mask=written)
         tl.store(running_var_ptr + channels, (1.0 - momentum) * old_var + momentum * variance, mask=written)
