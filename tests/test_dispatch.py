@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close, run_python
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,8 +43,24 @@ def test_blocks_run_natively_at_inference_and_in_training(x):
         assert rows["features.1.0"].backend == "cpu"
         assert rows["features.1.0"].reason == f"fused native kernels ({cpu.isa()})"
         assert rows["features.0"].backend == "cpu"
-        assert rows["features.0"].reason.startswith("the dense convolution by torch")
+        assert rows["features.0"].reason == f"fused native kernels ({cpu.isa()})"
         assert rows["classifier.1"].backend == "torch"
+
+
+@needs_native
+@pytest.mark.parametrize("recorded", [True, False])
+def test_dense_convolutions_run_as_explain_says(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch computes those of a training step that are not small, and no other."""
+    torch.manual_seed(0)
+    model = ek.create_model("efficientnet_v2_b0", num_classes=3).train(recorded)
+    x = torch.randn(2, 3, 32, 32)
+    said = [row for row in ek.explain(model, x) if (row.reason or "").startswith("in training the dense convolution")]
+    calls, conv = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *operands, **named: calls.append(1) or conv(*operands, **named))
+    with torch.set_grad_enabled(recorded):
+        model(x)
+    assert said
+    assert len(calls) == (len(said) if recorded else 0)
 
 
 @needs_native

@@ -108,25 +108,55 @@ def packed_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.dtype,
     return (returned, computed) if returned is torch.bfloat16 and runs_bf16() else (computed,)
 
 
+def _unpacked(ctx: Any) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor]]:
+    """The input, the factors of stochastic depth, the parameters, and what the forward pass has kept."""
+    x, drop_path_scale, *rest = ctx.saved_tensors
+    number = len(ctx.biases)
+    parameters = [t for pair in zip(rest[:number], ctx.biases, strict=True) for t in pair]
+    return x, drop_path_scale, parameters, rest[number:]
+
+
 def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of :class:`ChainFunction` by operations that autograd records, for a second derivative.
 
     The forward pass is computed once more, by the reference.
     """
-    x, drop_path_scale, *rest = ctx.saved_tensors
+    x, drop_path_scale, parameters, _ = _unpacked(ctx)
     _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad
     if x.dtype is not ctx.input_dtype:
         raise no_second_derivative("a block whose input autocast casts")
     if any(map(is_synchronised, ctx.chain.layers)):
         raise no_second_derivative("a block whose BatchNorm is synchronised")
-    inputs = [x, *rest[: len(needs)]]
-    chain = ctx.chain.with_parameters(inputs[1:]).without_tracking()
+    if ctx.versions != [None if t is None else t._version for t in ctx.biases]:
+        raise RuntimeError("a bias was modified by an in-place operation, and a second derivative reads its value")
+    inputs = [x, *parameters]
+    chain = ctx.chain.with_parameters(parameters).without_tracking()
     with select.without_autocast(x):
         out, _ = forward(primitives_of("reference"), chain, as_map(x), drop_path_scale)
-        wanted = [t for t, n in zip(inputs, (needs_input, *needs), strict=True) if n]
+        wanted = [t for t, n in zip(inputs, (needs_input, *needs), strict=True) if n and t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
     grad_x, *gradients = [next(found) if n else None for n in (needs_input, *needs)]
     return None, None, None, None, grad_x, None, *gradients
+
+
+class ChannelsLast(torch.autograd.Function):
+    """A contiguous map in channels-last strides, whose gradient is contiguous, as that of torch's convolutions is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A map in channels-last strides, itself where it has them; its gradient comes in its own strides."""
+    if x.requires_grad and x.is_contiguous() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        converted: Tensor = x if x.is_contiguous(memory_format=torch.channels_last) else ChannelsLast.apply(x)
+        return converted
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class ChainFunction(torch.autograd.Function):
@@ -150,16 +180,18 @@ class ChainFunction(torch.autograd.Function):
         kept: list[Tensor | None] = list(saved)
         if _recomputes(chain, x):
             kept[0] = None
-        ctx.save_for_backward(x, drop_path_scale, *parameters, *kept)
+        # Backward reads no values of biases, and those that are saved must not change before it.
+        ctx.biases = parameters[1::2]
+        ctx.versions = [None if t is None else t._version for t in ctx.biases]
+        ctx.save_for_backward(x, drop_path_scale, *parameters[::2], *kept)
         return cast(backend, out, returned)
 
     @staticmethod
     @functools.partial(first_order, recorded=_recorded_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, drop_path_scale, *rest = ctx.saved_tensors
+        x, drop_path_scale, parameters, kept = _unpacked(ctx)
         _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad
-        chain, parameters = ctx.chain, rest[: len(needs)]
-        kept = rest[len(needs) :]
+        chain = ctx.chain
         primitives, grad = primitives_of(ctx.backend), cast(ctx.backend, grad, ctx.computed)
         # A backward pass may be started under autocast too.
         with select.without_autocast(x):
@@ -183,4 +215,5 @@ def cast(backend: PrimitivesBackend, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _recomputes(chain: Chain, x: Tensor) -> bool:
     """Whether backward computes the first output anew: a stem's is large and cheap, and a GPU's memory scarce."""
-    return chain.layers[0].kind == "dense" and x.shape[1] <= 4 and x.device.type != "cpu"
+    first = chain.layers[0]
+    return first.kind == "dense" and first.bias is None and x.shape[1] <= 4 and x.device.type != "cpu"

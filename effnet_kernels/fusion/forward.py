@@ -173,7 +173,6 @@ def forward(
     else:
         read = [x, drop_path_scale, first, *chain.all_tensors()]
         results = plans.run(("forward", chain.pool), read, compute)
-    _mark_running_statistics(chain)
     out, *saved = cast(list[Tensor], results)
     # Pooled means are in fp32.
     return out.to(x.dtype) if chain.pool else out, saved
@@ -322,7 +321,10 @@ def _normalise(primitives: Primitives, layer: Layer, partials: Tensor | None, dt
 
 
 def _finalize(primitives: Primitives, norm: BatchNorm, partials: Tensor) -> Tensor:
-    """Scale, shift, mean and rstd, [4, K], from partial statistics, and the running statistics moved."""
+    """Scale, shift, mean and rstd, [4, K], from partial statistics, and the running statistics moved.
+
+    As with torch's own batch_norm, autograd does not see that they have moved: nothing that it keeps reads them.
+    """
     mean, var = norm.running_mean, norm.running_var
     momentum: float | Tensor | None = norm.momentum
     if momentum is None:
@@ -336,16 +338,9 @@ def _finalize(primitives: Primitives, norm: BatchNorm, partials: Tensor) -> Tens
         partials, norm.weight, norm.bias, moved_mean, moved_var, momentum, norm.eps, norm.skip_nonfinite
     )
     if moved_mean is not mean or moved_var is not var:
-        mean.copy_(moved_mean)
-        var.copy_(moved_var)
+        mean.data.copy_(moved_mean)
+        var.data.copy_(moved_var)
     return normalised
-
-
-def _mark_running_statistics(chain: Chain) -> None:
-    """Tells autograd that the running statistics have changed, which it does not see where kernels write."""
-    moved = [t for norm in _tracking(chain) for t in (norm.running_mean, norm.running_var) if t is not None]
-    if moved:
-        torch.autograd.graph.increment_version(moved)
 
 
 def _check_batch(chain: Chain, x: Tensor) -> None:

@@ -205,7 +205,10 @@ class Layer(NamedTuple):
         return self.norm is not None and self.norm.batch_statistics
 
     def parameters(self) -> Parameters:
-        """The convolution's weight and bias, the norm's, those of squeeze-and-excitation's two layers."""
+        """The convolution's weight and bias, the norm's, those of squeeze-and-excitation's two layers.
+
+        Weights and biases take turns, also where one of them is None.
+        """
         norm = (None, None) if self.norm is None else self.norm[:2]
         excitation = (None,) * 4 if self.excitation is None else self.excitation[:4]
         return (self.weight, self.bias, *norm, *excitation)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import select
+from effnet_kernels.fusion.autograd import channels_last
 from effnet_kernels.modules import fused_sequence
 from effnet_kernels.modules.conv_bn_act import ConvBnAct
 from effnet_kernels.modules.fused_module import memory_format
@@ -49,7 +50,7 @@ class Features(nn.Sequential):
         """The outputs of these layers (ascending), in the input's memory format."""
         x, outputs = input, []
         if select.prefers_channels_last(input):
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         for index, module in enumerate(self):
             x = fused_sequence.call(module, x)
             if index in indices:
@@ -64,7 +65,7 @@ class Features(nn.Sequential):
         mean = fused_sequence.infer(self, input, pool=True)
         if mean is not None:
             return mean
-        x = input.contiguous(memory_format=torch.channels_last)
+        x = channels_last(input)
         *layers, head = self
         for module in layers:
             x = fused_sequence.call(module, x)

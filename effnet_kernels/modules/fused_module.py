@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import cpu, select
+from effnet_kernels.backends.cpu.dense import convolves_patches
 from effnet_kernels.backends.select import Backend, BackendError, Call
 from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import autograd
 from effnet_kernels.fusion.cache import Snapshots
-from effnet_kernels.fusion.inspection import Unsupported, missing_kernel, promoted_residual
+from effnet_kernels.fusion.inspection import Unsupported, has_hook, missing_kernel, promoted_residual
 from effnet_kernels.fusion.lowering import ChainSpec
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, are_the_same
@@ -55,7 +56,7 @@ class FusedModule(nn.Module):
         decision = self.choose(input)
         if decision.spec is None or decision.backend == "torch":
             return None
-        x = input.contiguous(memory_format=torch.channels_last)
+        x = autograd.channels_last(input)
         chain = decision.spec.chain._replace(pool=True) if pool else decision.spec.chain
         y: Tensor | None
         if in_bf16:
@@ -64,9 +65,24 @@ class FusedModule(nn.Module):
             drop_path_scale = decision.spec.drop_path_scale(x, *arguments, **named)
             spec = decision.spec
             y = autograd.run(decision.backend, chain, x, drop_path_scale, spec.packed, spec.plans)
-        if y is None or pool or not self.keeps_memory_format:
+        if y is None or pool:
+            return y
+        if self._forward_hooks:
+            # Who looks at a map expects it in the strides that torch's modules have by default.
+            return y.contiguous()
+        if not self.keeps_memory_format:
             return y
         return y.contiguous(memory_format=memory_format(input))
+
+    def given_to_hooks(self, input: Tensor) -> Tensor:
+        """The input for the inner modules: in the strides that torch's have by default, where hooks look at them.
+
+        Some hooks want them (per-sample gradients by Opacus, ``view``), and so do backward hooks of torch's: on
+        a single image in channels-last strides the gradients of a BatchNorm that has one are wrong.
+        """
+        if torch.compiler.is_compiling() or select.interception(input) is not None:
+            return input
+        return input.contiguous() if any(map(has_hook, self.modules())) else input
 
     def choose(self, x: Tensor) -> Decision:
         """What runs the module on ``x``, and why."""
@@ -156,9 +172,12 @@ def description(decision: Decision) -> str:
         kernels = f"fused native kernels ({cpu.isa()})"
     else:
         kernels = "fused Triton kernels"
-    if decision.spec.chain.layers[0].kind == "dense":
-        return f"the dense convolution by torch, the rest by {kernels}"
-    return kernels
+    first = decision.spec.chain.layers[0]
+    if first.kind != "dense" or (decision.backend == "cpu" and convolves_patches(first.weight)):
+        return kernels
+    if decision.backend == "cpu":
+        return f"in training the dense convolution by torch, the rest by {kernels}"
+    return f"the dense convolution by torch, the rest by {kernels}"
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -66,7 +66,7 @@ def finalize_batch_norm(
         backend = "reference"
     partials = stats[None] if backend == "reference" else stats.contiguous()[None]
     folded = primitives_of(backend).finalize_batch_norm(partials, *vectors, momentum, eps, skip_nonfinite_statistics)
-    if backend != "reference" and running_mean is not None and running_var is not None:
-        # A kernel's writes are invisible to autograd unless it is told.
+    if running_mean is not None and running_var is not None:
+        # These writes are invisible to autograd unless it is told.
         torch.autograd.graph.increment_version([running_mean, running_var])
     return folded[0], folded[1]

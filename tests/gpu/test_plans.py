@@ -122,7 +122,6 @@ def test_training(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     for number in range(3):
         # The values differ each time, and where a plan reads them from does too.
         x = channels_last(*shape, dtype=dtype)
-        before = {key: b._version for key, b in block.named_buffers()}
         results = run(block, x, grad, "triton")
         with monkeypatch.context() as patch:
             patch.setattr(plans, "_circumstances", lambda x: None)
@@ -137,7 +136,6 @@ def test_training(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         for (key, b), c, version in zip(block.named_buffers(), other.buffers(), versions, strict=True):
             assert torch.equal(b, c), key
             assert b._version - c._version == version, key
-            assert "running" not in key or b._version > before[key], key
 
 
 def test_the_extension_launches_on_gpus_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def finalize_batch_norm(
                 moves = moves & torch.isfinite(mean) & torch.isfinite(m2)
             for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
                 moved = (1.0 - step) * running + step * batch
-                running.copy_(torch.where(moves, moved.to(running.dtype), running))
+                running.data.copy_(torch.where(moves, moved.to(running.dtype), running))
     rstd = torch.rsqrt(m2 / count + eps)
     return torch.stack([*scale_and_shift(mean, rstd, weight, bias), mean, rstd])
 
