@@ -23,7 +23,7 @@ from conftest import (
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.interop.accelerate import AcceleratedBlock, pair_of
+from effnet_kernels.interop.accelerated_classes import AcceleratedBlock, pair_of
 
 tv = pytest.importorskip("torchvision.models", reason="accelerates torchvision's networks, the extra 'third-party'")
 timm = pytest.importorskip("timm", reason="accelerates timm's networks, the extra 'third-party'")

@@ -12,14 +12,13 @@ from conftest import run_python
 from torch import nn
 
 from effnet_kernels.fusion.accelerated_class import is_accelerated
-from effnet_kernels.interop import accelerate as acceleration
-from effnet_kernels.interop import blocks
+from effnet_kernels.interop import accelerated_classes, blocks
 
-KNOWN = sorted({*blocks.ADAPTERS, *acceleration._NETWORKS, "torch.nn.modules.container.Sequential"})
+KNOWN = sorted({*blocks.ADAPTERS, *accelerated_classes._NETWORKS, "torch.nn.modules.container.Sequential"})
 IMPORTED = ["subprocess", "os", "builtins", "shutil", "pickle", "importlib", "torch", "torch.nn", "torch.hub", "sys"]
 IMPORTED += [
     "effnet_kernels",
-    "effnet_kernels.interop.accelerate",
+    "effnet_kernels.interop.accelerated_classes",
     "effnet_kernels.tools.cli",
     "effnet_kernels.modules",
     "runpy",
@@ -42,7 +41,7 @@ class OnlyOurs(pickle.Unpickler):
 def reach(name: str) -> object:
     """What a pickle gets from the acceleration module under a name."""
     code = pickle.PROTO + b"\x04"
-    for text in ("effnet_kernels.interop.accelerate", name):
+    for text in ("effnet_kernels.interop.accelerated_classes", name):
         data = text.encode("utf-8", "surrogatepass")
         code += pickle.BINUNICODE + len(data).to_bytes(4, "little") + data
     return OnlyOurs(io.BytesIO(code + pickle.STACK_GLOBAL + pickle.STOP)).load()
@@ -62,7 +61,7 @@ def test_nothing_is_found_in_modules_that_are_imported(module: str) -> None:
 def test_nothing_is_imported_to_look_for_a_name() -> None:
     code = f"""
 import sys, effnet_kernels
-from effnet_kernels.interop import accelerate as acceleration
+from effnet_kernels.interop import accelerated_classes
 before, known = set(sys.modules), {{name.partition(".")[0] for name in {KNOWN!r}}}
 names = sorted(set(sys.stdlib_module_names) - {{"this", "antigravity"}})
 tried = 0
@@ -70,7 +69,7 @@ others = ["torchvision.io", "timm.data", "torch.utils.cpp_extension", "effnet_ke
 for module in [*names, *others]:
     for qualified in ("main", "Popen", "__builtins__", "__loader__.load_module", ""):
         try:
-            getattr(acceleration, f"{{module}}:{{qualified}}".replace(".", "/"))
+            getattr(accelerated_classes, f"{{module}}:{{qualified}}".replace(".", "/"))
         except AttributeError:
             tried += 1
         else:

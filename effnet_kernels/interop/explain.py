@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from effnet_kernels.backends import select
 from effnet_kernels.backends.select import Backend, Call
-from effnet_kernels.interop.accelerate import AcceleratedNetwork, pair_of, why_left_alone
+from effnet_kernels.interop.accelerate import why_left_alone
+from effnet_kernels.interop.accelerated_classes import AcceleratedNetwork, pair_of
 from effnet_kernels.interop.blocks import adapter_of
 from effnet_kernels.modules.fused_module import FusedModule, description
 

@@ -10,7 +10,7 @@ from effnet_kernels.backends import select
 from effnet_kernels.fusion.accelerated_class import original_of
 from effnet_kernels.fusion.inspection import Unsupported, deviation
 from effnet_kernels.fusion.spec import Chain
-from effnet_kernels.interop import accelerate, efficientnet_pytorch, timm, torchvision
+from effnet_kernels.interop import accelerated_classes, efficientnet_pytorch, timm, torchvision
 from effnet_kernels.interop.adapters import NetworkAdapter, NetworkParts, name_of
 from effnet_kernels.interop.blocks import adapter_of
 from effnet_kernels.modules.fused_module import FusedModule
@@ -54,7 +54,7 @@ def _kind_of(model: nn.Module) -> NetworkAdapter | None:
     """
     overridden: dict[str, type] = {}
     for base in type(model).__mro__:
-        if base.__module__ == accelerate.__name__:
+        if base.__module__ == accelerated_classes.__name__:
             # A class that accelerate() mixes in computes the same as the class itself.
             continue
         kind = _NETWORKS.get(name_of(base))

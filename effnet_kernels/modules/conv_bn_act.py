@@ -88,6 +88,7 @@ class ConvBnAct(FusedModule, nn.Sequential):
             fused = self.fused(input)
             if fused is not None:
                 return fused
+            input = self.given_to_hooks(input)
         # Convolution, norm, activation.
         for module in self:
             input = module(input)

@@ -40,6 +40,7 @@ class InvertedResidual(FusedModule):
             fused = self.fused(input)
             if fused is not None:
                 return fused
+            input = self.given_to_hooks(input)
         result = self.block(input)
         if self.use_res_connect:
             # Not in place: an activation at the end of the branch may have saved its output for backward.
