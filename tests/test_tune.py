@@ -19,7 +19,7 @@ if triton.unavailable_reason() is not None:
 from effnet_kernels.backends.triton.configs import tuned_configs
 from effnet_kernels.backends.triton.launch import Launch
 from effnet_kernels.modules import MBConvConfig
-from effnet_kernels.tools import tune
+from effnet_kernels.tools import timing, tune
 from effnet_kernels.tools.cli import main
 
 SHAPE = (2, 3, 32, 32)
@@ -33,6 +33,19 @@ TILES = {
 
 def network() -> EfficientNet:
     return EfficientNet([MBConvConfig(2, 3, 2, 8, 16, 2)], 0.0, num_classes=3)
+
+
+@pytest.mark.parametrize(("cuda", "hip"), [("13.0", None), (None, "7.1")])
+def test_the_gpu_is_timed_by_its_own_clock(cuda: str | None, hip: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AMD GPU too, whose torch has no version of CUDA."""
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 7.0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(timing, "_simulated", lambda: False)
+    monkeypatch.setattr(timing, "_overwrite_cache", lambda: None)
+    assert timing.measure(lambda: None) == 7.0
 
 
 class Gpu:

@@ -154,7 +154,7 @@ def synchronize() -> None:
 
 
 def _has_gpu() -> bool:
-    return torch.cuda.is_available() and torch.version.cuda is not None and not _simulated()
+    return torch.cuda.is_available() and not _simulated()
 
 
 def _simulated() -> bool:
