@@ -61,16 +61,21 @@ def read_hub_network(name: str) -> HubNetwork:
 
 def fetch_checkpoint(repository: str) -> Path:
     """The file of a repository's weights; raises OSError where there is none."""
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for name in _CHECKPOINTS[:-1]:
+    usual, other = _CHECKPOINTS
+    try:
+        return _fetch(repository, usual)
+    except OSError as error:
+        if not isinstance(error.__cause__, EntryNotFoundError):
+            raise
         try:
-            return _fetch(repository, name)
-        except OSError as error:
-            # A network that cannot be reached says nothing about the file.
-            if not isinstance(error.__cause__, EntryNotFoundError):
-                raise
-    return _fetch(repository, _CHECKPOINTS[-1])
+            return _fetch(repository, other)
+        except OSError:
+            # A hub that cannot be reached says nothing about the file, which is only not in the cache.
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise error from error.__cause__
+            raise
 
 
 def _fetch(repository: str, file: str) -> Path:
