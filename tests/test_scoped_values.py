@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import TRACES_OPERATORS, randomize
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -107,4 +107,33 @@ def test_blocks_of_threads_that_end_in_any_order_leave_no_backend_to_a_tracer() 
         other.submit(first.__exit__, None, None, None).result()
         assert select._traced_override == "reference"
         another.submit(second.__exit__, None, None, None).result()
+    assert select._traced_override is None
+
+
+@pytest.mark.skipif(not TRACES_OPERATORS, reason="before torch 2.11 the eager path is compiled")
+def test_a_block_can_be_traced() -> None:
+    def forced_inside(x: Tensor) -> Tensor:
+        with select.use_backend("reference"):
+            return x + 1
+
+    compiled = torch.compile(forced_inside, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    assert select._traced_override is None
+
+
+def test_no_block_is_lost_while_others_end() -> None:
+    def lost(count: int) -> int:
+        missed = 0
+        for _ in range(count):
+            with select.use_backend("reference"):
+                missed += select._traced_override is None or not select._entered
+        return missed
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(lost, [2000] * 4)) == 0
+    finally:
+        sys.setswitchinterval(interval)
     assert select._traced_override is None

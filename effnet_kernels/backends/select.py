@@ -8,6 +8,7 @@ forces one. A module asks at each call what its input allows (:class:`Call`); a 
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, TypeVar
 
@@ -33,6 +34,8 @@ _override: ScopedValue[Backend] = ScopedValue("backend")
 # The same for a tracer, which cannot look into a thread's state: of the block that was entered last in any thread.
 _traced_override: Backend | None = None
 _entered: list[list[Backend]] = []
+# For both. A block may end anywhere in a thread, where a generator that holds one is collected.
+_entering = threading.RLock()
 
 
 def constant_when_traced(function: Function) -> Function:
@@ -81,13 +84,20 @@ def use_backend(name: Backend) -> Iterator[None]:
     with _override.bound_to(_checked(name)):
         # A list of its own, which is found among those of other threads.
         entered = [name]
-        _entered.append(entered)
-        _traced_override = name
+        with _alone():
+            _entered.append(entered)
+            _traced_override = name
         try:
             yield
         finally:
-            _entered[:] = [other for other in _entered if other is not entered]
-            _traced_override = _entered[-1][0] if _entered else None
+            with _alone():
+                _entered[:] = [other for other in _entered if other is not entered]
+                _traced_override = _entered[-1][0] if _entered else None
+
+
+def _alone() -> contextlib.AbstractContextManager[object]:
+    """The lock of the blocks that threads are in; a tracer, which knows no locks, goes without."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _entering
 
 
 @constant_when_traced
