@@ -296,6 +296,21 @@ def test_a_full_disk_leaves_what_was_there(folder: Path, tmp_path: Path, capsys:
     assert list((tmp_path / "other" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
+    def write() -> None:
+        with checkpoints.replacing(path) as file:
+            file.write(b"half of")
+            raise error
+
+    path = tmp_path / "last.txt"
+    path.write_text("before")
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_loss_that_is_no_number_names_its_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

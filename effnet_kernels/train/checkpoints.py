@@ -106,7 +106,7 @@ class _HashedFile:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of ``path`` when all of it is on the disk."""
+    """A file that takes the place of ``path`` when all of it is on the disk, and that any exception removes."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -114,9 +114,11 @@ def replacing(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} was not written: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{path} was not written: {error.strerror}") from error
+        raise
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(path.parent, os.O_DIRECTORY)
         try:
