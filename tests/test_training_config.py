@@ -165,6 +165,10 @@ def test_progressive_learning() -> None:
     assert [stage.augmentation.magnitude for stage in stages[::2]] == [5, 8, 12, 15]
     assert [stage.augmentation.mixup for stage in stages[::2]] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert [stage.network.dropout for stage in stages[::2]] == pytest.approx([0.1, 0.1 + 0.2 / 3, 0.1 + 0.4 / 3, 0.3])
+    # The network's own dropout, where no other is set.
+    values["network"] = {"name": "efficientnet_b4", "dropout": None}
+    stages = [resolve(values, "v2").at_epoch(epoch) for epoch in range(0, 8, 2)]
+    assert [stage.network.dropout for stage in stages] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     # Images are never larger at first.
     assert {resolve({}, "v2").at_epoch(epoch).data.image_size for epoch in range(10)} == {16}
     fixed = resolve({}, "modern")

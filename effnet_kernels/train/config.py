@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from effnet_kernels.models.variants import find_variant
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -163,7 +165,8 @@ class Progressive(Section):
 
     Attributes:
         stages: equal parts of training. Size, magnitude, mixup and dropout rise linearly from the values here, in the
-            first, to those of the other sections, in the last.
+            first, to those of the other sections, in the last; dropout rises to the released network's where the
+            section has None.
     """
 
     stages: int = Field(1, ge=1)
@@ -245,6 +248,8 @@ class Config(Section):
             return first + (last - first) * share
 
         first, augmentation, dropout = self.progressive, self.augmentation, self.network.dropout
+        if dropout is None:
+            dropout = find_variant(self.network.name).dropout
         size = self.data.image_size or first.image_size
         return self.override(
             {
@@ -253,7 +258,7 @@ class Config(Section):
                     "magnitude": round(between(first.magnitude, augmentation.magnitude)),
                     "mixup": between(first.mixup, augmentation.mixup),
                 },
-                "network": {} if dropout is None else {"dropout": between(first.dropout, dropout)},
+                "network": {"dropout": between(first.dropout, dropout)},
             }
         )
 
