@@ -17,8 +17,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places when a function's
-// arguments change.
+// Must equal INTERFACE in effnet_kernels/backends/cpu/extension.py, and is raised in both places where a function is
+// new or takes other arguments, or an enum in kernels.h gets a value.
 constexpr int interface_version = 8;
 
 template <class T>

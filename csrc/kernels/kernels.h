@@ -13,9 +13,10 @@ namespace effnet {
 
 constexpr std::int64_t panel_columns = 16;
 
+// In the order of ACTIVATIONS in effnet_kernels/fusion/spec.py, whose indices Python passes.
 enum class Activation : std::int32_t { none, silu, relu, relu6, hardswish };
 
-// The last step of squeeze-and-excitation, which makes gates of numbers.
+// The last step of squeeze-and-excitation, which makes gates of numbers; in the order of GATES there.
 enum class Gate : std::int32_t { sigmoid, hardsigmoid };
 
 // A number in bfloat16: the upper half of the bits of a float.

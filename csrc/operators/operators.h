@@ -61,6 +61,7 @@ struct Pixels {
 // Decides how many groups and shards there are. With by_image, each image is a group.
 Pixels partition_pixels(std::int64_t images, std::int64_t pixels, bool by_image);
 
+// In the order of REDUCTIONS in effnet_kernels/fusion/spec.py, whose indices Python passes.
 enum class Reduction : std::int32_t { none, statistics, pooled_sums };
 
 struct PointwiseForward {

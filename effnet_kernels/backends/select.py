@@ -45,7 +45,7 @@ def constant_when_traced(function: Function) -> Function:
 
 
 class BackendError(RuntimeError):
-    """A backend was forced that cannot run here."""
+    """A backend that was forced, or without which the call cannot be answered, cannot run here."""
 
 
 def available() -> dict[Backend, str | None]:

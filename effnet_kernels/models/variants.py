@@ -101,7 +101,8 @@ class Variant:
         bn_eps, bn_momentum: BatchNorm's, as ``torch.nn.BatchNorm2d`` has them.
         last_channel: channels of the head convolution; None for four times the last stage's.
         scales_ends: whether depth scales the first and last stage, and width the stem (Lite leaves them).
-        channel_round_limit: share of its channels that rounding may leave a layer (V2-B rounds to the nearest).
+        channel_round_limit: the smallest share of its channels that rounding down may leave a layer; below it, one
+            step up (0, as V2-B has it: always the nearest).
     """
 
     name: str

@@ -170,7 +170,7 @@ def run_plot(arguments: argparse.Namespace) -> int:
 
 
 def _add_plot(commands: Any) -> None:
-    command = commands.add_parser("plot", help="draw loss, accuracy and learning rate of runs over their epochs")
+    command = commands.add_parser("plot", help="draw loss, accuracy and learning rate of runs over their steps")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that effnet train has written")
     command.add_argument("--output", type=Path, metavar="FILE", help="an image's path; curves.png in the first run")
     command.set_defaults(run=run_plot)

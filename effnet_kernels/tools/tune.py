@@ -227,14 +227,14 @@ def _batches(rounds: Iterable[list[Trial]]) -> Iterator[list[Trial]]:
 
 
 def _compile(trials: Iterable[Trial], target: Target) -> None:
-    """Compiles the kernels of trials in parallel. One that does not compile fails again when it is launched."""
+    """Compiles the kernels of trials in parallel."""
     from effnet_kernels.backends.triton.compilation import compile_in_parallel, distinct, gpu_target
     from effnet_kernels.backends.triton.launch import simulated
 
     if simulated():
         return
     binaries = distinct(launch for trial in trials for launch, _ in trial.launches)
-    # A process stops at its first error; what it leaves out is compiled by the launches.
+    # Those that do not compile are named in the error; their launches fail again and reject the candidate.
     with contextlib.suppress(RuntimeError):
         compile_in_parallel(binaries, gpu_target(target.architecture))
 

@@ -1,4 +1,4 @@
-"""The curves of runs over their epochs."""
+"""The curves of runs over their steps."""
 
 import csv
 from collections.abc import Sequence

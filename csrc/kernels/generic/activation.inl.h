@@ -75,7 +75,7 @@ EFFNET_INLINE F<L> sigmoid(F<L> x) {
   return (1.0f + nan) / one_plus_exp_minus<L>(x);
 }
 
-// The same for maps of type Map. Numbers that become bfloat16 need no division: half a bit of theirs is 2e-3, and the
+// silu for maps of type Map. Numbers that become bfloat16 need no division: half a bit of theirs is 2e-3, and the
 // reciprocal's relative error is 6e-5.
 template <class Map, int L>
 EFFNET_INLINE F<L> silu_of_map(F<L> x) {

@@ -75,7 +75,7 @@ EFFNET_INLINE void store(float* to, F<L> value) {
   memcpy(to, &value, sizeof value);
 }
 
-// The same, into a register, for an operand of several multiply-adds. The compiler would load it for each of them, and
+// Loads into a register, for an operand of several multiply-adds. The compiler would load it for each of them, and
 // a processor loads hardly more vectors of this width in a cycle than it multiplies.
 template <int L>
 EFFNET_INLINE F<L> load_once(const float* from) {

@@ -23,6 +23,8 @@ class Target(NamedTuple):
         return 255 if self.backend == "cuda" else None
 
 
+# The target for tensors that are on no GPU, where launches are captured on the meta device or simulated. The H200 that
+# the rules were timed on has these properties too.
 H100 = Target("cuda", 90, 132)
 _forced: ScopedValue[Target] = ScopedValue("target")
 

@@ -114,7 +114,7 @@ def _strip_rows(
 ) -> tuple[int, int]:
     """The rows of a strip, and the programs for a block of channels.
 
-    The rows are as many as leave ``wanted`` programs, and no fewer than ``lowest`` allows.
+    The rows are halved until there are ``wanted`` programs, or no more than ``lowest`` rows.
     """
     blocks = -(-channels // tile["block_c"])
     columns = -(-width // tile["width"])

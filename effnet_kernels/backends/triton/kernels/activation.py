@@ -112,7 +112,7 @@ def load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, mask):
 
 @triton.jit
 def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Count, mean and M2 of the union of two sets (Chan et al. 1979); either may be empty."""
+    """Count, mean and M2 of the union of two sets (Chan, Golub and LeVeque 1983); either may be empty."""
     count = count_a + count_b
     weight = count_b / tl.maximum(count, 1.0)
     delta = mean_b - mean_a
