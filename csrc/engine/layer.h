@@ -19,9 +19,6 @@ struct Padding {
   bool any() const { return left != 0 || right != 0 || top != 0 || bottom != 0; }
 };
 
-// Panels that a matrix product reads together.
-constexpr std::int64_t panels_together = 2;
-
 // Numbers in the caller's memory, one after another.
 struct Weights {
   const void* data = nullptr;

@@ -10,7 +10,7 @@ namespace effnet {
 namespace {
 
 // The size of a panel's ring, which decides how many output rows are computed between two fills.
-constexpr std::int64_t ring_floats = 12 * 1024;
+constexpr std::int64_t panel_ring_floats = 12 * 1024;
 
 template <class T>
 class DepthwiseStep final : public Step {
@@ -34,7 +34,7 @@ class DepthwiseStep final : public Step {
     } else if (producer != nullptr && fit_together(images, threads)) {
       group_panels_ = panels_together;
     }
-    const std::int64_t rows = ring_floats / pitch_;
+    const std::int64_t rows = panel_ring_floats / pitch_;
     chunk_rows_ = std::max<std::int64_t>(1, (rows - shape_.kernel) / shape_.stride + 1);
     chunk_rows_ = std::min(chunk_rows_, shape_.out_height);
     ring_rows_ = (chunk_rows_ - 1) * shape_.stride + shape_.kernel;

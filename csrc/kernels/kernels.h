@@ -12,6 +12,8 @@
 namespace effnet {
 
 constexpr std::int64_t panel_columns = 16;
+// Panels that a matrix product computes together, where there are so many: loads would limit the speed of a single one.
+constexpr std::int64_t panels_together = 2;
 
 // In the order of ACTIVATIONS in effnet_kernels/fusion/spec.py, whose indices Python passes.
 enum class Activation : std::int32_t { none, silu, relu, relu6, hardswish };

@@ -28,7 +28,7 @@ void for_blocks(const Pixels& pixels, std::int64_t channels, const Execution& ex
   const std::int64_t scratch = most_rows(pixels, wanted) * pitch + channels;
   const auto run = [&](std::int64_t index, float* panels) {
     const Shard shard = shard_of(pixels, index);
-    const Blocks blocks(shard.rows(), wanted);
+    const RowBlocks blocks(shard.rows(), wanted);
     for (std::int64_t begin = shard.begin; begin < shard.end; begin += blocks.rows) {
       const std::int64_t rows = std::min(blocks.rows, shard.end - begin);
       const std::int64_t pixel = shard.group * pixels.group_rows() + begin;

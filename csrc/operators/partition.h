@@ -60,10 +60,10 @@ inline Shard shard_of(const Pixels& pixels, std::int64_t index) {
 }
 
 // A shard in blocks of equal size, as near to `wanted` rows as possible.
-struct Blocks {
+struct RowBlocks {
   std::int64_t count, rows;
 
-  Blocks(std::int64_t total, std::int64_t wanted) {
+  RowBlocks(std::int64_t total, std::int64_t wanted) {
     count = std::max<std::int64_t>(1, (total + wanted / 2) / wanted);
     rows = ceil_div(total, count);
     count = ceil_div(total, rows);

@@ -18,7 +18,7 @@ constexpr std::int64_t least_backward_items = 4, most_backward_items = 32, weigh
 
 // The columns of a product that begins at a panel.
 std::int64_t columns_at_once(std::int64_t panel, std::int64_t channels) {
-  return std::min(panels_at_once * panel_columns, channels - panel * panel_columns);
+  return std::min(panels_together * panel_columns, channels - panel * panel_columns);
 }
 
 std::int64_t block_rows(std::int64_t floats_per_row) {
@@ -88,7 +88,7 @@ class Forward {
     has_prologue_ = prologue.scale != nullptr || prologue.gate != nullptr || prologue.act != Activation::none;
     wanted_rows_ = block_rows(round_up(call.channels, panel_columns));
     most_rows_ = most_rows(call.pixels, wanted_rows_);
-    products_ = ceil_div(panels_, panels_at_once);
+    products_ = ceil_div(panels_, panels_together);
     product_groups_ = std::min(products_, ceil_div(least_forward_items, call.pixels.total_shards()));
     weights_ = Scratch(panels_ * call.channels * panel_columns);
     bias_ = Scratch(panels_ * panel_columns);
@@ -96,7 +96,7 @@ class Forward {
 
   std::int64_t scratch_floats() const {
     const std::int64_t panels = has_prologue_ ? panels_of(call_.channels) : 0;
-    return most_rows_ * (panels + panels_at_once) * panel_columns;
+    return most_rows_ * (panels + panels_together) * panel_columns;
   }
 
   std::int64_t pack_items() const { return panels_; }
@@ -110,10 +110,10 @@ class Forward {
   void run(std::int64_t item, float* scratch) const {
     const Shard shard = shard_of(call_.pixels, item / product_groups_);
     const std::int64_t group = item % product_groups_;
-    const std::int64_t first = products_ * group / product_groups_ * panels_at_once;
-    const std::int64_t last = std::min(panels_, products_ * (group + 1) / product_groups_ * panels_at_once);
+    const std::int64_t first = products_ * group / product_groups_ * panels_together;
+    const std::int64_t last = std::min(panels_, products_ * (group + 1) / product_groups_ * panels_together);
     clear_partials(shard, first, last);
-    const Blocks blocks(shard.rows(), wanted_rows_);
+    const RowBlocks blocks(shard.rows(), wanted_rows_);
     for (std::int64_t begin = shard.begin; begin < shard.end; begin += blocks.rows) {
       run_block(shard, begin, std::min(blocks.rows, shard.end - begin), first, last, scratch);
     }
@@ -141,7 +141,7 @@ class Forward {
     float* panel_scratch = scratch;
     Gemm<float> gemm{};
     if (has_prologue_) {
-      float* panels = scratch + most_rows_ * panels_at_once * panel_columns;
+      float* panels = scratch + most_rows_ * panels_together * panel_columns;
       ActivateRows load_x = activate_rows(call_.prologue, shard.group, call_.channels);
       load_x.x = map_rows(call_.x, pixel, call_.channels);
       load_x.to = panel_rows(panels, rows);
@@ -156,8 +156,8 @@ class Forward {
     }
     gemm.rows = rows;
     gemm.act = call_.epilogue.act;
-    for (std::int64_t panel = first_panel; panel < last_panel; panel += panels_at_once) {
-      alignas(64) float sums[panels_at_once * panel_columns] = {};
+    for (std::int64_t panel = first_panel; panel < last_panel; panel += panels_together) {
+      alignas(64) float sums[panels_together * panel_columns] = {};
       gemm.b = weights_.get() + panel * call_.channels * panel_columns;
       gemm.bias = bias_.get() + panel * panel_columns;
       gemm.columns = columns_at_once(panel, call_.outputs);
@@ -220,7 +220,7 @@ class Backward {
   }
 
   std::int64_t scratch_floats() const {
-    return most_rows_ * (in_panels_ + out_panels_ + panels_at_once) * panel_columns +
+    return most_rows_ * (in_panels_ + out_panels_ + panels_together) * panel_columns +
            (5 * in_panels_ + 1) * panel_columns + call_.outputs;
   }
 
@@ -266,10 +266,10 @@ class Backward {
     float* gradient_panels = scratch;
     float* input_panels = gradient_panels + most_rows_ * out_panels_ * panel_columns;
     float* product = input_panels + most_rows_ * in_panels_ * panel_columns;
-    float* sums = product + most_rows_ * panels_at_once * panel_columns;
+    float* sums = product + most_rows_ * panels_together * panel_columns;
     float* factor = sums + 5 * in_panels_ * panel_columns;
     if (call_.sums != nullptr) std::fill_n(sums, 5 * in_panels_ * panel_columns, 0.0f);
-    const Blocks blocks(shard.rows(), wanted_rows_);
+    const RowBlocks blocks(shard.rows(), wanted_rows_);
     GradientRows load_gradient = gradient_rows(call_.gradient, shard.group, call_.outputs, factor);
     for (std::int64_t begin = shard.begin; begin < shard.end; begin += blocks.rows) {
       const std::int64_t rows = std::min(blocks.rows, shard.end - begin);
@@ -305,7 +305,7 @@ class Backward {
     kernels_.activate_rows_f32(load_x);
     float* to = gradients_.get() + item * gradient_floats();
     for (std::int64_t out = 0; out < out_panels_; ++out) {
-      for (std::int64_t in = 0; in < in_panels_; in += panels_at_once) {
+      for (std::int64_t in = 0; in < in_panels_; in += panels_together) {
         const std::int64_t panel = rows * panel_columns;
         kernels_.weight_gradient_f32({g + out * panel, a + in * panel, panel, rows, columns_of(out, call_.outputs),
                                       columns_at_once(in, call_.channels), to + in * panel_columns * panel_columns,
@@ -319,10 +319,10 @@ class Backward {
                      float* sums) const {
     Gemm<float> gemm{};
     read_panels(gemm, g, rows, call_.outputs);
-    alignas(64) static const float no_bias[panels_at_once * panel_columns] = {};
+    alignas(64) static const float no_bias[panels_together * panel_columns] = {};
     gemm.bias = no_bias;
     gemm.rows = rows;
-    for (std::int64_t panel = 0; panel < in_panels_; panel += panels_at_once) {
+    for (std::int64_t panel = 0; panel < in_panels_; panel += panels_together) {
       const std::int64_t column = panel * panel_columns;
       gemm.b = weights_.get() + panel * call_.outputs * panel_columns;
       gemm.columns = columns_at_once(panel, call_.channels);

@@ -8,9 +8,6 @@
 
 namespace effnet {
 
-// Panels that a product computes at once, where there are so many: loads would limit the speed of a single one.
-constexpr std::int64_t panels_at_once = 2;
-
 inline std::int64_t panels_of(std::int64_t channels) { return (channels + panel_columns - 1) / panel_columns; }
 
 // A null pointer stays null.

@@ -10,7 +10,7 @@ namespace {
 
 // Rows of weights that a work item of the forward pass multiplies, and images that one of the backward pass does.
 constexpr std::int64_t weight_rows = 48, image_rows = 48;
-constexpr std::int64_t pair_columns = panels_at_once * panel_columns;
+constexpr std::int64_t pair_columns = panels_together * panel_columns;
 
 std::int64_t pairs_of(std::int64_t count) { return ceil_div(count, pair_columns); }
 
@@ -262,7 +262,7 @@ class WeightBackward {
     grad_hidden_ = Scratch(of_squeezed);
   }
 
-  std::int64_t scratch_floats() const { return panels_at_once * panel_columns * panel_columns; }
+  std::int64_t scratch_floats() const { return panels_together * panel_columns * panel_columns; }
 
   std::int64_t pack_items() const { return 4; }
   void pack(std::int64_t item) const {
