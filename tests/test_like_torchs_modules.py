@@ -152,10 +152,11 @@ def test_an_images_gradient_has_its_strides(name: str, strides: torch.memory_for
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_hooks_get_maps_in_torchs_strides(name: str, training: bool) -> None:
-    """Of contiguous images: a Gram matrix by ``view``, at a block and at each module inside of one."""
+    """Of contiguous images: a Gram matrix by ``view``, at all blocks, at one and at each module inside of one."""
     model, x = NETWORKS[name]().train(training), torch.randn(2, 3, 24, 20)
     blocks = [m for m in model.modules() if isinstance(m, ek.modules.fused_module.FusedModule)]
-    for hooked in (blocks[1], *(m for m in blocks[2].modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))):
+    whole = model.blocks if name == "timm" else model.features
+    for hooked in (whole, blocks[1], *(m for m in blocks[2].modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))):
         seen: list[Tensor] = []
         handle = hooked.register_forward_hook(
             lambda _, inputs, y, seen=seen: seen.append(y.view(y.shape[0] * y.shape[1], -1))

@@ -95,7 +95,10 @@ class AcceleratedSequence(Accelerated):
     @_outliving("forward")
     def dispatched(self: Any, input: Tensor) -> Tensor:
         y = fused_sequence.infer(self, input)
-        return self.original.forward(self, input) if y is None else y
+        if y is None:
+            y = type(self).original.forward(self, input)
+        # As a block's that a hook looks at.
+        return y.contiguous() if self._forward_hooks else y
 
 
 def name_in_the_way(module: nn.Module, mixed_in: type[Accelerated]) -> str | None:
