@@ -69,7 +69,9 @@ def _lower(sequence: nn.Module) -> list[Chain]:
         return []
     chains: list[Chain] = []
     for module in fused_modules(sequence):
-        spec = module.lowered() if module is not None else ""
+        if module is None:
+            return []
+        spec = module.lowered()
         if isinstance(spec, str) or spec.chain.batch_statistics:
             return []
         if chains and chains[-1].layers[-1].out_channels != spec.chain.layers[0].in_channels:

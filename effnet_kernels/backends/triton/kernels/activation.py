@@ -1,4 +1,4 @@
-"""Parts of kernels: activations and their derivatives, BatchNorm's affine map, and the merging of moments."""
+"""Activations and gates, and their derivatives."""
 
 import triton
 import triton.language as tl
@@ -86,34 +86,3 @@ def gate_derivative(gate, GATE: tl.constexpr):
     if GATE == "sigmoid":
         return gate * (1.0 - gate)
     return tl.where((gate > 0.0) & (gate < 1.0), 1.0 / 6.0, 0.0)
-
-
-@triton.jit
-def load_affine(scale_ptr, shift_ptr, mean_ptr, var_ptr, eps, channels, mask):
-    """Scale and shift at ``channels``, each [BLOCK_C] in fp32.
-
-    All pointers are to vectors [C] or None, which stands for a scale of one and a shift of zero. With ``mean_ptr`` and
-    ``var_ptr``, ``scale_ptr`` and ``shift_ptr`` are BatchNorm's weight and bias, and its normalisation is folded into
-    them here.
-    """
-    scale = tl.full(channels.shape, 1.0, tl.float32)  # [BLOCK_C]
-    shift = tl.full(channels.shape, 0.0, tl.float32)  # [BLOCK_C]
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-        var = tl.load(var_ptr + channels, mask=mask, other=1.0).to(tl.float32)
-        scale *= 1.0 / tl.sqrt(var + eps)
-        shift -= mean * scale
-    return scale, shift
-
-
-@triton.jit
-def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Count, mean and M2 of the union of two sets (Chan, Golub and LeVeque 1983); either may be empty."""
-    count = count_a + count_b
-    weight = count_b / tl.maximum(count, 1.0)
-    delta = mean_b - mean_a
-    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * count_a * weight

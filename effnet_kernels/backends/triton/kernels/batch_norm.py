@@ -7,11 +7,11 @@ whole batch. P programs of the grid's first dimension share the rows of a group 
 import triton
 import triton.language as tl
 
-from effnet_kernels.backends.triton.kernels.activation import merge_moments
 from effnet_kernels.backends.triton.kernels.tiles import (
     gradient_of_norm,
     load_gradient_vectors,
     load_vector,
+    merge_moments,
     sum_within_threads,
 )
 

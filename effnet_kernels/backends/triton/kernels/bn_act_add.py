@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from effnet_kernels.backends.triton.kernels.activation import activate, load_affine
-from effnet_kernels.backends.triton.kernels.tiles import load_row
+from effnet_kernels.backends.triton.kernels.activation import activate
+from effnet_kernels.backends.triton.kernels.tiles import load_affine, load_row
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])

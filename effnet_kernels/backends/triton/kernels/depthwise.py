@@ -9,8 +9,8 @@ they are stored and make room for new ones.
 import triton
 import triton.language as tl
 
-from effnet_kernels.backends.triton.kernels.activation import activate, load_affine
-from effnet_kernels.backends.triton.kernels.tiles import load_vector
+from effnet_kernels.backends.triton.kernels.activation import activate
+from effnet_kernels.backends.triton.kernels.tiles import load_affine, load_vector
 
 
 @triton.jit

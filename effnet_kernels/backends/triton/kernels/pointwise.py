@@ -13,10 +13,14 @@ import triton.language as tl
 from effnet_kernels.backends.triton.kernels.activation import (
     activate,
     activate_and_differentiate,
-    load_affine,
-    merge_moments,
 )
-from effnet_kernels.backends.triton.kernels.tiles import load_row, load_vector, output_gradient
+from effnet_kernels.backends.triton.kernels.tiles import (
+    load_affine,
+    load_row,
+    load_vector,
+    merge_moments,
+    output_gradient,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "in_quotient", "out_quotient"])
@@ -233,7 +237,7 @@ def pointwise_conv_backward_data_kernel(
         dx = dq
         if x_ptr is not None:
             # What x is used for has the accumulator's layout. Without a sign of dq in it, the compiler computes the
-            # activation twice: in that layout, and in the one of the load.
+            # activation twice: in that layout, and in the one of the load. An infinite dq makes NaN of what follows.
             x = raw.to(tl.float32) + 0.0 * dq  # [BLOCK_M, BLOCK_N]
             scale = load_vector(scale_ptr, n, n_inside, 1.0)  # [BLOCK_N]
             shift = load_vector(shift_ptr, n, n_inside, 0.0)  # [BLOCK_N]

@@ -11,9 +11,8 @@ from effnet_kernels.backends.triton.kernels.activation import (
     activate_and_differentiate,
     gate_derivative,
     gate_of,
-    load_affine,
 )
-from effnet_kernels.backends.triton.kernels.tiles import load_row, load_vector, sum_within_threads
+from effnet_kernels.backends.triton.kernels.tiles import load_affine, load_row, load_vector, sum_within_threads
 
 
 @triton.jit(do_not_specialize=["rows", "c_quotient"])
