@@ -265,6 +265,20 @@ def test_second_derivatives(name: str, training: bool) -> None:
         assert_close(ours, exact.to(ours.dtype), 1e-4 if training else TOLERANCES[torch.float32])
 
 
+def test_second_derivatives_are_those_of_the_forward_pass() -> None:
+    """Statistics that move between it and the backward pass are not read."""
+    block, x = randomize(BLOCKS["expand"][0]()).eval(), torch.randn(3, 16, 5, 5, requires_grad=True)
+    gradients = []
+    for moves in (False, True):
+        y = block(x)
+        if moves:
+            with torch.no_grad():
+                block.train()(torch.randn(8, 16, 5, 5) * 3)
+        (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        gradients.append(torch.autograd.grad(g.square().sum(), x)[0])
+    assert_close(*gradients)
+
+
 def test_a_networks_hessian() -> None:
     model = randomize(ek.EfficientNet([MBConvConfig(2, 3, 1, 8, 8, 1)], 0.0, 0.0, num_classes=3)).eval()
     x, found = torch.randn(1, 3, 5, 5), []

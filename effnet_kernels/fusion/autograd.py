@@ -16,7 +16,7 @@ from effnet_kernels.backends.triton.plans import Plans
 from effnet_kernels.fusion import custom_ops
 from effnet_kernels.fusion.backward import backward
 from effnet_kernels.fusion.first_order import first_order, no_second_derivative
-from effnet_kernels.fusion.forward import check_input, convolve, dtype_of_input, forward, infer
+from effnet_kernels.fusion.forward import check_input, convolve, dtype_of_input, forward, infer, unflatten
 from effnet_kernels.fusion.packing import PackedChains
 from effnet_kernels.fusion.spec import Chain, Prologue
 from effnet_kernels.fusion.synchronisation import is_synchronised
@@ -121,7 +121,7 @@ def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     The forward pass is computed once more, by the reference.
     """
-    x, drop_path_scale, parameters, _ = _unpacked(ctx)
+    x, drop_path_scale, parameters, kept = _unpacked(ctx)
     _, _, _, _, needs_input, _, *needs = ctx.needs_input_grad
     if x.dtype is not ctx.input_dtype:
         raise no_second_derivative("a block whose input autocast casts")
@@ -130,13 +130,27 @@ def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.versions != [None if t is None else t._version for t in ctx.biases]:
         raise RuntimeError("a bias was modified by an in-place operation, and a second derivative reads its value")
     inputs = [x, *parameters]
-    chain = ctx.chain.with_parameters(parameters).without_tracking()
+    chain = _with_fixed_statistics(ctx.chain.with_parameters(parameters), kept)
     with select.without_autocast(x):
         out, _ = forward(primitives_of("reference"), chain, as_map(x), drop_path_scale)
         wanted = [t for t, n in zip(inputs, (needs_input, *needs), strict=True) if n and t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
     grad_x, *gradients = [next(found) if n else None for n in (needs_input, *needs)]
     return None, None, None, None, grad_x, None, *gradients
+
+
+def _with_fixed_statistics(chain: Chain, kept: list[Tensor]) -> Chain:
+    """The chain, which moves no running statistics, and reads those of the forward pass that has kept these."""
+    layers = []
+    for layer, saved in zip(chain.layers, unflatten(chain, kept), strict=True):
+        norm = layer.norm
+        if norm is not None and norm.batch_statistics:
+            norm = norm._replace(tracks=False)
+        elif norm is not None:
+            _, _, mean, rstd, *_ = saved.norm
+            norm = norm._replace(running_mean=mean, running_var=rstd.pow(-2) - norm.eps)
+        layers.append(layer._replace(norm=norm))
+    return chain._replace(layers=tuple(layers))
 
 
 class ChannelsLast(torch.autograd.Function):

@@ -275,14 +275,6 @@ class Chain(NamedTuple):
         ]
         return self._replace(layers=tuple(layers))
 
-    def without_tracking(self) -> "Chain":
-        """The chain whose passes leave the running statistics as they are."""
-        layers = [
-            layer if layer.norm is None else layer._replace(norm=layer.norm._replace(tracks=False))
-            for layer in self.layers
-        ]
-        return self._replace(layers=tuple(layers))
-
     def of_convolutions(self) -> list[Tensor]:
         """Weights and biases, without those of norms."""
         rows = (layer.parameters() for layer in self.layers)
