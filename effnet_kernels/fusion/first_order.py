@@ -35,6 +35,7 @@ def first_order(backward: Backward, recorded: Backward | None = None) -> Backwar
 
 
 def no_second_derivative(of: str) -> RuntimeError:
+    """The error where the second derivative of something is asked for that has none."""
     return RuntimeError(
         f"expected create_graph=False: {of} has no second derivative (effnet_kernels.use_backend('torch') has)"
     )
