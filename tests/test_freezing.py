@@ -114,13 +114,13 @@ def evaluate(model: nn.Module, x: Tensor) -> Tensor | Exception:
 
 def outcome(model: nn.Module, x: Tensor, verify: bool) -> str:
     """What freeze() makes of the model: "same", "refused", or what is wrong."""
-    expected = evaluate(model, x)
     try:
         y = ek.freeze(model, verify=verify)(x)
     except (ValueError, TypeError) as error:
         return "refused" if str(error) else "an empty message"
     except Exception as error:
-        return "refused" if isinstance(expected, Exception) else f"{type(error).__name__}: {error}"
+        return "refused" if isinstance(evaluate(model, x), Exception) else f"{type(error).__name__}: {error}"
+    expected = evaluate(model, x)
     if isinstance(expected, Exception):
         return f"no error, where torch has {expected}"
     if y.shape != expected.shape:
