@@ -24,7 +24,7 @@ traces_operators = pytest.mark.skipif(not TRACES_OPERATORS, reason="before torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, default=600, help="how many random blocks tests/test_surgery.py tries")
+    parser.addoption("--cases", type=int, default=800, help="how many random blocks tests/test_surgery.py tries")
 
 
 def pytest_configure() -> None:

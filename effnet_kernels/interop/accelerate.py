@@ -10,8 +10,6 @@ from effnet_kernels.fusion.accelerated_class import Accelerated
 from effnet_kernels.fusion.cache import forget
 from effnet_kernels.fusion.inspection import Unsupported
 from effnet_kernels.interop.accelerated_classes import (
-    AcceleratedBlock,
-    AcceleratedSequence,
     accelerated_class,
     is_sequence_of_blocks,
     name_in_the_way,
@@ -55,8 +53,8 @@ def accelerate(model: Model) -> Model:
         if why_left_alone(block) is None:
             object.__setattr__(block, "__class__", accelerated_class(type(block)))
     for module in model.modules():
-        mixed_in = network_of(type(module)) or (AcceleratedSequence if is_sequence_of_blocks(module) else None)
-        if mixed_in is not None and name_in_the_way(module, mixed_in) is None:
+        known = network_of(type(module)) is not None or is_sequence_of_blocks(module)
+        if known and name_in_the_way(module) is None:
             object.__setattr__(module, "__class__", accelerated_class(type(module)))
     if not any(isinstance(module, FusedModule) for module in model.modules()):
         warnings.warn(_found_nothing(model, found), stacklevel=2)
@@ -88,7 +86,7 @@ def why_left_alone(block: nn.Module) -> str | None:
     adapter = adapter_of(type(block))
     if adapter is None:
         return None
-    name = name_in_the_way(block, AcceleratedBlock)
+    name = name_in_the_way(block)
     if name is not None:
         return f"it has an attribute {name!r} of its own, a name that accelerate() uses"
     try:

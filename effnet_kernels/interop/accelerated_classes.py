@@ -101,14 +101,14 @@ class AcceleratedSequence(Accelerated):
         return y.contiguous() if self._forward_hooks else y
 
 
-def name_in_the_way(module: nn.Module, mixed_in: type[Accelerated]) -> str | None:
+def name_in_the_way(module: nn.Module) -> str | None:
     """An attribute of a module or its class that a class to be mixed in would hide, or be hidden by; or None."""
     kind = type(module)
     if issubclass(kind, Accelerated):
         return None
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     own = {*vars(module), *module._modules, *module._parameters, *module._buffers}.union(*map(vars, classes))
-    mixed = [base for base in mixed_in.__mro__ if base not in nn.Module.__mro__]
+    mixed = [base for base in _mixed_into(kind).__mro__ if base not in nn.Module.__mro__]
     added = {name for base in mixed for name in (*vars(base), *inspect.get_annotations(base))}
     return next((name for name in sorted(added & own - _WRAPPED) if not name.startswith("__")), None)
 
@@ -295,6 +295,11 @@ def network_of(kind: type) -> type[AcceleratedNetwork] | None:
     return None if issubclass(kind, AcceleratedNetwork) else look_up(kind, _NETWORKS, _METHODS)
 
 
+def _mixed_into(kind: type[nn.Module]) -> Any:
+    """The class to mix into a network's, a sequence's or a block's class."""
+    return network_of(kind) or (AcceleratedSequence if kind is nn.Sequential else AcceleratedBlock)
+
+
 _KNOWN_MODULES = ADAPTER_MODULES | {name.rpartition(".")[0] for name in _NETWORKS} | {nn.Sequential.__module__}
 _classes: dict[type[nn.Module], Any] = {}
 
@@ -302,8 +307,7 @@ _classes: dict[type[nn.Module], Any] = {}
 def accelerated_class(original: type[nn.Module]) -> Any:
     """The subclass for modules of a class. It can be imported from this module, under a name without dots."""
     if original not in _classes:
-        adapter, network = adapter_of(original), network_of(original)
-        mixed_in: Any = network or (AcceleratedSequence if original is nn.Sequential else AcceleratedBlock)
+        adapter, mixed_in = adapter_of(original), _mixed_into(original)
         own = getattr(original, mixed_in.method)
         _, input_name, *others = inspect.signature(own).parameters
         forwards: dict[str, Any] = {}

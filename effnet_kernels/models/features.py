@@ -52,8 +52,7 @@ class Features(nn.Sequential):
         if select.prefers_channels_last(input):
             x = channels_last(x)
         for index, module in enumerate(self):
-            # Hooks look at maps in the strides that torch's modules have by default.
-            x = fused_sequence.call(module, x.contiguous() if module._forward_hooks else x)
+            x = fused_sequence.call(module, x)
             if index in indices:
                 outputs.append(x)
         if select.interception(input) is None:
@@ -69,7 +68,7 @@ class Features(nn.Sequential):
         x = channels_last(input)
         *layers, head = self
         for module in layers:
-            x = fused_sequence.call(module, x.contiguous() if module._forward_hooks else x)
+            x = fused_sequence.call(module, x)
         return cast(ConvBnAct, head).pooled(x)
 
 

@@ -23,7 +23,11 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``, computed as one where the module is torch's plain sequence of fused ones."""
     observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
     y = infer(module, x) if not observed and _is_called_plainly(module, nn.Sequential) else None
-    return module(x) if y is None else y
+    if y is not None:
+        return y
+    # Hooks look at maps in the strides that torch's modules have by default.
+    called: Tensor = module(x.contiguous() if module._forward_hooks else x)
+    return called
 
 
 def infer(sequence: nn.Module, x: Tensor, pool: bool = False) -> Tensor | None:
