@@ -156,7 +156,14 @@ def test_hooks_get_maps_in_torchs_strides(name: str, training: bool) -> None:
     model, x = NETWORKS[name]().train(training), torch.randn(2, 3, 24, 20)
     blocks = [m for m in model.modules() if isinstance(m, ek.modules.fused_module.FusedModule)]
     whole = model.blocks if name == "timm" else model.features
-    for hooked in (whole, blocks[1], *(m for m in blocks[2].modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))):
+    # Of the others a stage of one block is a plain sequence, which gives what its block does.
+    stages = [model.features[1]] if name == "ours" else []
+    for hooked in (
+        whole,
+        *stages,
+        blocks[1],
+        *(m for m in blocks[2].modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))),
+    ):
         seen: list[Tensor] = []
         handle = hooked.register_forward_hook(
             lambda _, inputs, y, seen=seen: seen.append(y.view(y.shape[0] * y.shape[1], -1))
